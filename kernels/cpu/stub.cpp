@@ -1,0 +1,1 @@
+extern "C" int qkit_abi(void) { return 1; }
