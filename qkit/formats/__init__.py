@@ -1,0 +1,72 @@
+"""The on-disk formats qkit writes and reads, in the order users see them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import QkitError
+from .base import Format, FormatReader, Packed, local_names, quantized_modules, read_packed
+from .compressed_tensors import CompressedTensors
+from .gptq import GPTQ
+from .plain import Plain
+
+__all__ = [
+    "FORMATS", "Format", "FormatReader", "Packed", "extra_files", "get", "local_names", "quantized_modules",
+    "read_packed", "reader",
+]  # fmt: skip
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": CompressedTensors(),
+    "gptq": GPTQ("gptq"),
+    "gptq_v2": GPTQ("gptq_v2"),
+    "safetensors": Plain(),
+}
+
+
+def get(name: str, checkpoint_format: str | None = None) -> Format:
+    """The format a user named; `checkpoint_format` picks the GPTQ version ("gptq" or "gptq_v2").
+
+    Raises QkitError listing the known ones."""
+    key = name.lower()
+    key = {"compressed_tensors": "compressed-tensors", "gptq-v2": "gptq_v2"}.get(key, key)
+    if checkpoint_format is not None:
+        if key not in ("gptq", "gptq_v2") or checkpoint_format not in ("gptq", "gptq_v2"):
+            raise QkitError(
+                f"checkpoint_format {checkpoint_format!r} does not go with format {name!r}",
+                "format gptq has gptq (v1, the default) and gptq_v2",
+            )
+        key = checkpoint_format
+    if key not in FORMATS:
+        raise QkitError(f"unknown format {name!r}", "known formats: " + ", ".join(FORMATS))
+    return FORMATS[key]
+
+
+def reader(config: Mapping[str, Any]) -> FormatReader | None:
+    """How the folder with this config.json stores its quantized modules; None where none is quantized.
+
+    Raises QkitError for a method, or a variant of one, that qkit does not read."""
+    given = config.get("quantization_config")
+    if given is None:  # where folders of 2023 have it
+        given = config.get("compression_config")
+    if not given:
+        return None
+    if not isinstance(given, Mapping):
+        raise QkitError("quantization_config in config.json is not an object")
+    method = given.get("quant_method")
+    if method is None and {"bits", "group_size", "desc_act"} <= set(given):
+        method = "gptq"  # AutoGPTQ left it out
+    if method not in ("compressed-tensors", "gptq"):
+        raise QkitError(
+            f"quantization method {method!r} is not supported", "supported: compressed-tensors, gptq"
+        )
+    return FORMATS[method].parse(given)
+
+
+def extra_files(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Files a converted folder needs beside config.json, whose contents `config` is: name -> bytes."""
+    given = config.get("quantization_config") or {}
+    if given.get("quant_method") != "gptq":
+        return {}
+    return {"quantize_config.json": (json.dumps(given, indent=2) + "\n").encode()}

@@ -1,22 +1,47 @@
-"""What every on-disk format offers. Formats are pure: local tensor names in and out, inputs never modified."""
+"""What every on-disk format offers. Formats are pure: local names in and out, inputs never modified."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..dtypes import TensorMeta
+from ..dtypes import FLOATS, TensorMeta, dtype_name
+from ..errors import QkitError
 from ..scheme import QTensor, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
+
+    from ..checkpoint.types import Source
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized [out, in_features] weight in the layout the kernels share (`kernels/reference.py`).
+
+    packed int32 [out, ceil(in * bits / 32)]; scale [out, groups]; zero uint8 [out, groups], or None where
+    symmetric.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    in_features: int
+    scheme: Scheme
+
+    def unpack(self) -> QTensor:
+        from .. import kernels
+
+        codes = kernels.unpack(self.packed, self.scheme.bits, self.in_features)
+        return QTensor(codes, self.scale, self.zero, self.scheme)
 
 
 class Format(Protocol):
     """One on-disk format. `name` is what the user types; local names are suffixes such as "weight_packed"."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def scheme_for(self, scheme: Scheme, model_dtype: str) -> Scheme:
         """`scheme` with what the format dictates filled in (scale dtype, least zero point).
@@ -36,15 +61,107 @@ class Format(Protocol):
         """The tensors on disk for one weight, keyed by local name."""
         ...
 
+    def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
+        """The tensors on disk for one weight, in the kernels' layout; raises QkitError where they disagree
+        with each other or with the scheme."""
+        ...
+
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         """The inverse of `pack`, exactly."""
         ...
 
-    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """The `quantization_config`. schemes: module name -> Scheme for each quantized module; ignored: names
         of the linear modules left alone; options: method facts (damp_percent, desc_act, ...)."""
         ...
 
-    def parse(self, quantization_config: Mapping[str, Any]) -> Any:
+    def parse(self, quantization_config: Mapping[str, Any]) -> FormatReader:
         """A reader for a folder in this format: see `formats.reader`."""
         ...
+
+
+class FormatReader(Protocol):
+    """What the config.json of one folder says of its quantized modules. Made by `formats.reader`.
+
+    format    the Format that unpacks them
+    marker    local name of the tensor whose presence means that a module is quantized ("weight_packed")
+    scale     local name of the scale
+    optional  local names that a module may or may not have, beside those of `required`
+    """
+
+    @property
+    def format(self) -> Format: ...
+    @property
+    def marker(self) -> str: ...
+    @property
+    def scale(self) -> str: ...
+    @property
+    def optional(self) -> tuple[str, ...]: ...
+
+    def scheme(self, module: str) -> Scheme | None:
+        """How the config says `module` is stored; None: not quantized. The config does not say the scale's
+        dtype: `quantized_modules` fills it in."""
+        ...
+
+    def required(self, scheme: Scheme) -> tuple[str, ...]:
+        """Local names of the tensors that a quantized module must have."""
+        ...
+
+
+def quantized_modules(reader: FormatReader, source: Source) -> dict[str, Scheme]:
+    """Module name -> Scheme for every module that `source` stores quantized. Reads no tensor.
+
+    The tensors decide which modules are quantized; raises QkitError where the config disagrees, or where a
+    module lacks a tensor."""
+    suffix = "." + reader.marker
+    schemes: dict[str, Scheme] = {}
+    for name in source.names():
+        if not name.endswith(suffix):
+            continue
+        module = name.removesuffix(suffix)
+        scheme = reader.scheme(module)
+        if scheme is None:
+            raise QkitError(f"{name!r} is stored quantized, but the config says that module is not")
+        for local in reader.required(scheme):
+            if not _has(source, f"{module}.{local}"):
+                raise QkitError(f"the checkpoint lacks tensor '{module}.{local}'", "is it complete?")
+        schemes[module] = replace(scheme, scale_dtype=source.meta(f"{module}.{reader.scale}").dtype)
+    return schemes
+
+
+def local_names(reader: FormatReader, source: Source, module: str, scheme: Scheme) -> tuple[str, ...]:
+    """Local names of the tensors that hold one quantized weight in `source`."""
+    extra = (local for local in reader.optional if _has(source, f"{module}.{local}"))
+    return (*reader.required(scheme), *extra)
+
+
+def read_packed(reader: FormatReader, source: Source, module: str, scheme: Scheme) -> Packed:
+    """One quantized weight of `source`; raises QkitError naming the module and what is wrong with it."""
+    locals_ = local_names(reader, source, module, scheme)
+    try:
+        return reader.format.to_packed({local: source.read(f"{module}.{local}") for local in locals_}, scheme)
+    except QkitError as error:
+        raise QkitError(f"{module}: {error.message}", error.hint) from error
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorMeta]) -> None:
+    """Raises QkitError unless each tensor has the dtype and shape `expected`; any float will do for a float."""
+    for local, meta in expected.items():
+        tensor = tensors.get(local)
+        if tensor is None:
+            raise QkitError(f"tensor {local!r} is missing")
+        dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+        if shape != meta.shape or (dtype != meta.dtype and not {dtype, meta.dtype} <= set(FLOATS)):
+            raise QkitError(
+                f"tensor {local!r} is {dtype} {list(shape)}, its config says {meta.dtype} {list(meta.shape)}"
+            )
+
+
+def _has(source: Source, name: str) -> bool:
+    try:
+        source.meta(name)
+    except KeyError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""GPTQ checkpoints, v1 ("gptq", what AutoGPTQ wrote and every engine reads) and v2 ("gptq_v2").
+
+Reference: GPTQModel, nn_modules/qlinear/__init__.py, utils/model.py (v1 <-> v2), quantization/config.py.
+The two differ in one thing: v1 stores zero - 1, v2 stores zero. A zero of 0 has no form in v1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..dtypes import TensorMeta
+from ..errors import QkitError
+from ..scheme import CHANNEL, QTensor, Scheme
+from .base import Packed, check_tensors
+from .compressed_tensors import check_trivial_g_idx
+
+if TYPE_CHECKING:
+    import torch
+
+_ONES = {4: 0x11111111, 8: 0x01010101}  # one in every field of a word
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts, beside -1
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """qweight int32 [in*b/32, out], packed along in; qzeros int32 [groups, out*b/32], packed along out;
+    scales F16 [groups, out]; g_idx int32 [in], always i // group_size here.
+    """
+
+    name: str = "gptq"
+
+    @property
+    def v1(self) -> bool:
+        return self.name == "gptq"
+
+    def scheme_for(self, scheme: Scheme, model_dtype: str) -> Scheme:
+        if scheme.group_size != CHANNEL and scheme.group_size not in _GROUP_SIZES:
+            sizes = ", ".join(map(str, _GROUP_SIZES))
+            raise QkitError(f"GPTQ has no group size {scheme.group_size}", f"use {sizes} or 'channel'")
+        return replace(scheme, scale_dtype="F16", min_zero=1 if self.v1 and not scheme.symmetric else 0)
+
+    def check(self, shape: tuple[int, int], scheme: Scheme) -> str | None:
+        out, in_ = shape
+        if out % 32 or in_ % 32:
+            return f"GPTQ needs both sides divisible by 32, not {out} x {in_}"
+        if scheme.group_size != CHANNEL and in_ % scheme.group_size:
+            return f"group size {scheme.group_size} does not divide its {in_} inputs"
+        return None
+
+    def out_metas(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorMeta]:
+        out, in_ = shape
+        groups = scheme.groups(in_)
+        return {
+            "qweight": TensorMeta("I32", (in_ * scheme.bits // 32, out)),
+            "qzeros": TensorMeta("I32", (groups, out * scheme.bits // 32)),
+            "scales": TensorMeta("F16", (groups, out)),
+            "g_idx": TensorMeta("I32", (in_,)),
+        }
+
+    def pack(self, q: QTensor) -> dict[str, torch.Tensor]:
+        """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
+        import torch
+
+        from .. import kernels
+
+        out, in_ = q.codes.shape
+        scheme = q.scheme
+        reason = self.check((out, in_), scheme)
+        if reason or q.scale.dtype != torch.float16:
+            raise ValueError(reason or f"GPTQ stores float16 scales, not {q.scale.dtype}")
+        groups = scheme.groups(in_)
+        zero = torch.full((out, groups), scheme.mid, dtype=torch.uint8) if q.zero is None else q.zero
+        if self.v1:
+            if bool((zero == 0).any()):
+                raise ValueError("GPTQ v1 has no form for a zero point of 0 (it stores zero - 1)")
+            zero = zero - 1
+        group_size = in_ if scheme.group_size == CHANNEL else scheme.group_size
+        return {
+            "qweight": kernels.pack_transposed(q.codes, scheme.bits),
+            "qzeros": kernels.pack(zero.t().contiguous(), scheme.bits),
+            "scales": q.scale.t().contiguous(),
+            "g_idx": torch.arange(in_, dtype=torch.int32) // group_size,
+        }
+
+    def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
+        from .. import kernels
+
+        qweight = tensors["qweight"]
+        if qweight.dim() != 2:
+            raise QkitError(f"qweight has shape {list(qweight.shape)}, not two dimensions")
+        shape = (qweight.shape[1], qweight.shape[0] * 32 // scheme.bits)
+        reason = self.check(shape, scheme)
+        if reason:
+            raise QkitError(reason)
+        expected = self.out_metas(shape, scheme)
+        if "g_idx" not in tensors:  # some writers leave the trivial one out
+            del expected["g_idx"]
+        check_tensors(tensors, expected)
+        if "g_idx" in tensors:
+            check_trivial_g_idx(tensors["g_idx"], scheme)
+        # On whole words, as GPTQModel does it: the borrow of a zero of 0 written by others comes back right.
+        words = tensors["qzeros"] + _ONES[scheme.bits] if self.v1 else tensors["qzeros"]
+        zero = kernels.unpack(words, scheme.bits, shape[0])
+        if scheme.symmetric:
+            if bool((zero != scheme.mid).any()):
+                raise QkitError(
+                    f"the config says symmetric {self.name}, but its zero points are "
+                    f"{int(zero.min())} to {int(zero.max())}, not {scheme.mid}",
+                    "is checkpoint_format right? v1 (gptq) stores zero - 1, v2 (gptq_v2) stores zero",
+                )
+            zero = None
+        else:
+            zero = zero.t().contiguous()
+        return Packed(qweight.t().contiguous(), tensors["scales"].t().contiguous(), zero, shape[1], scheme)
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
+        return self.to_packed(tensors, scheme).unpack()
+
+    def config(
+        self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Readers give every linear of a decoder block the settings at the top; `dynamic` has the exceptions.
+        options: damp_percent, true_sequential, ... go into `meta` as they are."""
+        from .. import __version__
+
+        settings = [_settings(scheme) for scheme in schemes.values()]
+        # The commonest is the rule; ties go to the first in the model.
+        kinds = Counter(tuple(s.values()) for s in settings)
+        base = dict(zip(settings[0], kinds.most_common(1)[0][0], strict=True))
+        dynamic: dict[str, dict[str, Any]] = {
+            _exactly("-:", module): {} for module in ignored if module != "lm_head"
+        }
+        for module, setting in zip(schemes, settings, strict=True):
+            if setting != base:
+                dynamic[_exactly("+:", module)] = setting
+        facts = {k: v for k, v in options.items() if k not in ("desc_act", "checkpoint_format")}
+        config = {
+            "quant_method": "gptq",
+            "checkpoint_format": self.name,
+            "format": self.name,
+            **base,
+            "desc_act": False,
+            "lm_head": "lm_head" in schemes,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"qkit:{__version__}"], "static_groups": True, **facts},
+        }
+        return {**config, "dynamic": dynamic} if dynamic else config
+
+    def parse(self, quantization_config: Mapping[str, Any]) -> GPTQReader:
+        given = quantization_config
+        name = given.get("checkpoint_format") or given.get("format") or "gptq"
+        if name not in ("gptq", "gptq_v2"):
+            raise QkitError(f"GPTQ checkpoint_format {name!r} is not supported", "supported: gptq, gptq_v2")
+        if given.get("pack_dtype", "int32") not in ("int32", None):
+            raise QkitError(f"GPTQ pack_dtype {given['pack_dtype']!r} is not supported", "supported: int32")
+        return GPTQReader(GPTQ(name), _parse_scheme(given), given, given.get("dynamic") or {})
+
+
+@dataclass(frozen=True)
+class GPTQReader:
+    """`dynamic` overrides the settings at the top: {"+:pattern": {...}} changes them, {"-:pattern": {}} means
+    not quantized; the first pattern that matches the name's start wins (GPTQModel `dynamic_get`)."""
+
+    format: GPTQ
+    base: Scheme
+    settings: Mapping[str, Any]
+    dynamic: Mapping[str, Mapping[str, Any]]
+    marker: ClassVar[str] = "qweight"
+    scale: ClassVar[str] = "scales"
+    optional: ClassVar[tuple[str, ...]] = ("g_idx",)
+
+    def scheme(self, module: str) -> Scheme | None:
+        for pattern, override in self.dynamic.items():
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+                return None if pattern.startswith("-:") else _parse_scheme({**self.settings, **override})
+        return self.base
+
+    def required(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales")
+
+
+def _settings(scheme: Scheme) -> dict[str, Any]:
+    group_size = -1 if scheme.group_size == CHANNEL else scheme.group_size
+    return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
+
+
+def _exactly(sign: str, module: str) -> str:
+    return f"{sign}^{re.escape(module)}$"
+
+
+def _parse_scheme(given: Mapping[str, Any]) -> Scheme:
+    size = given.get("group_size", -1)
+    bits = given.get("bits")
+    if not isinstance(size, int) or not isinstance(bits, int):
+        raise QkitError(f"the GPTQ config has bits {bits!r} and group_size {size!r}", "both must be integers")
+    # Without "sym" the zero points that are always stored are read and believed.
+    return Scheme(bits, CHANNEL if size == -1 else size, bool(given.get("sym", False)), "F16")
