@@ -22,7 +22,7 @@ Chooser = Callable[[str, TensorMeta], "Scheme | str"]
 
 
 def module_of(name: str) -> str:
-    """"model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"."""
+    """ "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"."""
     return name.rpartition(".")[0]
 
 
@@ -96,8 +96,7 @@ def pick_group_size(scheme: Scheme, requested: int | None, shapes: Mapping[str, 
             return with_group_size(scheme, fitting[0])
         name = next(n for n, s in shapes.items() if s[1] % AUTO_GROUP_SIZES[-1])
         raise QkitError(
-            f"no group size of {_listed(AUTO_GROUP_SIZES)} divides every layer "
-            f"({name} is {shapes[name][1]} wide)",
+            f"no group size of {_listed(AUTO_GROUP_SIZES)} divides every layer ({name} is {shapes[name][1]} wide)",
             "use --group-size channel, or leave that layer alone with --skip",
         )
     if requested == CHANNEL:

@@ -45,10 +45,12 @@ def _convert(commands: Any) -> None:
     p = _command(commands, "convert", run_convert, "quantize a checkpoint into a new folder")
     p.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     p.add_argument("-o", "--out", required=True, help="folder to create; it appears complete, as the last step")
-    p.add_argument("--format", default="compressed-tensors", help="compressed-tensors (default), gptq, gptq_v2 or safetensors (export)")
+    formats = "compressed-tensors (default), gptq, gptq_v2 or safetensors (export)"
+    p.add_argument("--format", default="compressed-tensors", help=formats)
     p.add_argument("--scheme", default="w4a16", help="w4a16 (default), w4a16-asym, w8a16, w8a16-asym or none")
     p.add_argument("--method", help="rtn or gptq; default: gptq below 8 bits, rtn at 8")
-    p.add_argument("--group-size", help="input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits")
+    groups = "input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits"
+    p.add_argument("--group-size", metavar="N", help=groups)
     p.add_argument("--clip-search", action="store_true", help="rtn: search each group's scale for the least error")
     p.add_argument("--calib", metavar="FILE|HUB_ID", help="calibration text; default: text that ships with Python")
     p.add_argument("--calib-samples", type=int, default=64, metavar="N", help="calibration windows (default 64)")
@@ -56,10 +58,11 @@ def _convert(commands: Any) -> None:
     p.add_argument("--device", default="auto", help="where gptq computes: auto (default), cpu, cuda or cuda:i")
     p.add_argument("--max-memory", metavar="SIZE", help="memory to stay within, such as 8GiB")
     p.add_argument("--lora", metavar="DIR", help="PEFT adapter to merge first")
-    p.add_argument("--skip", nargs="+", action="extend", default=[], metavar="PATTERN", help="leave modules alone, such as '*.down_proj'")
+    skip = "leave modules alone, such as '*.down_proj'"
+    p.add_argument("--skip", nargs="+", action="extend", default=[], metavar="PATTERN", help=skip)
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument("--restart", action="store_true", help="discard an interrupted or earlier conversion at OUT")
-    p.add_argument("--no-verify", dest="verify", action="store_false", help="do not read the result back")  # fmt: skip
+    p.add_argument("--no-verify", dest="verify", action="store_false", help="do not read the result back")
 
 
 def _profile(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""The one data path: Source -> Plan -> (statistics, block by block) -> shards -> config and card -> verify -> rename."""
+"""The one data path: Source -> Plan -> (statistics, by block) -> shards -> config and card -> verify -> rename."""
 
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ def _run(
         produce = quantize_into_parts(plan, source, fmt, calibration.tokens, folder / "parts", _device(plan))
     with track("writing", plan.bytes_in, "bytes") as advance:
         for shard in plan.shards:
-            if not _already_written(folder, manifest, shard.file):
-                _write_shard(shard, produce, folder, manifest, plan.workers, advance)
-            else:
+            if _already_written(folder, manifest, shard.file):
                 advance(sum(t.meta.nbytes for t in shard.tensors))
+            else:
+                _write_shard(shard, produce, folder, manifest, plan.workers, advance)
     finish.write_companions(plan, source, fmt, folder, manifest)
     if verify:
         verify_result(plan, source, fmt, folder, manifest)
@@ -175,9 +175,8 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise QkitError(f"{name} contains NaN or infinite values", "the checkpoint is damaged: fetch or train it again")
 
 
-def _write_shard(
-    shard: Shard, produce: Any, folder: Path, manifest: Manifest, workers: int, advance: Any
-) -> None:
+def _write_shard(shard: Shard, produce: Any, folder: Path, manifest: Manifest, workers: int, advance: Any) -> None:
+    from .checkpoint.manifest import file_entry
     from .checkpoint.writer import write_safetensors
 
     entries = [output for t in shard.tensors for output in t.outputs]
@@ -192,7 +191,7 @@ def _write_shard(
 
     digest = write_safetensors(folder / shard.file, entries, stream())
     manifest.tensors.update(records)
-    manifest.files[shard.file] = {"sha256": digest.sha256, "bytes": digest.nbytes}
+    manifest.files[shard.file] = file_entry(digest)
     manifest.save(folder)
 
 
@@ -288,21 +287,19 @@ def _finished(out: Path, identity: dict[str, Any], restart: bool) -> Manifest | 
     manifest = Manifest.load(out)
     if manifest.complete and manifest.identity == identity:
         return manifest
-    raise QkitError(
-        f"{out} holds another conversion", "choose another folder with -o, or replace it with --restart"
-    )
+    raise QkitError(f"{out} holds another conversion", "choose another folder with -o, or replace it with --restart")
 
 
 @contextmanager
 def _workspace(out: Path, identity: dict[str, Any], restart: bool) -> Iterator[tuple[Path, Manifest]]:
     """The folder of the work in progress and its manifest, locked against a second run."""
     from .checkpoint.manifest import MANIFEST, Manifest
-    from .checkpoint.writer import user_errors
+    from .checkpoint.writer import remove_temporaries
 
     folder = partial_dir(out)
-    with user_errors(folder):
+    with _system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  # held until the run ends
     try:
         if not _lock(lock):
             raise QkitError(f"another qkit convert is writing {out}", "wait for it, or choose another folder with -o")
@@ -324,11 +321,21 @@ def _workspace(out: Path, identity: dict[str, Any], restart: bool) -> Iterator[t
         if manifest is None:
             manifest = Manifest(identity, {}, {}, False)
             manifest.save(folder)
-        for leftover in folder.rglob(".*.tmp*"):  # temporaries of a run that was killed
-            leftover.unlink()
+        for place in (folder, folder / "parts"):  # what a killed run left
+            remove_temporaries(place)
         yield folder, manifest
     finally:
         lock.close()
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    from .checkpoint.files import os_error
+
+    try:
+        yield
+    except OSError as error:
+        raise os_error("write", path, error) from error
 
 
 def _lock(handle: Any) -> bool:
@@ -354,10 +361,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _publish(folder: Path, out: Path) -> None:
     """Give the finished folder its final name: one rename."""
-    from .checkpoint.writer import user_errors
-
     old = out.with_name(out.name + ".qkit-old")
-    with user_errors(out):
+    with _system_errors(out):
         (folder / ".lock").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
@@ -384,7 +389,6 @@ def peak_memory() -> int | None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
     return None
-
 
 
 def summary(result: ConvertResult) -> str:

@@ -20,6 +20,8 @@ CARD = "README.md"
 
 def write_companions(plan: Plan, source: Source, fmt: Format, folder: Path, manifest: Manifest) -> None:
     """Write everything but the weights into `folder`, note it in the manifest and mark that complete."""
+    from . import formats
+    from .checkpoint.manifest import file_entry
     from .checkpoint.writer import write_file
 
     config = dict(source.config)
@@ -29,7 +31,7 @@ def write_companions(plan: Plan, source: Source, fmt: Format, folder: Path, mani
         config["quantization_config"] = fmt.config(
             {t.name.removesuffix(".weight"): t.scheme for t in plan.tensors if t.scheme}, plan.ignored, options
         )
-        files.update(fmt.extra_files(config["quantization_config"]))
+        files.update(formats.extra_files(config))
     files["config.json"] = _json(config)
     files[INDEX] = _json(index(plan))
     files[CARD] = card(plan, source, manifest).encode()
@@ -40,7 +42,7 @@ def write_companions(plan: Plan, source: Source, fmt: Format, folder: Path, mani
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = write_file(path, data)
-        manifest.files[name] = {"sha256": digest.sha256, "bytes": digest.nbytes}
+        manifest.files[name] = file_entry(digest)
     manifest.complete = True
     manifest.save(folder)
 

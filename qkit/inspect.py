@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import units
 from .errors import QkitError
 from .progress import track
+
+if TYPE_CHECKING:
+    from . import formats
+    from .checkpoint.types import Source
+    from .dtypes import TensorMeta
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,11 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     schemes: Counter[str] = Counter()
     parameters = sum(m.numel for m in metas.values())
     if reader is not None:
-        parameters, schemes = _logical(metas, reader)
+        parameters, schemes = _logical(source, metas, reader)
     problems = None
     if verify and manifest is not None:
         with track("verifying", sum(f["bytes"] for f in manifest.files.values()), "bytes") as advance:
             problems = manifest.verify(folder, advance)
-        if not manifest.complete:
-            problems = [*problems, "the conversion was never finished"]
     text = source.config.get("text_config") or source.config
     return Inspection(
         model=model,
@@ -91,17 +94,17 @@ def _without_sketch(calibration: dict[str, Any] | None) -> dict[str, Any] | None
     return {k: v for k, v in calibration.items() if k != "sketch"} if calibration else None
 
 
-def _logical(metas: dict[str, Any], reader: Any) -> tuple[int, Counter[str]]:
+def _logical(source: Source, metas: dict[str, TensorMeta], reader: formats.FormatReader) -> tuple[int, Counter[str]]:
     """(parameters, scheme -> layers): a packed weight counts as the weights it stands for."""
+    from .formats import local_names, quantized_modules
+
     schemes: Counter[str] = Counter()
-    packed: set[str] = set()
-    parameters = 0
-    for module, (scheme, shape, names) in reader.modules(metas).items():
-        del module
+    parameters = sum(m.numel for m in metas.values())
+    for module, scheme in quantized_modules(reader, source).items():
         schemes[scheme.describe()] += 1
-        packed |= set(names)
-        parameters += shape[0] * shape[1]
-    return parameters + sum(m.numel for n, m in metas.items() if n not in packed), schemes
+        stored = {local: metas[f"{module}.{local}"] for local in local_names(reader, source, module, scheme)}
+        parameters += stored[reader.marker].numel * 32 // scheme.bits - sum(m.numel for m in stored.values())
+    return parameters, schemes
 
 
 def describe(result: Inspection) -> str:

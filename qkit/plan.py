@@ -15,6 +15,7 @@ from .choose import BLOCK, check_skip, chooser, left_alone, module_of, pick_grou
 from .dtypes import TensorMeta
 from .errors import QkitError
 from .scheme import CHANNEL, Scheme, preset
+from .skeleton import check_architecture
 
 if TYPE_CHECKING:
     from .checkpoint.types import Source
@@ -205,9 +206,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
             f"{out} needs {units.size(needed)}, and {units.size(free + reusable)} are free there",
             "free some space or choose another disk with -o",
         )
-    return Plan(
-        source.label, out, options, method, scheme, shards, tuple(notes), workers, peak, seconds, needed, free
-    )
+    return Plan(source.label, out, options, method, scheme, shards, tuple(notes), workers, peak, seconds, needed, free)
 
 
 def _settle(options: Options, source: Source) -> tuple[Scheme | None, str, list[str]]:
@@ -238,6 +237,8 @@ def _settle(options: Options, source: Source) -> tuple[Scheme | None, str, list[
         notes.append(f"method {method} (the default at {scheme.bits} bits)")
     if method not in METHODS:
         raise QkitError(f"unknown method {method!r}", "known methods: " + ", ".join(METHODS))
+    if method in CALIBRATED:
+        check_architecture(source.config)
     if options.clip_search and method != "rtn":
         raise QkitError("--clip-search belongs to --method rtn", "gptq always searches its scales")
     if method not in CALIBRATED and options.calib is not None:
@@ -397,14 +398,14 @@ def describe(plan: Plan) -> str:
     )
     lines.append(f"disk     {units.size(plan.disk_needed)} needed, {units.size(plan.disk_free)} free")
     lines.append(
-        f"predicted: peak memory {units.size(plan.peak_memory_predicted)}, time {units.duration(plan.seconds_predicted)}"
+        f"predicted: peak memory {units.size(plan.peak_memory_predicted)}, "
+        f"time {units.duration(plan.seconds_predicted)}"
     )
     return "\n".join(lines)
 
 
-
 def group_size_option(text: str) -> int:
-    """"128" -> 128, "channel" or "-1" -> CHANNEL. Raises QkitError otherwise."""
+    """ "128" -> 128, "channel" or "-1" -> CHANNEL. Raises QkitError otherwise."""
     if text.lower() in ("channel", "-1", "0"):
         return CHANNEL
     if text.isdecimal():

@@ -138,7 +138,9 @@ def test_missing_blocks_are_refused_before_work(llama, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(llama, source)
     tensors = load_file(source / "model.safetensors")
-    save_file({n: t for n, t in tensors.items() if ".layers.1." not in n}, source / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t for n, t in tensors.items() if ".layers.1." not in n}, source / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(QkitError, match="block 1 are missing"):
         convert(str(source), tmp_path / "out", method="rtn")
 
@@ -212,7 +214,9 @@ def larger(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("m") / "larger", num_hidden_layers=6, hidden_size=256)
 
 
-@pytest.mark.parametrize(("method", "sig"), [("gptq", signal.SIGKILL), ("gptq", signal.SIGINT), ("rtn", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("method", "sig"), [("gptq", signal.SIGKILL), ("gptq", signal.SIGINT), ("rtn", signal.SIGTERM)]
+)
 def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(larger, tmp_path, method, sig):
     whole, out = tmp_path / "whole" / "out", tmp_path / "cut" / "out"
     run = start(larger, whole, method)

@@ -6,7 +6,14 @@ from qkit.errors import QkitError
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("16GiB", 16 << 30), ("500M", 500_000_000), ("1.5g", 1_500_000_000), ("4096", 4096), (" 2 kib ", 2048), ("3TB", 3 * 10**12)],
+    [
+        ("16GiB", 16 << 30),
+        ("500M", 500_000_000),
+        ("1.5g", 1_500_000_000),
+        ("4096", 4096),
+        (" 2 kib ", 2048),
+        ("3TB", 3 * 10**12),
+    ],
 )
 def test_parse_size(text, expected):
     assert units.parse_size(text) == expected
