@@ -315,12 +315,12 @@ def _predict(source: Source, tensors: list[TensorPlan], method: str, options: Op
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    # In flight per worker: the source tensor, a float32 copy of one slab, the codes and the packed result.
-    largest = max((t.meta.nbytes * (2 if t.scheme else 1) + t.bytes_out for t in tensors), default=0)
     limit = options.max_memory or psutil.virtual_memory().total
     base = BASE_MEMORY[method]
-    workers = max(1, min(cores, (limit - base) // max(1, largest)))
-    peak = base + workers * largest
+    workers = max(1, cores)
+    while workers > 1 and base + _in_flight(tensors, workers) > limit:
+        workers -= 1
+    peak = base + _in_flight(tensors, workers)
     seconds = 2.0 + sum(t.meta.nbytes for t in tensors) / (RTN_BYTES_PER_CORE_S * min(cores, workers))
     if method in CALIBRATED:
         from .calibrate import blocks
@@ -338,6 +338,14 @@ def _predict(source: Source, tensors: list[TensorPlan], method: str, options: Op
             else "raise --max-memory: the largest tensor has to fit",
         )
     return workers, peak, seconds
+
+
+def _in_flight(tensors: list[TensorPlan], workers: int) -> int:
+    """Most bytes alive at once while `workers` produce tensors in order and one more is being written.
+
+    A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
+    held = [t.meta.nbytes + t.meta.numel + t.bytes_out if t.scheme else t.meta.nbytes for t in tensors]
+    return max((sum(held[i : i + workers + 1]) for i in range(len(held))), default=0)
 
 
 def _matmul_rate(device: str) -> float:
