@@ -1,0 +1,201 @@
+"""Packing, unpacking, dequantizing and round-to-nearest quantizing, in C++ where it can be, else in torch.
+
+Both give bit-identical tensors. The C++ library serves CPU tensors; `QKIT_REFERENCE=1` turns it off. "packed" is
+int32 [rows, ceil(n * bits / 32)]: unsigned codes, low bits first, zero padded (the layout of `reference`).
+
+Every function raises TypeError for a wrong dtype and ValueError for sizes that do not fit, with the values.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from . import reference
+from .cpu import lib
+from .errors import NonFiniteError, ScaleOverflowError
+
+__all__ = [
+    "NonFiniteError",
+    "ScaleOverflowError",
+    "backend",
+    "dequantize",
+    "pack",
+    "pack_transposed",
+    "quantize_rtn",
+    "unpack",
+    "unpack_transposed",
+]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_log = logging.getLogger("qkit")
+_warned = False
+
+
+def backend() -> str:
+    """What CPU tensors run on: "avx512", "avx2", "scalar", or "torch reference (why)"."""
+    if os.environ.get("QKIT_REFERENCE") == "1":
+        return "torch reference (QKIT_REFERENCE=1)"
+    loaded = lib.load()
+    return f"torch reference ({loaded})" if isinstance(loaded, str) else lib.isas()[-1]
+
+
+def _native(*tensors: torch.Tensor | None) -> bool:
+    """Whether the C++ library takes these tensors; says once where it is missing."""
+    global _warned
+    if os.environ.get("QKIT_REFERENCE") == "1" or any(t is not None and t.device.type != "cpu" for t in tensors):
+        return False
+    loaded = lib.load()
+    if not isinstance(loaded, str):
+        return True
+    if not _warned:
+        _warned = True
+        _log.warning(
+            "the CPU kernels are not available (%s): results are the same, conversion and CPU inference are slower. "
+            "Reinstall qkit with a C++17 compiler to get them.",
+            loaded,
+        )
+    return False
+
+
+def _check(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} is {t.dtype}, expected " + " or ".join(str(d) for d in dtypes))
+    if t.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected two dimensions")
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, not {bits}")
+
+
+def _check_codes(codes: torch.Tensor, bits: int) -> None:
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ValueError("a code does not fit its bits")
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [rows, n] -> int32 [rows, ceil(n * bits / 32)]. Raises ValueError for a code above 2**bits - 1."""
+    _check_bits(bits)
+    _check("codes", codes, (torch.uint8,))
+    if _native(codes):
+        return lib.pack(codes.contiguous(), bits)
+    _check_codes(codes, bits)
+    return reference.pack(codes, bits)
+
+
+def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """int32 [rows, ceil(n * bits / 32)] -> uint8 codes [rows, n]."""
+    _check_bits(bits)
+    _check("packed", packed, (torch.int32,))
+    _check_words(packed, bits, n)
+    if _native(packed):
+        return lib.unpack(packed.contiguous(), bits, n)
+    return reference.unpack(packed, bits, n)
+
+
+def _check_words(packed: torch.Tensor, bits: int, n: int) -> None:
+    words = -(-n * bits // 32)
+    if n < 0 or packed.shape[1] != words:
+        raise ValueError(f"packed has shape {tuple(packed.shape)}, but {n} {bits}-bit codes a row take {words} words")
+
+
+def pack_transposed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [rows, n] -> int32 [n * bits / 32, rows] (GPTQ's qweight). n must fill whole words."""
+    _check_bits(bits)
+    _check("codes", codes, (torch.uint8,))
+    if codes.shape[1] * bits % 32:
+        raise ValueError(f"{codes.shape[1]} {bits}-bit codes a row do not fill 32-bit words")
+    if _native(codes):
+        return lib.pack_transposed(codes.contiguous(), bits)
+    _check_codes(codes, bits)
+    return reference.pack(codes, bits).t().contiguous()
+
+
+def unpack_transposed(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [n * bits / 32, rows] -> uint8 codes [rows, n]; the inverse of `pack_transposed`."""
+    _check_bits(bits)
+    _check("packed", packed, (torch.int32,))
+    if _native(packed):
+        return lib.unpack_transposed(packed.contiguous(), bits)
+    return reference.unpack(packed.t().contiguous(), bits, packed.shape[0] * 32 // bits)
+
+
+def check_weight(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, in_features: int
+) -> None:
+    """Raises TypeError or ValueError unless the tensors are one packed weight [out, in_features]."""
+    _check_bits(bits)
+    _check("packed", packed, (torch.int32,))
+    _check("scale", scale, _FLOATS)
+    _check_words(packed, bits, in_features)
+    out, groups = scale.shape
+    if out != packed.shape[0] or groups < 1 or in_features % groups:
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}, which does not fit a weight of {packed.shape[0]} x {in_features}"
+        )
+    if zero is not None:
+        _check("zero", zero, (torch.uint8,))
+        if zero.shape != scale.shape:
+            raise ValueError(f"zero has shape {tuple(zero.shape)}, scale {tuple(scale.shape)}")
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(code - zero) * scale in float32, rounded once to `dtype`: [out, in_features].
+
+    packed int32 [out, words]; scale float [out, groups]; zero uint8 [out, groups] or None (2**(bits-1)).
+    out: a contiguous tensor to fill; made where None.
+    """
+    check_weight(packed, scale, zero, bits, in_features)
+    if dtype not in _FLOATS:
+        raise TypeError(f"cannot dequantize to {dtype}, only to " + ", ".join(str(d) for d in _FLOATS))
+    shape = (packed.shape[0], in_features)
+    if out is not None and (tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected contiguous {dtype} {shape}")
+    groups = scale.shape[1]
+    # Several groups of an odd size would begin in the middle of a byte.
+    if _native(packed, scale, zero, out) and (groups == 1 or in_features // groups % 2 == 0):
+        target = torch.empty(shape, dtype=dtype) if out is None else out
+        return lib.dequantize(packed.contiguous(), scale.contiguous(), _contiguous(zero), bits, target)
+    result = reference.dequantize(reference.unpack(packed, bits, in_features), scale, zero, bits, dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def quantize_rtn(
+    w: torch.Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str, min_zero: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, float]:
+    """Round to nearest on the grid of `reference.grid`.
+
+    w float [out, in]; group_size divides in, 0 for one group a row; scale_dtype "BF16", "F16" or "F32".
+    Returns codes uint8 [out, in], scale [out, groups], zero uint8 [out, groups] (None: symmetric), the sum of
+    squared errors and the sum of squares. The sums do not depend on the number of threads or the instruction set.
+    Raises NonFiniteError (NaN or infinity in w) and ScaleOverflowError, both ValueErrors.
+    """
+    _check_bits(bits)
+    _check("w", w, _FLOATS)
+    in_ = w.shape[1]
+    if group_size < 0 or in_ < 1 or (group_size and in_ % group_size):
+        raise ValueError(f"group size {group_size} does not divide {in_}")
+    if scale_dtype not in _SCALE_DTYPES:
+        raise ValueError(f"scale dtype must be one of {', '.join(_SCALE_DTYPES)}, not {scale_dtype!r}")
+    if min_zero not in (0, 1):
+        raise ValueError(f"min_zero must be 0 or 1, not {min_zero}")
+    groups = in_ // group_size if group_size else 1
+    run = lib.quantize_rtn if _native(w) else reference.quantize_rtn
+    return run(w.contiguous(), bits, groups, symmetric, _SCALE_DTYPES[scale_dtype], min_zero)

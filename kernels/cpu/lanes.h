@@ -1,0 +1,218 @@
+// Sixteen float or int lanes, on the compiler's vector extensions. The lane count is the same on every ISA, only the
+// register width differs: every kernel is written once, and sums come out bit-identical everywhere.
+//
+// Included by one file per ISA, each with its own flags; the anonymous namespace keeps the copies apart (an inline
+// function merged by the linker could otherwise bring AVX-512 code into the scalar path).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the packed layout is little-endian"
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;  // SSE2 or NEON: the baseline of the platform
+#endif
+constexpr int LANES = 16;
+constexpr int WIDTH = REGISTER_BYTES / 4;  // lanes in a register
+constexpr int PARTS = LANES / WIDTH;       // registers in a vector
+
+typedef float RawF __attribute__((vector_size(REGISTER_BYTES)));
+typedef int32_t RawI __attribute__((vector_size(REGISTER_BYTES)));
+typedef uint16_t RawHalf __attribute__((vector_size(REGISTER_BYTES / 2)));
+typedef uint8_t RawByte __attribute__((vector_size(REGISTER_BYTES / 4)));
+
+struct F {
+    RawF v[PARTS];
+};
+struct I {
+    RawI v[PARTS];
+};
+
+#define QK_EACH for (int p = 0; p < PARTS; ++p)
+#define QK_INLINE static inline __attribute__((always_inline))
+
+QK_INLINE F splat(float x) {
+    F r;
+    QK_EACH r.v[p] = x - RawF{};
+    return r;
+}
+QK_INLINE I splat(int32_t x) {
+    I r;
+    QK_EACH r.v[p] = x - RawI{};
+    return r;
+}
+QK_INLINE F load(const float* x) {
+    F r;
+    std::memcpy(&r, x, sizeof r);
+    return r;
+}
+QK_INLINE I load(const uint32_t* x) {
+    I r;
+    std::memcpy(&r, x, sizeof r);
+    return r;
+}
+QK_INLINE void store(float* to, F x) { std::memcpy(to, &x, sizeof x); }
+
+QK_INLINE F operator+(F a, F b) { QK_EACH a.v[p] += b.v[p]; return a; }
+QK_INLINE F operator-(F a, F b) { QK_EACH a.v[p] -= b.v[p]; return a; }
+QK_INLINE F operator*(F a, F b) { QK_EACH a.v[p] *= b.v[p]; return a; }
+QK_INLINE F operator/(F a, F b) { QK_EACH a.v[p] /= b.v[p]; return a; }
+QK_INLINE I operator+(I a, I b) { QK_EACH a.v[p] += b.v[p]; return a; }
+QK_INLINE I operator-(I a, I b) { QK_EACH a.v[p] -= b.v[p]; return a; }
+QK_INLINE I operator&(I a, I b) { QK_EACH a.v[p] &= b.v[p]; return a; }
+QK_INLINE I operator|(I a, I b) { QK_EACH a.v[p] |= b.v[p]; return a; }
+QK_INLINE I operator<<(I a, int n) { QK_EACH a.v[p] <<= n; return a; }
+QK_INLINE I operator>>(I a, int n) { QK_EACH a.v[p] >>= n; return a; }
+QK_INLINE F min(F a, F b) { QK_EACH a.v[p] = a.v[p] < b.v[p] ? a.v[p] : b.v[p]; return a; }
+QK_INLINE F max(F a, F b) { QK_EACH a.v[p] = a.v[p] > b.v[p] ? a.v[p] : b.v[p]; return a; }
+// All ones where a > b.
+QK_INLINE I greater(I a, I b) { QK_EACH a.v[p] = (RawI)(a.v[p] > b.v[p]); return a; }
+
+QK_INLINE I bits_of(F x) { I r; QK_EACH r.v[p] = (RawI)x.v[p]; return r; }
+QK_INLINE F from_bits(I x) { F r; QK_EACH r.v[p] = (RawF)x.v[p]; return r; }
+QK_INLINE F to_float(I x) { F r; QK_EACH r.v[p] = __builtin_convertvector(x.v[p], RawF); return r; }
+
+// a * b + c, fused where the ISA has it: only for results that need not agree bit for bit across ISAs.
+QK_INLINE F fused(F a, F b, F c) {
+#if defined(__AVX512F__)
+    QK_EACH c.v[p] = (RawF)_mm512_fmadd_ps((__m512)a.v[p], (__m512)b.v[p], (__m512)c.v[p]);
+#elif defined(__FMA__)
+    QK_EACH c.v[p] = (RawF)_mm256_fmadd_ps((__m256)a.v[p], (__m256)b.v[p], (__m256)c.v[p]);
+#else
+    QK_EACH c.v[p] += a.v[p] * b.v[p];
+#endif
+    return c;
+}
+
+QK_INLINE I load_u16(const uint16_t* x) {
+    I r;
+    QK_EACH {
+        RawHalf h;
+        std::memcpy(&h, x + p * WIDTH, sizeof h);
+        r.v[p] = __builtin_convertvector(h, RawI);
+    }
+    return r;
+}
+QK_INLINE I load_u8(const uint8_t* x) {
+    I r;
+    QK_EACH {
+        RawByte b;
+        std::memcpy(&b, x + p * WIDTH, sizeof b);
+        r.v[p] = __builtin_convertvector(b, RawI);
+    }
+    return r;
+}
+QK_INLINE void store_u16(uint16_t* to, I x) {
+    QK_EACH {
+        RawHalf h = __builtin_convertvector(x.v[p], RawHalf);
+        std::memcpy(to + p * WIDTH, &h, sizeof h);
+    }
+}
+QK_INLINE void store_u8(uint8_t* to, I x) {
+    QK_EACH {
+        RawByte b = __builtin_convertvector(x.v[p], RawByte);
+        std::memcpy(to + p * WIDTH, &b, sizeof b);
+    }
+}
+
+// ---- one value: bfloat16 and float16 to and from float32, ties to even -------------------------------------------
+
+QK_INLINE uint32_t as_bits(float x) {
+    uint32_t b;
+    std::memcpy(&b, &x, 4);
+    return b;
+}
+QK_INLINE float as_float(uint32_t b) {
+    float x;
+    std::memcpy(&x, &b, 4);
+    return x;
+}
+QK_INLINE uint16_t to_bf16(float x) {
+    const uint32_t b = as_bits(x);
+    if ((b & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN
+    return (uint16_t)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+QK_INLINE uint16_t to_f16(float x) {
+    const uint32_t b = as_bits(x), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);   // NaN
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);  // rounds to 65536 or more: infinity
+    if (a >= 0x38800000u)                                     // normal: rebias the exponent, drop 13 bits
+        return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13));
+    if (a < 0x33000000u) return (uint16_t)sign;  // below half the least subnormal
+    // Subnormal: the multiple of 2**-24 nearest to it. The shift is 14 .. 24.
+    const uint32_t shift = 126u - (a >> 23), m = (a & 0x7fffffu) | 0x800000u;
+    const uint32_t kept = m >> shift, rest = m & ((1u << shift) - 1u), half = 1u << (shift - 1u);
+    return (uint16_t)(sign | (kept + ((rest > half || (rest == half && (kept & 1u))) ? 1u : 0u)));
+}
+QK_INLINE float from_f16(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, e = (h >> 10) & 31u, m = h & 0x3ffu;
+    if (e == 31u) return as_float(sign | 0x7f800000u | (m << 13));
+    if (e) return as_float(sign | ((e + 112u) << 23) | (m << 13));
+    const float subnormal = (float)m * 0x1p-24f;
+    return sign ? -subnormal : subnormal;
+}
+
+// ---- sixteen values of a dtype -----------------------------------------------------------------------------------
+
+struct F32 {
+    typedef float T;
+    QK_INLINE F load16(const T* x) { return load(x); }
+    QK_INLINE void store16(T* to, F x) { store(to, x); }
+    QK_INLINE float get(const T* x) { return *x; }
+    QK_INLINE T put(float x) { return x; }
+};
+struct BF16 {
+    typedef uint16_t T;
+    QK_INLINE F load16(const T* x) { return from_bits(load_u16(x) << 16); }
+    // For values that are not NaN.
+    QK_INLINE void store16(T* to, F x) {
+        const I b = bits_of(x);
+        // The shift is arithmetic: store_u16 drops the upper half, sign copies included.
+        store_u16(to, (b + splat(0x7fff) + ((b >> 16) & splat(1))) >> 16);
+    }
+    QK_INLINE float get(const T* x) { return as_float((uint32_t)*x << 16); }
+    QK_INLINE T put(float x) { return to_bf16(x); }
+};
+struct F16 {
+    typedef uint16_t T;
+    QK_INLINE F load16(const T* x) {
+        F r;
+#if defined(__AVX512F__)
+        r.v[0] = (RawF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+#elif defined(__F16C__) && defined(__AVX2__)
+        QK_EACH r.v[p] = (RawF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + p * WIDTH)));
+#else
+        float f[LANES];
+        for (int i = 0; i < LANES; ++i) f[i] = from_f16(x[i]);
+        r = load(f);
+#endif
+        return r;
+    }
+    QK_INLINE void store16(T* to, F x) {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x.v[0], 0));
+#elif defined(__F16C__) && defined(__AVX2__)
+        QK_EACH _mm_storeu_si128((__m128i*)(to + p * WIDTH), _mm256_cvtps_ph((__m256)x.v[p], 0));
+#else
+        float f[LANES];
+        store(f, x);
+        for (int i = 0; i < LANES; ++i) to[i] = to_f16(f[i]);
+#endif
+    }
+    QK_INLINE float get(const T* x) { return from_f16(*x); }
+    QK_INLINE T put(float x) { return to_f16(x); }
+};
+
+}  // namespace

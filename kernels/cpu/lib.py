@@ -1,0 +1,187 @@
+"""Finds, loads and calls the CPU library. Tensors here are contiguous CPU tensors that the caller has validated."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ..errors import NonFiniteError, ScaleOverflowError
+
+ABI = 1
+ISAS = ("scalar", "avx2", "avx512")  # position = QkIsa; later is faster
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
+
+_STATUS = {
+    1: "bits is neither 4 nor 8",
+    2: "the sizes do not fit together",
+    3: "a required tensor is missing",
+    4: "unsupported dtype",
+    5: "this machine or build lacks the instruction set",
+    9: "out of memory",
+}
+
+
+def _raise(status: int, function: str) -> None:
+    if status == 6:
+        raise NonFiniteError("the weight contains NaN or infinity")
+    if status == 7:
+        raise ScaleOverflowError("a scale overflows its stored type")
+    if status == 8:
+        raise ValueError("a code does not fit its bits")
+    if status == 9:
+        raise MemoryError(f"{function}: out of memory")
+    raise ValueError(f"{function}: {_STATUS.get(status, f'status {status}')}")
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, or why there is none. Looked for in this package's directories (an editable install has two)."""
+    name = "libqkit_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
+    package = sys.modules[__package__]
+    found = [path for path in (Path(d, name) for d in package.__path__) if path.is_file()]
+    if not found:
+        return "the library was not built"
+    try:
+        lib = ctypes.CDLL(str(found[0]))
+        version = lib.qk_abi()
+    except (OSError, AttributeError) as error:
+        return f"{found[0].name} does not load: {error}"
+    if version != ABI:
+        return f"{found[0].name} has interface {version}, not {ABI}: reinstall qkit"
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    packing = [p, p, n, n, i, i, i]
+    lib.qk_has_isa.argtypes = [i]
+    lib.qk_pack.argtypes = lib.qk_unpack.argtypes = packing
+    lib.qk_pack_transposed.argtypes = lib.qk_unpack_transposed.argtypes = packing
+    lib.qk_dequantize.argtypes = [p, p, i, p, p, i, n, n, n, i, i, i]
+    lib.qk_quantize_rtn.argtypes = [p, i, p, p, i, p, p, p, n, n, n, i, i, i, i]
+    lib.qk_gemv.argtypes = [p, i, p, p, i, p, p, p, n, n, n, n, i, i, i]
+    return lib
+
+
+@functools.cache
+def isas() -> tuple[str, ...]:
+    """Instruction sets that this build and this machine share, slowest first; empty without a library."""
+    lib = load()
+    return () if isinstance(lib, str) else tuple(isa for k, isa in enumerate(ISAS) if lib.qk_has_isa(k))
+
+
+def _isa(name: str | None) -> int:
+    name = name or isas()[-1]
+    if name not in isas():
+        raise ValueError(f"instruction set {name!r} is not available here, only {', '.join(isas())}")
+    return ISAS.index(name)
+
+
+@functools.cache
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads() -> int:
+    return min(_cpus(), torch.get_num_threads())
+
+
+def _ptr(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _call(function: str, *args: object) -> None:
+    lib = load()
+    if isinstance(lib, str):
+        raise RuntimeError(f"no CPU library: {lib}")
+    if status := getattr(lib, function)(*args):
+        _raise(status, function)
+
+
+def pack(codes: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:
+    rows, n = codes.shape
+    packed = torch.empty(rows, -(-n * bits // 32), dtype=torch.int32)
+    _call("qk_pack", _ptr(codes), _ptr(packed), rows, n, bits, _isa(isa), _threads())
+    return packed
+
+
+def unpack(packed: torch.Tensor, bits: int, n: int, isa: str | None = None) -> torch.Tensor:
+    codes = torch.empty(packed.shape[0], n, dtype=torch.uint8)
+    _call("qk_unpack", _ptr(packed), _ptr(codes), packed.shape[0], n, bits, _isa(isa), _threads())
+    return codes
+
+
+def pack_transposed(codes: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:
+    rows, n = codes.shape
+    packed = torch.empty(n * bits // 32, rows, dtype=torch.int32)
+    _call("qk_pack_transposed", _ptr(codes), _ptr(packed), rows, n, bits, _isa(isa), _threads())
+    return packed
+
+
+def unpack_transposed(packed: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:
+    words, rows = packed.shape
+    codes = torch.empty(rows, words * 32 // bits, dtype=torch.uint8)
+    _call("qk_unpack_transposed", _ptr(packed), _ptr(codes), rows, codes.shape[1], bits, _isa(isa), _threads())
+    return codes
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bits: int,
+    out: torch.Tensor,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """Fills `out` [rows, cols], of the dtype wanted."""
+    rows, cols = out.shape
+    _call(
+        "qk_dequantize", _ptr(packed), _ptr(scale), _DTYPES[scale.dtype], _ptr(zero), _ptr(out), _DTYPES[out.dtype],
+        rows, cols, scale.shape[1], bits, _isa(isa), _threads(),
+    )  # fmt: skip
+    return out
+
+
+def quantize_rtn(
+    w: torch.Tensor,
+    bits: int,
+    groups: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    min_zero: int,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, float]:
+    rows, cols = w.shape
+    codes = torch.empty(rows, cols, dtype=torch.uint8)
+    scale = torch.empty(rows, groups, dtype=scale_dtype)
+    zero = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
+    row_stats = torch.empty(rows, 2, dtype=torch.float64)
+    totals = (ctypes.c_double * 2)()
+    _call(
+        "qk_quantize_rtn", _ptr(w), _DTYPES[w.dtype], _ptr(codes), _ptr(scale), _DTYPES[scale_dtype], _ptr(zero),
+        _ptr(row_stats), ctypes.addressof(totals), rows, cols, groups, bits, min_zero, _isa(isa), _threads(),
+    )  # fmt: skip
+    return codes, scale, zero, totals[0], totals[1]
+
+
+def gemv(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bits: int,
+    bias: torch.Tensor | None,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """x [m, in] (m <= 8) @ dequantized.T + bias; returns [m, out] in x's dtype."""
+    m, cols = x.shape
+    rows = packed.shape[0]
+    out = torch.empty(m, rows, dtype=x.dtype)
+    _call(
+        "qk_gemv", _ptr(x), _DTYPES[x.dtype], _ptr(packed), _ptr(scale), _DTYPES[scale.dtype], _ptr(zero), _ptr(bias),
+        _ptr(out), m, rows, cols, scale.shape[1], bits, _isa(isa), _threads(),
+    )  # fmt: skip
+    return out

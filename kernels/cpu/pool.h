@@ -1,0 +1,20 @@
+// A small pool of threads for row ranges: started on first use, grown to what a caller asks for, never stopped.
+#pragma once
+#include <cstdint>
+
+namespace qkit {
+
+typedef void (*RangeFn)(void* context, int64_t begin, int64_t end);
+
+// Calls fn over [0, n) in pieces of `piece`, on at most `nthreads` threads, the caller's among them. Runs in the
+// caller alone where there is one piece, where another thread holds the pool, or where no thread can be started.
+// Safe after fork(): the child starts a pool of its own.
+void parallel_for(int64_t n, int64_t piece, int nthreads, RangeFn fn, void* context);
+
+// The same for a lambda body(begin, end), which must not throw.
+template <class Body>
+void over(int64_t n, int64_t piece, int nthreads, Body& body) {
+    parallel_for(n, piece, nthreads, [](void* b, int64_t begin, int64_t end) { (*(Body*)b)(begin, end); }, &body);
+}
+
+}  // namespace qkit

@@ -1,0 +1,59 @@
+// The C ABI of the CPU kernels. Plain C types and integer return codes only: the library is loaded with ctypes
+// and is tied to no Python and no torch version. Every pointer is to contiguous row-major memory.
+//
+// "packed" is int32 [rows, ceil(n * bits / 32)], unsigned codes, low bits first, zero padded.
+#pragma once
+#include <cstdint>
+
+#define QK_API extern "C" __attribute__((visibility("default")))
+
+enum QkStatus {
+    QK_OK = 0,
+    QK_BAD_BITS = 1,         // bits is neither 4 nor 8
+    QK_BAD_SHAPE = 2,        // a size is negative, or does not divide as the function needs
+    QK_NULL = 3,             // a required pointer is null
+    QK_BAD_DTYPE = 4,        // not one of QkDtype
+    QK_BAD_ISA = 5,          // unknown, or this machine lacks it
+    QK_NON_FINITE = 6,       // a weight is NaN or infinite
+    QK_SCALE_OVERFLOW = 7,   // a scale does not fit its stored type
+    QK_CODE_RANGE = 8,       // a code is above 2**bits - 1
+    QK_NO_MEMORY = 9,
+};
+
+enum QkDtype { QK_F32 = 0, QK_F16 = 1, QK_BF16 = 2 };
+enum QkIsa { QK_SCALAR = 0, QK_AVX2 = 1, QK_AVX512 = 2, QK_ISA_COUNT = 3 };
+
+// Version of this interface: raised whenever a signature or a meaning below changes.
+QK_API int qk_abi(void);
+
+// 1 where this build and this machine both have `isa`.
+QK_API int qk_has_isa(int isa);
+
+// codes uint8 [rows, n] <-> packed.
+QK_API int qk_pack(const uint8_t* codes, uint32_t* packed, int64_t rows, int64_t n, int bits, int isa, int nthreads);
+QK_API int qk_unpack(const uint32_t* packed, uint8_t* codes, int64_t rows, int64_t n, int bits, int isa, int nthreads);
+
+// codes uint8 [rows, n] <-> the transpose of packed, int32 [n * bits / 32, rows]; n * bits % 32 == 0.
+QK_API int qk_pack_transposed(const uint8_t* codes, uint32_t* packed, int64_t rows, int64_t n, int bits, int isa,
+                              int nthreads);
+QK_API int qk_unpack_transposed(const uint32_t* packed, uint8_t* codes, int64_t rows, int64_t n, int bits, int isa,
+                                int nthreads);
+
+// out[r, c] = (code - zero) * scale in float32, rounded once (ties to even) to out_dtype.
+// scale [rows, groups] of scale_dtype; zero uint8 [rows, groups] or null for 2**(bits-1).
+QK_API int qk_dequantize(const uint32_t* packed, const void* scale, int scale_dtype, const uint8_t* zero, void* out,
+                         int out_dtype, int64_t rows, int64_t cols, int64_t groups, int bits, int isa, int nthreads);
+
+// Round to nearest on a per-group grid (see quantize.h for the grid). w [rows, cols] of w_dtype; writes codes
+// uint8 [rows, cols], scale [rows, groups] of scale_dtype, zero uint8 [rows, groups] (null: symmetric), and
+// totals = {sum of squared errors, sum of squares}. row_stats: scratch, double [rows, 2]; the totals are summed
+// from it in row order, so that they do not depend on nthreads or isa.
+QK_API int qk_quantize_rtn(const void* w, int w_dtype, uint8_t* codes, void* scale, int scale_dtype, uint8_t* zero,
+                           double* row_stats, double* totals, int64_t rows, int64_t cols, int64_t groups, int bits,
+                           int min_zero, int isa, int nthreads);
+
+// out [m, rows] = x [m, cols] @ dequantized.T (+ bias [rows]) for 1 <= m <= 8; x, bias and out of x_dtype, float32
+// accumulation, weights not rounded to x_dtype. cols * bits % 32 == 0.
+QK_API int qk_gemv(const void* x, int x_dtype, const uint32_t* packed, const void* scale, int scale_dtype,
+                   const uint8_t* zero, const void* bias, void* out, int64_t m, int64_t rows, int64_t cols,
+                   int64_t groups, int bits, int isa, int nthreads);

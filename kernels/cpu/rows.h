@@ -1,0 +1,48 @@
+// What an ISA file provides: kernels over one row (or one tile), called from the drivers in api.cpp.
+#pragma once
+#include <cstdint>
+
+namespace qkit {
+
+struct QuantizeArgs {
+    int w_dtype, scale_dtype;
+    int64_t cols, groups;
+    int bits, min_zero;
+    bool symmetric;
+};
+
+struct DequantizeArgs {
+    int scale_dtype, out_dtype;
+    int64_t cols, groups;
+    int bits;
+};
+
+// Activations rearranged for gemv (see gemv.h): planes float [m, blocks, 32/bits, 16], sums float [m, blocks, 16].
+struct GemvArgs {
+    const float* planes;
+    const float* sums;
+    int scale_dtype;
+    int64_t m, cols, groups;
+    int bits;
+};
+
+struct RowKernels {
+    // Each returns a QkStatus where it can fail.
+    int (*quantize)(const QuantizeArgs&, const void* w, uint8_t* codes, void* scale, uint8_t* zero, double* stats);
+    int (*pack)(const uint8_t* codes, uint32_t* packed, int64_t n, int bits);
+    void (*unpack)(const uint32_t* packed, uint8_t* codes, int64_t n, int bits);
+    void (*dequantize)(const DequantizeArgs&, const uint32_t* packed, const void* scale, const uint8_t* zero, void* out);
+    // y[j] = dot(row, x[j]) for j < m; m is 1, 2, 4 or 8
+    void (*gemv)(const GemvArgs&, const uint32_t* packed, const void* scale, const uint8_t* zero, float* y);
+};
+
+// Null where this build or this machine lacks the ISA.
+const RowKernels* kernels_for(int isa);
+
+const RowKernels* scalar_kernels();
+#ifdef QKIT_X86
+const RowKernels* avx2_kernels();
+const RowKernels* avx512_kernels();
+#endif
+
+}  // namespace qkit

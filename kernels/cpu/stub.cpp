@@ -1,1 +1,0 @@
-extern "C" int qkit_abi(void) { return 1; }
