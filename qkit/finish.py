@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import units
+from .scheme import CHANNEL
 
 if TYPE_CHECKING:
     from .checkpoint.manifest import Manifest
@@ -60,7 +61,7 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
     """The model card. Everything in it is measured while writing and repeatable: no date, no time."""
     from . import __version__
 
-    name = plan.out.name
+    name = title(plan, source)
     header = [f"base_model: {json.dumps(source.base_model)}", "base_model_relation: quantized"]
     if plan.scheme is None:
         header = header[:1]
@@ -98,6 +99,15 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def title(plan: Plan, source: Source) -> str:
+    """"SmolLM2-135M-Instruct W4A16 g64 GPTQ"; not the folder's name, on which no byte may depend."""
+    base = source.base_model.rpartition("/")[2]
+    if plan.scheme is None:
+        return base
+    group = "channel" if plan.scheme.group_size == CHANNEL else f"g{plan.scheme.group_size}"
+    return f"{base} W{plan.scheme.bits}A16 {group} {plan.method.upper()}"
 
 
 def _table(plan: Plan, manifest: Manifest) -> list[str]:
