@@ -35,6 +35,8 @@ def open_source(spec: str, lora: str | None = None) -> Source:
 
 
 def _open(spec: str) -> Source:
+    if not spec:  # would otherwise mean the current folder
+        raise QkitError("no source was named", _HINT)
     if spec == DEMO:
         from .demo import open_demo
 

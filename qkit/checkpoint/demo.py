@@ -26,6 +26,6 @@ def open_demo() -> Source:
     """The demo model as a source; raises QkitError where it is not installed."""
     from .gguf import open_gguf
 
-    source = open_gguf(demo_path())
-    source.label, source.base_model = "demo", BASE_MODEL
+    source = open_gguf(demo_path(), base_model=BASE_MODEL)
+    source.label = "demo"
     return source

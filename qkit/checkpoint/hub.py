@@ -32,6 +32,8 @@ def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    # The client's own base class, for connections that break in mid-transfer; it depends on the release.
+    http_error = getattr(errors, "HTTPError", errors.HfHubHTTPError)
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -54,8 +56,10 @@ def _download(repo: str, revision: str | None) -> Path:
         raise QkitError(f"{repo!r} is not a Hub id: {error}", "Hub ids look like org/name") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise _offline(repo) from error
-    except errors.HfHubHTTPError as error:
-        raise QkitError(f"the Hub refused {repo}: {error}", "try again later") from error
+    except (http_error, RuntimeError) as error:  # RuntimeError: how the Xet transfer reports a broken connection
+        raise QkitError(
+            f"cannot fetch {repo} from the Hub: {error}", "try again: it goes on where it stopped"
+        ) from error
     except OSError as error:  # a full disk, an unwritable cache
         raise os_error("download to the cache", repo, error) from error
 

@@ -44,6 +44,7 @@ _PARTS = {
     ".lora_A.weight": "a", ".lora_embedding_A": "a", ".lora_B.weight": "b", ".lora_embedding_B": "b",
     ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude", ".lora_B.bias": "bias",
 }  # fmt: skip
+_CONV1D_MODELS = ("gpt2", "openai-gpt")
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.|$)")
 # Where a module's name in the running model differs from the one on disk.
 _PREFIXES = (("", "model."), ("model.", ""), ("model.language_model.", "language_model.model."))
@@ -263,8 +264,12 @@ class LoraSource:
         a, b = self._shape(change.a), self._shape(change.b)
         if len(meta.shape) != 2 or len(a) != 2 or len(b) != 2:
             raise QkitError(f"{self._folder}: {keys}: only two-dimensional weights are merged", _MERGE_HINT)
-        # GPT-2 style models mix Conv1D ([in, out]) and Linear under one flag: where the shape tells, it decides.
-        change.transposed |= bool(self._settings.get("fan_in_fan_out")) and meta.shape == (a[1], b[0])
+        if meta.shape == (a[1], b[0]):
+            # PEFT's flag is one for all layers, and wrong for some where a model has both Conv1D ([in, out]) and
+            # Linear. Where the shape does not tell, the model's family does.
+            conv1d = self._settings.get("fan_in_fan_out") or self._base.config.get("model_type") in _CONV1D_MODELS
+            square = a[1] == b[0]
+            change.transposed |= not square or (bool(conv1d) and not name.endswith("lm_head.weight"))
         if a[0] != b[1] or meta.shape != ((a[1], b[0]) if change.transposed else (b[0], a[1])):
             raise QkitError(f"{self._folder}: {keys} ({list(a)}, {list(b)}) does not fit {name} {list(meta.shape)}",
                             _WRONG_BASE)  # fmt: skip

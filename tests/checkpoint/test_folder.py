@@ -88,7 +88,7 @@ def test_sidecars(tmp_path: Path) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("tools")
     source = FolderSource(folder)
-    expected = sorted([*carried, "tokenizer.json"]) + ["additional_chat_templates/tools.jinja"]
+    expected = [*sorted([*carried, "tokenizer.json"]), "additional_chat_templates/tools.jinja"]
     assert [s.name for s in source.sidecars] == expected
     assert next(s for s in source.sidecars if s.name == "merges.txt").read() == b"merges.txt"
 
