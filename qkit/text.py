@@ -178,7 +178,7 @@ def overlap(sketch: str, text: str) -> Overlap:
     hits = [i for i, h in enumerate(_hashes(words, n)) if h in hashes] if hashes else []
     if not hits:
         return Overlap(0, 0.0, "")
-    covered = set()
+    covered: set[int] = set()
     for i in hits:
         covered.update(range(i, i + n))
     last = hits[0] + n - 1

@@ -112,7 +112,7 @@ def test_jsonl_of_text_and_messages(plain, tmp_path):
     chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }};{% endfor %}"
     assert text.read_text(str(path), chat).text == "first document\n\n[user] question;[assistant] answer;\n"
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(QkitError, match="line 2.*roles must alternate"):
+    with pytest.raises(QkitError, match=r"line 2.*roles must alternate"):
         text.read_text(str(path), chat)
 
 
