@@ -58,9 +58,7 @@ def reader(config: Mapping[str, Any]) -> FormatReader | None:
     if method is None and {"bits", "group_size", "desc_act"} <= set(given):
         method = "gptq"  # AutoGPTQ left it out
     if method not in ("compressed-tensors", "gptq"):
-        raise QkitError(
-            f"quantization method {method!r} is not supported", "supported: compressed-tensors, gptq"
-        )
+        raise QkitError(f"quantization method {method!r} is not supported", "supported: compressed-tensors, gptq")
     return FORMATS[method].parse(given)
 
 

@@ -70,9 +70,7 @@ class Format(Protocol):
         """The inverse of `pack`, exactly."""
         ...
 
-    def config(
-        self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
         """The `quantization_config`. schemes: module name -> Scheme for each quantized module; ignored: names
         of the linear modules left alone; options: method facts (damp_percent, desc_act, ...)."""
         ...
@@ -147,7 +145,7 @@ def read_packed(reader: FormatReader, source: Source, module: str, scheme: Schem
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorMeta]) -> None:
-    """Raises QkitError unless each tensor has the dtype and shape `expected`; any float will do for a float."""
+    """Raises QkitError unless each tensor has the dtype and shape `expected`; floats may be of any kind."""
     for local, meta in expected.items():
         tensor = tensors.get(local)
         if tensor is None:

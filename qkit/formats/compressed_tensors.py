@@ -99,9 +99,7 @@ class CompressedTensors:
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         return self.to_packed(tensors, scheme).unpack()
 
-    def config(
-        self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
         groups: dict[str, Any] = {}
         kinds = sorted({_key(scheme) for scheme in schemes.values()})
         by_kind = {kind: [m for m, s in schemes.items() if _key(s) == kind] for kind in kinds}
@@ -212,9 +210,7 @@ def _parse_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
     if not isinstance(weights, Mapping):
         raise QkitError(f"config group {name!r} does not quantize weights")
     if group.get("input_activations") or group.get("output_activations"):
-        raise QkitError(
-            f"config group {name!r} quantizes activations", "supported: weights only, W4A16, W8A16"
-        )
+        raise QkitError(f"config group {name!r} quantizes activations", "supported: weights only, W4A16, W8A16")
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
         strategy = "group" if size not in (None, -1) else "channel"

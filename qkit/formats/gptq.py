@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _ONES = {4: 0x11111111, 8: 0x01010101}  # one in every field of a word
+_OWN = ("desc_act", "checkpoint_format", "quantizer")  # ours to say, not the caller's
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts, beside -1
 
 
@@ -120,24 +121,20 @@ class GPTQ:
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         return self.to_packed(tensors, scheme).unpack()
 
-    def config(
-        self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
         """Readers give every linear of a decoder block the settings at the top; `dynamic` has the exceptions.
-        options: damp_percent, true_sequential, ... go into `meta` as they are."""
+        options: plain values (damp_percent, method, ...) go into `meta` as they are."""
         from .. import __version__
 
         settings = [_settings(scheme) for scheme in schemes.values()]
         # The commonest is the rule; ties go to the first in the model.
         kinds = Counter(tuple(s.values()) for s in settings)
         base = dict(zip(settings[0], kinds.most_common(1)[0][0], strict=True))
-        dynamic: dict[str, dict[str, Any]] = {
-            _exactly("-:", module): {} for module in ignored if module != "lm_head"
-        }
+        dynamic: dict[str, dict[str, Any]] = {_exactly("-:", module): {} for module in ignored if module != "lm_head"}
         for module, setting in zip(schemes, settings, strict=True):
             if setting != base:
                 dynamic[_exactly("+:", module)] = setting
-        facts = {k: v for k, v in options.items() if k not in ("desc_act", "checkpoint_format")}
+        facts = {k: v for k, v in options.items() if isinstance(v, (str, int, float)) and k not in _OWN}
         config = {
             "quant_method": "gptq",
             "checkpoint_format": self.name,

@@ -42,9 +42,7 @@ class Plain:
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
         _refuse()
 
-    def config(
-        self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
         """Empty: such a folder has no quantization_config."""
         return {}
 

@@ -1,0 +1,211 @@
+"""`load`: a checkpoint as a transformers model whose quantized linears are `QuantLinear`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import formats
+from ..dtypes import torch_dtype
+from ..errors import QkitError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..checkpoint.types import Source
+    from ..formats import FormatReader
+    from ..scheme import Scheme
+
+_log = logging.getLogger("qkit")
+
+# In checkpoints of old writers; every model computes them.
+_RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_SHOWN = 5
+
+
+def load(
+    source: str | os.PathLike[str] | Source,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """A transformers model, in eval mode, ready for `generate`.
+
+    source  what `open_source` takes: a folder (plain, or quantized as compressed-tensors or GPTQ), a .gguf file
+            (dequantized), a Hub id, "demo"; or an open Source
+    device  "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1"
+    dtype   of activations and of weights that are not quantized: "bfloat16", "float16", "float32"; None: the
+            config's, bfloat16 where it names none
+
+    Quantized weights stay packed; tensors are read one at a time, so memory peaks at the model and one tensor.
+    Raises QkitError for an unsupported architecture or method, and for tensors that are missing, unexpected or
+    of the wrong shape, before any is read.
+    """
+    import torch
+
+    from ..checkpoint import open_source
+    from ..skeleton import build, materialize
+
+    opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
+    target = _device(device)
+    config = {k: v for k, v in opened.config.items() if k != "quantization_config"}
+    name = _dtype_name(dtype if dtype is not None else config.get("dtype") or config.pop("torch_dtype", None))
+    config["dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[name]
+    act_dtype = torch_dtype(name)
+
+    reader = formats.reader(opened.config)
+    schemes = formats.quantized_modules(reader, opened) if reader else {}
+    model = build(config)
+    _check_tensors(model, opened, reader, schemes)
+    kernels: Counter[str] = Counter()
+    for module, scheme in schemes.items():
+        assert reader is not None
+        layer = _quant_linear(opened, reader, module, scheme, act_dtype, model.get_submodule(module))
+        layer.to(target)
+        parent, _, child = module.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        kernels[layer.select(act_dtype).name] += 1
+    materialize(model, opened.read, dtype=act_dtype, device=str(target))
+    _say_kernels(kernels, target)
+    with torch.no_grad():
+        _generation_config(model, opened)
+    return model.eval()
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise QkitError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:<index>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise QkitError(f"device {name!r} is not supported", "use auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QkitError(f"there is no device {name!r} here", f"{torch.cuda.device_count()} CUDA devices found")
+    return device
+
+
+def _dtype_name(dtype: Any) -> str:
+    text = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.").lower()
+    if text not in _DTYPES:
+        raise QkitError(f"cannot run in dtype {text!r}", "use bfloat16, float16 or float32")
+    return _DTYPES[text]
+
+
+def _check_tensors(
+    model: nn.Module, source: Source, reader: FormatReader | None, schemes: Mapping[str, Scheme]
+) -> None:
+    """Names and shapes, before anything is read. `build` left what a checkpoint must hold on meta."""
+    from torch import nn
+
+    wanted: dict[str, tuple[int, ...]] = {}
+    optional: set[str] = set()
+    seen: set[int] = set()
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *((n, b) for n, b in model.named_buffers() if b.is_meta),
+    ]:
+        wanted[name] = tuple(tensor.shape)
+        if id(tensor) in seen:  # a tied weight: stored under its first name, or under both
+            optional.add(name)
+        seen.add(id(tensor))
+    for module, scheme in schemes.items():
+        assert reader is not None
+        try:
+            linear = model.get_submodule(module)
+        except AttributeError:
+            raise QkitError(f"unexpected tensors: the model has no module {module!r}") from None
+        if not isinstance(linear, nn.Linear):
+            raise QkitError(f"{module!r} is stored quantized, but is a {type(linear).__name__}, not a linear layer")
+        del wanted[f"{module}.weight"]
+        for local in formats.local_names(reader, source, module, scheme):
+            wanted[f"{module}.{local}"] = source.meta(f"{module}.{local}").shape
+
+    names = set(source.names())
+    missing = [n for n in wanted if n not in names and n not in optional]
+    unexpected = [n for n in source.names() if n not in wanted and not _RECOMPUTED.search(n)]
+    hint = "is the checkpoint complete, and is its config.json its own?"
+    if missing:
+        raise QkitError(f"the checkpoint lacks {_list(missing)}", hint)
+    if unexpected:
+        raise QkitError(f"the checkpoint holds tensors the model has not: {_list(unexpected)}", hint)
+    for name, shape in wanted.items():
+        if name in names and source.meta(name).shape != shape:
+            raise QkitError(
+                f"tensor {name!r} has shape {list(source.meta(name).shape)}, its config says {list(shape)}", hint
+            )
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def _quant_linear(
+    source: Source, reader: FormatReader, module: str, scheme: Scheme, dtype: torch.dtype, linear: Any
+) -> Any:
+    from ..formats import read_packed
+    from .linear import QuantLinear
+
+    weight = read_packed(reader, source, module, scheme)
+    shape = (weight.packed.shape[0], weight.in_features)
+    if shape != (linear.out_features, linear.in_features):
+        raise QkitError(f"{module} is {list(shape)}, its config says {[linear.out_features, linear.in_features]}")
+    bias = source.read(f"{module}.bias").to(dtype) if linear.bias is not None else None
+    return QuantLinear(weight, bias)
+
+
+def _say_kernels(kernels: Counter[str], device: torch.device) -> None:
+    from ..kernels import backend
+
+    for name, count in kernels.items():
+        where = backend() if device.type == "cpu" else str(device)
+        _log.info("%d linears: %s (%s)", count, name, where)
+
+
+def _generation_config(model: Any, source: Source) -> None:
+    from transformers import GenerationConfig
+
+    for sidecar in source.sidecars:
+        if sidecar.name == "generation_config.json":
+            try:
+                given = json.loads(sidecar.read())
+            except ValueError as error:
+                raise QkitError(f"generation_config.json is not valid JSON: {error}") from error
+            model.generation_config = GenerationConfig.from_dict(given)
+            return
+
+
+def load_tokenizer(source: str | os.PathLike[str] | Source) -> Any:
+    """The transformers tokenizer that travels with a checkpoint. Raises QkitError where there is none."""
+    from transformers import AutoTokenizer
+
+    from ..checkpoint import open_source
+
+    opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
+    # From a folder of its own, whatever the source is: nothing is fetched, weights are not looked at.
+    with tempfile.TemporaryDirectory(prefix="qkit-tokenizer-") as folder:
+        for sidecar in opened.sidecars:
+            path = Path(folder, sidecar.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(sidecar.read())
+        plain = {k: v for k, v in opened.config.items() if k != "quantization_config"}
+        Path(folder, "config.json").write_text(json.dumps(plain))
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            reason = str(error).replace(folder, opened.label).splitlines()[0]
+            raise QkitError(
+                f"no usable tokenizer in {opened.label}: {reason}", "copy the tokenizer files of the base model into it"
+            ) from error

@@ -1,0 +1,38 @@
+"""Runs inside a client's own environment: plain transformers (with compressed-tensors, or optimum + gptqmodel).
+
+Usage: client_transformers.py JOB.json, where the job is {"folders": {name: path}, "tokens": [[...]], "out": dir,
+"dequantize": [name, ...]}: folders in the last list are loaded with CompressedTensorsConfig(dequantize=True).
+Writes out/<name>.npy: float32 logits [batch, tokens, vocabulary]. Knows nothing of qkit.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def _dequantize():
+    from transformers import CompressedTensorsConfig
+
+    return CompressedTensorsConfig(dequantize=True)
+
+
+def main(job_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    tokens = torch.tensor(job["tokens"])
+    for name, folder in job["folders"].items():
+        options = {"quantization_config": _dequantize()} if name in job.get("dequantize", ()) else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
+        kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
+        with torch.inference_mode():
+            logits = model(tokens).logits.float().numpy()
+        np.save(Path(job["out"]) / f"{name}.npy", logits)
+        print(name, logits.shape, *kinds, flush=True)
+        del model
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,42 @@
+"""Runs inside vLLM's environment (CPU build): see client_transformers.py for the job.
+
+Writes out/<name>.json: for each sequence, for each of its tokens from the second on, [log-probability of that
+token, id of the likeliest token]. One engine after another in this process.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+
+def main(job_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    tokens = job["tokens"]
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+    for name, folder in job["folders"].items():
+        llm = LLM(
+            folder,
+            dtype="bfloat16",
+            max_model_len=len(tokens[0]) + 16,
+            max_num_seqs=len(tokens),
+            max_num_batched_tokens=256,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+        )
+        results = llm.generate([{"prompt_token_ids": row} for row in tokens], params, use_tqdm=False)
+        rows = []
+        for row, result in zip(tokens, results, strict=True):
+            entries = zip(row[1:], result.prompt_logprobs[1:], strict=True)
+            rows.append([[e[t].logprob, max(e, key=lambda i: e[i].logprob)] for t, e in entries])
+        (Path(job["out"]) / f"{name}.json").write_text(json.dumps(rows))
+        print(name, len(rows), flush=True)
+        del llm
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
