@@ -33,14 +33,19 @@ class Source(Protocol):
     base_model   what the model card calls it (a Hub id where known, else a plain name)
     config       config.json, parsed
     sidecars     files other than weights and config.json
-    fingerprint  hex digest that changes when any header or file size does; cheap (reads no tensor)
+    fingerprint  hex digest that changes when any header, file size or sampled content does; independent of
+                 where the files lie; cheap (a few samples per file, no tensor)
     """
 
     label: str
     base_model: str
     config: dict[str, Any]
-    sidecars: tuple[Sidecar, ...]
     fingerprint: str
+
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        """Read-only, so that a source may build them on first use."""
+        ...
 
     def names(self) -> list[str]:
         """Tensor names, sorted by (natural) order: layers.2 before layers.10."""
