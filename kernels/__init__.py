@@ -9,6 +9,7 @@ Every function raises TypeError for a wrong dtype and ValueError for sizes that 
 from __future__ import annotations
 
 import logging
+import math
 import os
 
 import torch
@@ -46,7 +47,9 @@ def backend() -> str:
 def _native(*tensors: torch.Tensor | None) -> bool:
     """Whether the C++ library takes these tensors; says once where it is missing."""
     global _warned
-    if os.environ.get("QKIT_REFERENCE") == "1" or any(t is not None and t.device.type != "cpu" for t in tensors):
+    if os.environ.get("QKIT_REFERENCE") == "1" or any(
+        t is not None and t.device.type != "cpu" for t in tensors
+    ):
         return False
     loaded = lib.load()
     if not isinstance(loaded, str):
@@ -101,7 +104,9 @@ def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
 def _check_words(packed: torch.Tensor, bits: int, n: int) -> None:
     words = -(-n * bits // 32)
     if n < 0 or packed.shape[1] != words:
-        raise ValueError(f"packed has shape {tuple(packed.shape)}, but {n} {bits}-bit codes a row take {words} words")
+        raise ValueError(
+            f"packed has shape {tuple(packed.shape)}, but {n} {bits}-bit codes a row take {words} words"
+        )
 
 
 def pack_transposed(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -178,11 +183,19 @@ def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def quantize_rtn(
-    w: torch.Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str, min_zero: int = 0
+    w: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    min_zero: int = 0,
+    multipliers: tuple[float, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, float]:
     """Round to nearest on the grid of `reference.grid`.
 
     w float [out, in]; group_size divides in, 0 for one group a row; scale_dtype "BF16", "F16" or "F32".
+    multipliers: clip search; each group takes the one of the spanning scale and these multiples of it that leaves
+    the least squared error. A negative one swaps the ends of a symmetric grid.
     Returns codes uint8 [out, in], scale [out, groups], zero uint8 [out, groups] (None: symmetric), the sum of
     squared errors and the sum of squares. The sums do not depend on the number of threads or the instruction set.
     Raises NonFiniteError (NaN or infinity in w) and ScaleOverflowError, both ValueErrors.
@@ -196,6 +209,8 @@ def quantize_rtn(
         raise ValueError(f"scale dtype must be one of {', '.join(_SCALE_DTYPES)}, not {scale_dtype!r}")
     if min_zero not in (0, 1):
         raise ValueError(f"min_zero must be 0 or 1, not {min_zero}")
+    if not all(math.isfinite(m) and m and (symmetric or m > 0) for m in multipliers):
+        raise ValueError(f"multipliers must be finite, not 0, and above 0 where asymmetric: {multipliers}")
     groups = in_ // group_size if group_size else 1
     run = lib.quantize_rtn if _native(w) else reference.quantize_rtn
-    return run(w.contiguous(), bits, groups, symmetric, _SCALE_DTYPES[scale_dtype], min_zero)
+    return run(w.contiguous(), bits, groups, symmetric, _SCALE_DTYPES[scale_dtype], min_zero, multipliers)

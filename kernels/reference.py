@@ -43,9 +43,7 @@ def dequantize(
     return (w * scale.float().unsqueeze(-1)).view(out, in_).to(dtype)
 
 
-def quantize(
-    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int
-) -> torch.Tensor:
+def quantize(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
     """Nearest code (ties to even) on a given grid: uint8 [out, in]. w float [out, in], scale/zero [out, groups]."""
     out, in_ = w.shape
     groups = scale.shape[1]
@@ -59,39 +57,31 @@ def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return scale.to(torch.bfloat16).to(torch.float16) if dtype == torch.float16 else scale.to(dtype)
 
 
-def grid(
-    w: torch.Tensor,
+def span(w: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(0, w) and max(0, w) of each group, float32 [out, groups]. Raises NonFiniteError."""
+    grouped = w.float().view(w.shape[0], groups, -1)
+    lo, hi = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+    if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):  # amin and amax propagate NaN
+        raise NonFiniteError("the weight contains NaN or infinity")
+    return lo, hi
+
+
+def grid_of_span(
+    lo: torch.Tensor,
+    hi: torch.Tensor,
     bits: int,
-    groups: int,
     symmetric: bool,
     scale_dtype: torch.dtype,
     min_zero: int = 0,
-    multiplier: torch.Tensor | float = 1.0,
+    multiplier: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The round-to-nearest grid of each group: scale [out, groups] in scale_dtype, zero uint8 or None (symmetric).
-
-    symmetric   scale = (the weight of largest magnitude, signed; the positive one on a tie) / -(2**(bits-1)),
-                so that this weight has a code of its own, 0
-    asymmetric  with lo = min(0, w) and hi = max(0, w): scale = max((hi-lo)/max_code, hi/(max_code-min_zero)),
-                zero = round(-lo/scale) in min_zero .. max_code
-    A scale that is zero once stored (in bfloat16 and float32 also a subnormal one, which engines flush) is 1.
-    multiplier (broadcastable to [out, groups]) stretches the scale before it is rounded: see rtn's clip search.
-    Raises NonFiniteError and ScaleOverflowError.
-    """
-    out, in_ = w.shape
-    grouped = w.float().view(out, groups, in_ // groups)
-    if not torch.isfinite(grouped).all():
-        raise NonFiniteError("the weight contains NaN or infinity")
-    hi = grouped.amax(-1).clamp_(min=0)
-    lo = grouped.amin(-1).clamp_(max=0)
+    """`grid` for known spans, the scale stretched by `multiplier` before it is rounded. May hold infinities."""
     max_code = (1 << bits) - 1
     if symmetric:
         exact = torch.where(hi >= -lo, hi, lo) / -float(1 << (bits - 1))
     else:
         exact = torch.maximum((hi - lo) / max_code, hi / (max_code - min_zero))
     scale = round_scale(exact * multiplier, scale_dtype)
-    if not torch.isfinite(scale).all():
-        raise ScaleOverflowError("a scale overflows its stored type")
     least = 2.0**-24 if scale_dtype == torch.float16 else 2.0**-126
     scale = torch.where(scale.float().abs() < least, 1.0, scale.float()).to(scale_dtype)
     if symmetric:
@@ -100,27 +90,121 @@ def grid(
     return scale, zero
 
 
-# Rows are taken in chunks of about this many weights: the float32 temporaries stay near 1 GB at worst.
-_CHUNK = 1 << 24
+def grid(
+    w: torch.Tensor, bits: int, groups: int, symmetric: bool, scale_dtype: torch.dtype, min_zero: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The round-to-nearest grid of each group: scale [out, groups] in scale_dtype, zero uint8 or None (symmetric).
+
+    symmetric   scale = (the weight of largest magnitude, signed; the positive one on a tie) / -(2**(bits-1)),
+                so that this weight has a code of its own, 0
+    asymmetric  with lo = min(0, w) and hi = max(0, w): scale = max((hi-lo)/max_code, hi/(max_code-min_zero)),
+                zero = round(-lo/scale) in min_zero .. max_code
+    A scale that is zero once stored (in bfloat16 and float32 also a subnormal one, which engines flush) is 1.
+    Raises NonFiniteError and ScaleOverflowError.
+    """
+    scale, zero = grid_of_span(*span(w, groups), bits, symmetric, scale_dtype, min_zero)
+    if not torch.isfinite(scale).all():
+        raise ScaleOverflowError("a scale overflows its stored type")
+    return scale, zero
+
+
+_LANES = 16
+_BLOCK = 16 * _LANES
+
+
+def squared_error(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each group loses on its grid: squared error and squared norm, float64 [out, groups, 16].
+
+    The sixteen lanes are partial sums, formed in the order of kernels/cpu/quantize.h so that both paths agree bit for
+    bit: float32 in units of the scale over at most 16 values, float64 beyond.
+    """
+    out, in_ = w.shape
+    groups = scale.shape[1]
+    size = in_ // groups
+    s = scale.float().unsqueeze(-1)
+    z = torch.tensor(float(1 << (bits - 1))) if zero is None else zero.float().unsqueeze(-1)
+    t = w.float().view(out, groups, size) / s
+    e = t - torch.clamp(t.round(), -z, ((1 << bits) - 1) - z)
+    s2 = scale.double().square().unsqueeze(-1)
+    sums = []
+    for values in (e, t):
+        squares = torch.nn.functional.pad(values * values, (0, -size % _LANES))
+        total = torch.zeros(out, groups, _LANES, dtype=torch.float64, device=w.device)
+        for block in squares.split(_BLOCK, dim=-1):
+            lanes = torch.zeros(out, groups, _LANES, device=w.device)
+            for part in block.split(_LANES, dim=-1):
+                lanes = lanes + part
+            total = total + lanes.double() * s2
+        sums.append(total)
+    return sums[0], sums[1]
+
+
+def _in_order(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, from first to last (torch's own order is unspecified)."""
+    total = torch.zeros_like(values[..., 0])
+    for k in range(values.shape[-1]):
+        total = total + values[..., k]
+    return total
+
+
+def _search(
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bits: int,
+    min_zero: int,
+    multipliers: tuple[float, ...],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Per group the best multiple of the spanning scale, the first on a tie. scale, zero: `grid`."""
+    lo, hi = span(w, scale.shape[1])
+    best = _in_order(squared_error(w, scale, zero, bits)[0])
+    for multiplier in multipliers:
+        other, other_zero = grid_of_span(lo, hi, bits, zero is None, scale.dtype, min_zero, multiplier)
+        left = _in_order(squared_error(w, other, other_zero, bits)[0])
+        better = (left < best) & torch.isfinite(other)
+        best = torch.where(better, left, best)
+        scale = torch.where(better, other, scale)
+        if zero is not None and other_zero is not None:
+            zero = torch.where(better, other_zero, zero)
+    return scale, zero
+
+
+_CHUNK = 1 << 20  # weights taken at a time: the temporaries stay within some 100 MB
 
 
 def quantize_rtn(
-    w: torch.Tensor, bits: int, groups: int, symmetric: bool, scale_dtype: torch.dtype, min_zero: int
+    w: torch.Tensor,
+    bits: int,
+    groups: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    min_zero: int,
+    multipliers: tuple[float, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, float]:
-    """Round to nearest on `grid`: codes, scale, zero, sum of squared errors, sum of squares."""
-    parts = []
+    """Round to nearest on `grid`: codes, scale, zero, sum of squared errors, sum of squares.
+
+    multipliers: clip search; each group takes the one of the spanning scale and its multiples that leaves the
+    least squared error.
+    """
+    all_codes, scales, zeros = [], [], []
     sq_err = sq_norm = 0.0
-    for rows in w.split(max(1, _CHUNK // max(1, w.shape[1]))):
+    for rows in w.split(max(1, _CHUNK // w.shape[1])):
         scale, zero = grid(rows, bits, groups, symmetric, scale_dtype, min_zero)
-        codes = quantize(rows, scale, zero, bits)
-        exact = rows.double()
-        sq_norm += float(exact.square().sum())
-        # The error is that of the grid; rounding (code - zero) * scale to a dtype belongs to whoever does it.
-        error = exact - dequantize(codes, scale.double(), zero, bits, torch.float64)
-        sq_err += float(error.square().sum())
-        parts.append((codes, scale, zero))
-    codes, scale = (torch.cat([p[k] for p in parts]) for k in (0, 1))
-    return codes, scale, None if symmetric else torch.cat([p[2] for p in parts]), sq_err, sq_norm
+        if multipliers:
+            scale, zero = _search(rows, scale, zero, bits, min_zero, multipliers)
+        all_codes.append(quantize(rows, scale, zero, bits))
+        scales.append(scale)
+        if zero is not None:
+            zeros.append(zero)
+        error, norm = squared_error(rows, scale, zero, bits)
+        # Groups first, then lanes, then rows.
+        for row in _in_order(_in_order(error.transpose(1, 2))).tolist():
+            sq_err += row
+        for row in _in_order(_in_order(norm.transpose(1, 2))).tolist():
+            sq_norm += row
+    return torch.cat(all_codes), torch.cat(scales), torch.cat(zeros) if zeros else None, sq_err, sq_norm
 
 
 def matmul(

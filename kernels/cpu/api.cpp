@@ -168,13 +168,15 @@ int qk_dequantize(const uint32_t* packed, const void* scale, int scale_dtype, co
 
 int qk_quantize_rtn(const void* w, int w_dtype, uint8_t* codes, void* scale, int scale_dtype, uint8_t* zero,
                     double* row_stats, double* totals, int64_t rows, int64_t cols, int64_t groups, int bits,
-                    int min_zero, int isa, int nthreads) {
+                    int min_zero, const float* multipliers, int n_multipliers, int isa, int nthreads) {
     const RowKernels* k = kernels_for(isa);
     if (const int bad = check_packing(w, codes, rows, cols, bits, k)) return bad;
     if (!is_dtype(w_dtype) || !is_dtype(scale_dtype)) return QK_BAD_DTYPE;
     if (groups < 1 || cols % groups || min_zero < 0 || min_zero > 1) return QK_BAD_SHAPE;
-    if (!totals || (rows && (!scale || !row_stats))) return QK_NULL;
-    const QuantizeArgs args{w_dtype, scale_dtype, cols, groups, bits, min_zero, zero == nullptr};
+    if (n_multipliers < 0) return QK_BAD_SHAPE;
+    if (!totals || (n_multipliers && !multipliers) || (rows && (!scale || !row_stats))) return QK_NULL;
+    const QuantizeArgs args{w_dtype,  scale_dtype,     cols,        groups,       bits,
+                            min_zero, zero == nullptr, multipliers, n_multipliers};
     const int64_t w_step = cols * itemsize(w_dtype), scale_step = groups * itemsize(scale_dtype);
     std::atomic<int> status{QK_OK};
     auto body = [&](int64_t begin, int64_t end) {

@@ -54,12 +54,11 @@ def load() -> ctypes.CDLL | str:
     if version != ABI:
         return f"{found[0].name} has interface {version}, not {ABI}: reinstall qkit"
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    packing = [p, p, n, n, i, i, i]
     lib.qk_has_isa.argtypes = [i]
-    lib.qk_pack.argtypes = lib.qk_unpack.argtypes = packing
-    lib.qk_pack_transposed.argtypes = lib.qk_unpack_transposed.argtypes = packing
+    for function in ("qk_pack", "qk_unpack", "qk_pack_transposed", "qk_unpack_transposed"):
+        getattr(lib, function).argtypes = [p, p, n, n, i, i, i]
     lib.qk_dequantize.argtypes = [p, p, i, p, p, i, n, n, n, i, i, i]
-    lib.qk_quantize_rtn.argtypes = [p, i, p, p, i, p, p, p, n, n, n, i, i, i, i]
+    lib.qk_quantize_rtn.argtypes = [p, i, p, p, i, p, p, p, n, n, n, i, i, p, i, i, i]
     lib.qk_gemv.argtypes = [p, i, p, p, i, p, p, p, n, n, n, n, i, i, i]
     return lib
 
@@ -124,7 +123,9 @@ def pack_transposed(codes: torch.Tensor, bits: int, isa: str | None = None) -> t
 def unpack_transposed(packed: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:
     words, rows = packed.shape
     codes = torch.empty(rows, words * 32 // bits, dtype=torch.uint8)
-    _call("qk_unpack_transposed", _ptr(packed), _ptr(codes), rows, codes.shape[1], bits, _isa(isa), _threads())
+    _call(
+        "qk_unpack_transposed", _ptr(packed), _ptr(codes), rows, codes.shape[1], bits, _isa(isa), _threads()
+    )
     return codes
 
 
@@ -152,6 +153,7 @@ def quantize_rtn(
     symmetric: bool,
     scale_dtype: torch.dtype,
     min_zero: int,
+    multipliers: tuple[float, ...] = (),
     isa: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, float]:
     rows, cols = w.shape
@@ -160,9 +162,11 @@ def quantize_rtn(
     zero = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
     row_stats = torch.empty(rows, 2, dtype=torch.float64)
     totals = (ctypes.c_double * 2)()
+    candidates = (ctypes.c_float * len(multipliers))(*multipliers)
     _call(
         "qk_quantize_rtn", _ptr(w), _DTYPES[w.dtype], _ptr(codes), _ptr(scale), _DTYPES[scale_dtype], _ptr(zero),
-        _ptr(row_stats), ctypes.addressof(totals), rows, cols, groups, bits, min_zero, _isa(isa), _threads(),
+        _ptr(row_stats), ctypes.addressof(totals), rows, cols, groups, bits, min_zero, ctypes.addressof(candidates),
+        len(multipliers), _isa(isa), _threads(),
     )  # fmt: skip
     return codes, scale, zero, totals[0], totals[1]
 

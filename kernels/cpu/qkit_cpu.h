@@ -47,10 +47,11 @@ QK_API int qk_dequantize(const uint32_t* packed, const void* scale, int scale_dt
 // Round to nearest on a per-group grid (see quantize.h for the grid). w [rows, cols] of w_dtype; writes codes
 // uint8 [rows, cols], scale [rows, groups] of scale_dtype, zero uint8 [rows, groups] (null: symmetric), and
 // totals = {sum of squared errors, sum of squares}. row_stats: scratch, double [rows, 2]; the totals are summed
-// from it in row order, so that they do not depend on nthreads or isa.
+// from it in row order, so that they do not depend on nthreads or isa. Clip search: with n_multipliers > 0 each group
+// takes the one of the spanning scale and its multiples that leaves the least squared error, the first on a tie.
 QK_API int qk_quantize_rtn(const void* w, int w_dtype, uint8_t* codes, void* scale, int scale_dtype, uint8_t* zero,
                            double* row_stats, double* totals, int64_t rows, int64_t cols, int64_t groups, int bits,
-                           int min_zero, int isa, int nthreads);
+                           int min_zero, const float* multipliers, int n_multipliers, int isa, int nthreads);
 
 // out [m, rows] = x [m, cols] @ dequantized.T (+ bias [rows]) for 1 <= m <= 8; x, bias and out of x_dtype, float32
 // accumulation, weights not rounded to x_dtype. cols * bits % 32 == 0.

@@ -5,6 +5,7 @@
 //               zero = round(-lo / scale), clamped to min_zero .. max_code
 // The scale is rounded to its stored type before the codes are chosen. A scale that is then zero (or, in bfloat16
 // and float32, subnormal: engines flush those) is replaced by 1: every code of such a group is its zero point.
+// With candidates, each group takes the multiple of the scale that leaves the least squared error (clip search).
 #pragma once
 #include "lanes.h"
 #include "qkit_cpu.h"
@@ -49,6 +50,58 @@ QK_INLINE F load_padded(const typename W::T* x, int64_t i, int64_t n) {
     return W::load16(tail);
 }
 
+// What a group loses on the grid (s, z), added to error[lane] and norm[lane]. WRITE: also stores its codes.
+// Errors are summed in units of the scale, where float32 neither overflows nor underflows, and moved to double often
+// enough (16 values a lane) that nothing is lost. reference.squared_error adds in the same order.
+template <class W, bool WRITE>
+QK_INLINE void measure(const typename W::T* x, int64_t size, float s, int z, int max_code, double* error, double* norm,
+                       uint8_t* codes) {
+    const F vs = splat(s), least = splat((float)-z), most = splat((float)(max_code - z)), magic = splat(MAGIC);
+    const I offset = splat(z - (int)as_bits(MAGIC));
+    const double s2 = (double)s * (double)s;
+    for (int64_t i = 0; i < size;) {
+        F e2 = splat(0.0f), n2 = splat(0.0f);
+        for (const int64_t end = i + 16 * LANES < size ? i + 16 * LANES : size; i < end; i += LANES) {
+            const F t = load_padded<W>(x, i, size) / vs;
+            const F rounded = min(max(t, least), most) + magic;
+            const F e = t - (rounded - magic);
+            e2 = e2 + e * e;
+            if (!WRITE) continue;
+            n2 = n2 + t * t;
+            const I code = bits_of(rounded) + offset;
+            if (i + LANES <= size) {
+                store_u8(codes + i, code);
+            } else {
+                uint8_t tail[LANES];
+                store_u8(tail, code);
+                std::memcpy(codes + i, tail, (size_t)(size - i));
+            }
+        }
+        float lanes[LANES];
+        store(lanes, e2);
+        for (int k = 0; k < LANES; ++k) error[k] += (double)lanes[k] * s2;
+        if (!WRITE) continue;
+        store(lanes, n2);
+        for (int k = 0; k < LANES; ++k) norm[k] += (double)lanes[k] * s2;
+    }
+}
+
+QK_INLINE double sum(const double* lanes) {
+    double total = 0.0;
+    for (int k = 0; k < LANES; ++k) total += lanes[k];
+    return total;
+}
+
+QK_INLINE float stored_scale(float exact, int dtype) {
+    const float s = round_scale(exact, dtype);
+    return magnitude(s) < least_scale(dtype) ? 1.0f : s;
+}
+
+QK_INLINE int zero_point(float lo, float s, int max_code, int min_zero) {
+    const float exact = -lo / s, most = (float)max_code, least = (float)min_zero;
+    return (int)nearest(exact > most ? most : exact < least ? least : exact);
+}
+
 template <class W>
 int quantize_row(const qkit::QuantizeArgs& a, const typename W::T* w, uint8_t* codes, void* scale, uint8_t* zero,
                  double* stats) {
@@ -78,59 +131,38 @@ int quantize_row(const qkit::QuantizeArgs& a, const typename W::T* w, uint8_t* c
         }
         if (non_finite) return QK_NON_FINITE;
 
-        float s;
+        float exact;
         if (a.symmetric) {
-            s = (hi >= -lo ? hi : lo) / (float)-mid;
+            exact = (hi >= -lo ? hi : lo) / (float)-mid;
         } else {
             const float full = (hi - lo) / (float)max_code, above = hi / (float)(max_code - a.min_zero);
-            s = above > full ? above : full;
+            exact = above > full ? above : full;
         }
-        s = round_scale(s, a.scale_dtype);
+        float s = stored_scale(exact, a.scale_dtype);
         if (!finite(s)) return QK_SCALE_OVERFLOW;
-        if (magnitude(s) < least_scale(a.scale_dtype)) s = 1.0f;
-        put_scale(scale, g, a.scale_dtype, s);
+        int z = a.symmetric ? mid : zero_point(lo, s, max_code, a.min_zero);
 
-        int z = mid;
-        if (!a.symmetric) {
-            const float exact = -lo / s;  // at most max_code * (1 + 2**-8), or less than 1 where s is 1
-            z = (int)nearest(exact < (float)max_code ? exact : (float)max_code);
-            z = z < a.min_zero ? a.min_zero : z;
-            zero[g] = (uint8_t)z;
-        }
-
-        const F vs = splat(s), least = splat((float)-z), most = splat((float)(max_code - z)), magic = splat(MAGIC);
-        const I offset = splat(z - (int)as_bits(MAGIC));
-        const double s2 = (double)s * (double)s;
-        uint8_t* to = codes + g * size;
-        for (int64_t i = 0; i < size;) {
-            // Errors are summed in units of the scale, where float32 neither overflows nor underflows, and moved to
-            // double often enough (16 values a lane) that nothing is lost.
-            F e2 = splat(0.0f), n2 = splat(0.0f);
-            for (const int64_t end = i + 16 * LANES < size ? i + 16 * LANES : size; i < end; i += LANES) {
-                const F t = load_padded<W>(x, i, size) / vs;
-                const F rounded = min(max(t, least), most) + magic;
-                const I code = bits_of(rounded) + offset;
-                const F e = t - (rounded - magic);
-                e2 = e2 + e * e;
-                n2 = n2 + t * t;
-                if (i + LANES <= size) {
-                    store_u8(to + i, code);
-                } else {
-                    uint8_t tail[LANES];
-                    store_u8(tail, code);
-                    std::memcpy(to + i, tail, (size_t)(size - i));
-                }
+        if (a.candidates) {
+            double best = 0.0;
+            for (int c = -1; c < a.candidates; ++c) {  // -1: the spanning grid, which only a better one replaces
+                const float cs = c < 0 ? s : stored_scale(exact * a.multipliers[c], a.scale_dtype);
+                if (!finite(cs)) continue;
+                const int cz = a.symmetric ? mid : zero_point(lo, cs, max_code, a.min_zero);
+                double lanes[LANES] = {};
+                measure<W, false>(x, size, cs, cz, max_code, lanes, nullptr, nullptr);
+                const double left = sum(lanes);
+                if (c >= 0 && !(left < best)) continue;
+                best = left;
+                s = cs;
+                z = cz;
             }
-            float ef[LANES], nf[LANES];
-            store(ef, e2);
-            store(nf, n2);
-            for (int k = 0; k < LANES; ++k) error[k] += (double)ef[k] * s2;
-            for (int k = 0; k < LANES; ++k) norm[k] += (double)nf[k] * s2;
         }
+        put_scale(scale, g, a.scale_dtype, s);
+        if (!a.symmetric) zero[g] = (uint8_t)z;
+        measure<W, true>(x, size, s, z, max_code, error, norm, codes + g * size);
     }
-    stats[0] = stats[1] = 0.0;
-    for (int k = 0; k < LANES; ++k) stats[0] += error[k];
-    for (int k = 0; k < LANES; ++k) stats[1] += norm[k];
+    stats[0] = sum(error);
+    stats[1] = sum(norm);
     return QK_OK;
 }
 

@@ -9,6 +9,8 @@ struct QuantizeArgs {
     int64_t cols, groups;
     int bits, min_zero;
     bool symmetric;
+    const float* multipliers;
+    int candidates;
 };
 
 struct DequantizeArgs {
