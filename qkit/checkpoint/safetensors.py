@@ -14,8 +14,9 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..dtypes import ITEMSIZE, TensorMeta, torch_dtype
+from ..dtypes import ITEMSIZE, TensorMeta
 from ..errors import QkitError
+from .buffers import empty
 from .files import os_error
 
 if TYPE_CHECKING:
@@ -188,10 +189,7 @@ class SafetensorsFile:
     def _tensor(self, meta: TensorMeta, offset: int) -> torch.Tensor:
         import torch
 
-        try:
-            tensor = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
-        except RuntimeError as error:
-            raise QkitError(f"{self.path}: no memory for a tensor of {meta.nbytes} bytes", None) from error
+        tensor = empty(meta)
         if meta.numel:
             try:
                 self._read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
