@@ -69,7 +69,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     text = source.config.get("text_config") or source.config
     return Inspection(
         model=model,
-        base_model=source.base_model,
+        base_model=manifest.identity["source"]["base_model"] if manifest else source.base_model,
         architecture=", ".join(source.config.get("architectures") or [str(text.get("model_type", "unknown"))]),
         tensors=len(metas),
         parameters=parameters,
