@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def _is_sidecar(name: str) -> bool:
     lower = name.lower()
-    if name.startswith(".") or lower.startswith("qkit_") or lower in _NOT_SIDECARS:
+    if not is_plain_name(name) or lower.startswith("qkit_") or lower in _NOT_SIDECARS:
         return False
     if lower.endswith(".index.json") or lower.endswith(".safetensors"):
         return False
@@ -57,7 +57,7 @@ def find_sidecars(folder: Path) -> tuple[Sidecar, ...]:
     in their name. Raises QkitError for a link that points nowhere: leaving it out would lose a file silently."""
     names = [name for name in _listing(folder) if _is_sidecar(name)]
     if (folder / _TEMPLATES).is_dir():
-        names += [f"{_TEMPLATES}/{name}" for name in _listing(folder / _TEMPLATES) if name.endswith(".jinja")]
+        names += [f"{_TEMPLATES}/{name}" for name in _listing(folder / _TEMPLATES) if _is_sidecar(name)]
     found = []
     for name in names:
         path = folder / name
@@ -154,11 +154,16 @@ class FolderSource:
     """
 
     def __init__(self, path: str | Path, label: str | None = None, base_model: str | None = None):
-        folder = Path(path)
         self.label = label or str(path)
-        self.path = folder
-        if not folder.is_dir():
-            raise QkitError(f"{folder} is not a folder")
+        self.path = Path(path)
+        if not os.path.isdir(path):
+            raise QkitError(f"{path} is not a folder")
+        try:
+            self._open(self.path, base_model)
+        except OSError as error:  # a folder that may not be searched, a file that vanishes
+            raise os_error("read", error.filename or path, error) from error
+
+    def _open(self, folder: Path, base_model: str | None) -> None:
         self._where, self._files = _open_shards(folder)
         if not (folder / "config.json").exists():
             raise QkitError(f"{folder} has no config.json", "fetch it from where the weights came from")

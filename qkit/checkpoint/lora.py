@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -151,13 +152,13 @@ class LoraSource:
 
     def __init__(self, base: Source, adapter: str | Path):
         self._folder = folder = Path(adapter)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise QkitError(f"there is no adapter folder {folder}", f"name a folder with {CONFIG} and {WEIGHTS}")
-        if not (folder / CONFIG).exists():
+        if not os.path.exists(folder / CONFIG):
             raise QkitError(f"{folder} has no {CONFIG}", "name the folder that PEFT's save_pretrained wrote")
         self._settings, raw = read_json(folder / CONFIG)
         _check_config(self._settings, folder)
-        if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        if not os.path.exists(folder / WEIGHTS) and os.path.exists(folder / "adapter_model.bin"):
             raise QkitError(f"{folder} holds its weights as a pickle file", PICKLE_HINT)
         self._base = base
         self._base_names = set(base.names())

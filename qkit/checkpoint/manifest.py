@@ -79,7 +79,7 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         """The manifest of `folder`; raises QkitError where there is none or it is not one."""
         path = Path(folder) / MANIFEST
-        if not path.exists():
+        if not os.path.exists(path):
             raise QkitError(f"{folder} has no {MANIFEST}", "only folders written by qkit have one")
         table, _ = read_json(path, _HINT)
         schema = table.get("schema")
@@ -113,12 +113,16 @@ class Manifest:
 
     def _check(self, folder: Path, name: str, progress: Callable[[int], None] | None) -> str | None:
         path, expected = folder / name, self.files[name]
-        if not path.is_file():
+        if not os.path.isfile(path):
             return f"{name}: missing"
-        size = path.stat().st_size
+        size = os.path.getsize(path)
         if size != expected["bytes"]:
             return f"{name}: {size} bytes, expected {expected['bytes']}"
-        if hash_file(path, progress).sha256 != expected["sha256"]:
+        try:
+            found = hash_file(path, progress)
+        except QkitError as error:
+            return f"{name}: {error.message}"
+        if found.sha256 != expected["sha256"]:
             return f"{name}: its content changed (SHA-256 differs)"
         return None
 

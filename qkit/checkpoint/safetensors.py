@@ -82,7 +82,9 @@ def parse_header(header: bytes, file_bytes: int) -> tuple[dict[str, Entry], dict
         table = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except RecursionError as error:
         raise ValueError("the header is nested too deeply") from error
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not a table of strings")
     data_start = 8 + len(header)

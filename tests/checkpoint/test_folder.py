@@ -79,7 +79,7 @@ def test_sidecars(tmp_path: Path) -> None:
     left = [
         "README.md", ".gitattributes", ".cache.json", "pytorch_model.bin", "x.pt", "x.pth", "x.gguf", "x.onnx", "x.h5",
         "consolidated.safetensors", "pytorch_model.bin.index.json", "quantize_config.json", "qkit_manifest.json",
-        "training_args.bin", "trainer_state.json", "optimizer.pt", "flax_model.msgpack",
+        "a:b.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "flax_model.msgpack",
     ]  # fmt: skip
     for name in carried + left:
         (folder / name).write_text(name)
@@ -263,3 +263,15 @@ def test_names() -> None:
     ]  # fmt: skip
     assert is_plain_name("a b.safetensors") and not is_plain_name("a/b") and not is_plain_name("x" * 256)
     assert is_inside("a/b.json") and not any(map(is_inside, ("../a", "a/../b", "/a", "a//b", "", "a/", None)))
+
+
+def test_system_errors_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sharded(tmp_path)
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "config.json"))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(QkitError, match=r"cannot read .*config\.json: Permission denied") as caught:
+        FolderSource(tmp_path)
+    assert "permissions" in (caught.value.hint or "")

@@ -61,6 +61,18 @@ def test_verify(tmp_path: Path) -> None:
     ]
 
 
+def test_verify_reports_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkit.checkpoint import manifest as module
+
+    manifest = make(tmp_path)
+
+    def refuse(path: Path, progress: object) -> None:
+        raise QkitError(f"cannot read {path.name}: Input/output error")
+
+    monkeypatch.setattr(module, "hash_file", refuse)
+    assert manifest.verify(tmp_path)[0] == "config.json: cannot read config.json: Input/output error"
+
+
 @pytest.mark.parametrize(
     "change",
     [
