@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -155,6 +156,32 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Te
             raise QkitError(
                 f"tensor {local!r} is {dtype} {list(shape)}, its config says {meta.dtype} {list(meta.shape)}"
             )
+
+
+def as_object(value: Any, what: str) -> Mapping[str, Any]:
+    """A JSON object of a config, {} for null; raises QkitError for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise QkitError(f"{what} in the quantization config is not an object: {value!r}")
+    return value
+
+
+def as_names(value: Any, what: str) -> tuple[str, ...]:
+    """A JSON list of strings, () for null; raises QkitError for anything else."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise QkitError(f"{what} in the quantization config is not a list of names: {value!r}")
+    return tuple(value)
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises QkitError for what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise QkitError(f"bad pattern in the quantization config: {pattern!r}: {error}") from error
 
 
 def _has(source: Source, name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..dtypes import TensorMeta
 from ..errors import QkitError
 from ..scheme import CHANNEL, QTensor, Scheme
-from .base import Packed, check_tensors
+from .base import Packed, as_names, as_object, check_pattern, check_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -134,27 +134,30 @@ class CompressedTensors:
         }
 
     def parse(self, quantization_config: Mapping[str, Any]) -> CompressedTensorsReader:
-        if quantization_config.get("kv_cache_scheme"):
+        given = quantization_config
+        if given.get("kv_cache_scheme"):
             raise QkitError("a quantized KV cache (kv_cache_scheme) is not supported")
-        sparsity = quantization_config.get("sparsity_config") or {}
-        transform = quantization_config.get("transform_config") or {}
+        sparsity = as_object(given.get("sparsity_config"), "sparsity_config")
+        transform = as_object(given.get("transform_config"), "transform_config")
         if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
             raise QkitError("compressed-tensors with sparsity or transforms is not supported")
-        groups = quantization_config.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
+        groups = as_object(given.get("config_groups"), "config_groups")
+        if not groups:
             raise QkitError("the compressed-tensors config has no config_groups")
         targets: dict[str, Scheme] = {}
         for name, group in groups.items():
-            if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
-                raise QkitError(f"config group {name!r} names no targets")
-            format_name = group.get("format") or quantization_config.get("format")
+            group = as_object(group, name)
+            format_name = group.get("format") or given.get("format")
             if format_name != "pack-quantized":
                 raise QkitError(
                     f"compressed-tensors format {format_name!r} is not supported", "supported: pack-quantized"
                 )
             scheme = _parse_scheme(name, group)
-            targets.update({target: scheme for target in group["targets"]})
-        return CompressedTensorsReader(targets, tuple(quantization_config.get("ignore") or ()), self)
+            targets.update(dict.fromkeys(as_names(group.get("targets"), f"{name}.targets"), scheme))
+        ignore = as_names(given.get("ignore"), "ignore")
+        for pattern in (*targets, *ignore):
+            check_pattern(pattern.removeprefix("re:"))
+        return CompressedTensorsReader(targets, ignore, self)
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,8 @@ def _matches(module: str, pattern: str) -> bool:
 
 
 def _parse_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping):
+    weights = as_object(group.get("weights"), "weights")
+    if not weights:
         raise QkitError(f"config group {name!r} does not quantize weights")
     if group.get("input_activations") or group.get("output_activations"):
         raise QkitError(f"config group {name!r} quantizes activations", "supported: weights only, W4A16, W8A16")
@@ -220,7 +223,7 @@ def _parse_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
             f"config group {name!r}: {kind} weights with strategy {strategy!r} are not supported",
             "supported: int weights with strategy group or channel",
         )
-    if strategy == "group" and not isinstance(size, int):
+    if strategy == "group" and (not isinstance(size, int) or size < 1):
         raise QkitError(f"config group {name!r}: strategy group needs an integer group_size, not {size!r}")
     return Scheme(
         bits=weights.get("num_bits", 8),

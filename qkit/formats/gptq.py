@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..dtypes import TensorMeta
 from ..errors import QkitError
 from ..scheme import CHANNEL, QTensor, Scheme
-from .base import Packed, check_tensors
+from .base import Packed, as_object, check_pattern, check_tensors
 from .compressed_tensors import check_trivial_g_idx
 
 if TYPE_CHECKING:
@@ -154,7 +154,11 @@ class GPTQ:
             raise QkitError(f"GPTQ checkpoint_format {name!r} is not supported", "supported: gptq, gptq_v2")
         if given.get("pack_dtype", "int32") not in ("int32", None):
             raise QkitError(f"GPTQ pack_dtype {given['pack_dtype']!r} is not supported", "supported: int32")
-        return GPTQReader(GPTQ(name), _parse_scheme(given), given, given.get("dynamic") or {})
+        dynamic = as_object(given.get("dynamic"), "dynamic")
+        for pattern, override in dynamic.items():
+            check_pattern(_bare(pattern))
+            _parse_scheme({**given, **as_object(override, pattern)})
+        return GPTQReader(GPTQ(name), _parse_scheme(given), given, dynamic)
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,8 @@ class GPTQReader:
 
     def scheme(self, module: str) -> Scheme | None:
         for pattern, override in self.dynamic.items():
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
-                return None if pattern.startswith("-:") else _parse_scheme({**self.settings, **override})
+            if re.match(_bare(pattern), module):
+                return None if pattern.startswith("-:") else _parse_scheme({**self.settings, **(override or {})})
         return self.base
 
     def required(self, scheme: Scheme) -> tuple[str, ...]:
@@ -185,6 +189,10 @@ def _settings(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
 
 
+def _bare(pattern: str) -> str:
+    return pattern.removeprefix("-:").removeprefix("+:")
+
+
 def _exactly(sign: str, module: str) -> str:
     return f"{sign}^{re.escape(module)}$"
 
@@ -192,7 +200,7 @@ def _exactly(sign: str, module: str) -> str:
 def _parse_scheme(given: Mapping[str, Any]) -> Scheme:
     size = given.get("group_size", -1)
     bits = given.get("bits")
-    if not isinstance(size, int) or not isinstance(bits, int):
-        raise QkitError(f"the GPTQ config has bits {bits!r} and group_size {size!r}", "both must be integers")
+    if not isinstance(size, int) or not isinstance(bits, int) or size == 0:
+        raise QkitError(f"the GPTQ config has bits {bits!r} and group_size {size!r}", "both must be integers, not 0")
     # Without "sym" the zero points that are always stored are read and believed.
     return Scheme(bits, CHANNEL if size == -1 else size, bool(given.get("sym", False)), "F16")

@@ -1,0 +1,252 @@
+"""What a config.json says: our own, other writers', and broken ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qtensors import random_qtensor, same
+
+from qkit import formats
+from qkit.dtypes import TensorMeta, dtype_name
+from qkit.errors import QkitError
+from qkit.scheme import CHANNEL, Scheme
+
+SCHEMES = [Scheme(b, g, s) for b in (4, 8) for g in (CHANNEL, 64) for s in (True, False)]
+LLM_COMPRESSOR = {  # the keys llm-compressor 0.14 writes
+    "config_groups": {
+        "group_0": {
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": "static", "block_structure": None, "dynamic": False, "group_size": 128, "num_bits": 4,
+                "observer": "minmax", "observer_kwargs": {}, "scale_dtype": None, "strategy": "group",
+                "symmetric": True, "type": "int", "zp_dtype": None,
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "global_compression_ratio": None,
+    "ignore": ["lm_head", "re:.*mlp\\.gate$"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+    "version": "0.19.0",
+}  # fmt: skip
+AUTO_GPTQ = {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True,
+             "true_sequential": True, "model_file_base_name": "model"}  # fmt: skip
+GPTQ = {**AUTO_GPTQ, "quant_method": "gptq", "dynamic": {"-:a": {}}, "checkpoint_format": "gptq", "pack_dtype": "int32"}
+
+
+def reader(config: dict[str, Any]) -> formats.FormatReader:
+    found = formats.reader({"quantization_config": config})
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "gptq_v2"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+def test_own_config_is_read_back(name, scheme):
+    fmt = formats.get(name)
+    config = json.loads(json.dumps(fmt.config({"model.layers.0.a": scheme}, ["lm_head", "model.layers.0.gate"], {})))
+    found = reader(config)
+    assert found.format == fmt
+    read = found.scheme("model.layers.0.a")
+    assert read is not None and (read.bits, read.group_size, read.symmetric) == (
+        scheme.bits, scheme.group_size, scheme.symmetric,
+    )  # fmt: skip
+    assert found.scheme("model.layers.0.gate") is None
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_mixed_schemes_are_read_back(name):
+    schemes = {f"model.layers.{i}.mlp.up": SCHEMES[i % len(SCHEMES)] for i in range(12)}
+    found = reader(formats.get(name).config(schemes, ["lm_head"], {}))
+    for module, scheme in schemes.items():
+        read = found.scheme(module)
+        assert read is not None and (read.bits, read.group_size, read.symmetric) == (
+            scheme.bits, scheme.group_size, scheme.symmetric,
+        )  # fmt: skip
+
+
+def test_compressed_tensors_package_accepts_the_config():
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    for schemes in ({"a": SCHEMES[0]}, {str(i): s for i, s in enumerate(SCHEMES)}):
+        config = formats.get("compressed-tensors").config(schemes, ["lm_head"], {})
+        parsed = quantization.QuantizationConfig.model_validate(config)
+        groups = list(parsed.config_groups.values())
+        assert parsed.quantization_status.value == "compressed" and parsed.ignore == ["lm_head"]
+        assert len(groups) == len(schemes) and all(g.format == "pack-quantized" for g in groups)
+
+
+def test_gptq_quantize_config_is_config_json_s():
+    config = formats.get("gptq").config({"m": Scheme(4, 128)}, ["lm_head"], {"damp_percent": 0.05, "desc_act": True})
+    files = formats.extra_files({"quantization_config": config})
+    assert json.loads(files["quantize_config.json"]) == config
+    assert config["desc_act"] is False and config["lm_head"] is False and config["checkpoint_format"] == "gptq"
+    assert config["meta"]["damp_percent"] == 0.05 and config["meta"]["quantizer"][0].startswith("qkit:")
+    assert "dynamic" not in config
+    assert formats.extra_files({}) == {}
+    assert formats.extra_files({"quantization_config": formats.get("compressed-tensors").config({}, [], {})}) == {}
+
+
+def test_llm_compressor_config():
+    found = reader(LLM_COMPRESSOR)
+    assert found.scheme("model.layers.3.mlp.up_proj") == Scheme(4, 128)
+    assert found.scheme("lm_head") is None
+    assert found.scheme("model.layers.3.mlp.gate") is None
+    assert found.scheme("model.layers.3.mlp.gate_proj") == Scheme(4, 128)
+
+
+def test_compressed_tensors_targets_by_name_and_pattern():
+    config: dict[str, Any] = copy.deepcopy(LLM_COMPRESSOR)
+    second = copy.deepcopy(config["config_groups"]["group_0"])
+    second["targets"], second["weights"]["num_bits"] = ["re:.*down_proj$"], 8
+    third = copy.deepcopy(second)
+    third["targets"], third["weights"]["symmetric"] = ["model.layers.0.mlp.down_proj"], False
+    config["config_groups"].update(group_1=second, group_2=third)
+    found = reader(config)
+    assert found.scheme("model.layers.0.mlp.up_proj") == Scheme(4, 128)
+    assert found.scheme("model.layers.1.mlp.down_proj") == Scheme(8, 128)
+    assert found.scheme("model.layers.0.mlp.down_proj") == Scheme(8, 128, symmetric=False)
+
+
+def test_auto_gptq_config_without_method_or_version():
+    found = reader(AUTO_GPTQ)
+    assert found.format.name == "gptq"
+    assert found.scheme("x") == Scheme(4, 128, True, "F16")
+    without_sym = {k: v for k, v in AUTO_GPTQ.items() if k != "sym"}
+    assert reader(without_sym).scheme("x") == Scheme(4, 128, False, "F16")  # the zeros on disk decide
+
+
+def test_gptqmodel_dynamic():
+    config = {**AUTO_GPTQ, "quant_method": "gptq", "checkpoint_format": "gptq_v2", "pack_dtype": "int32",
+              "dynamic": {r"-:.*\.gate$": {}, r"+:.*\.1\.": {"bits": 8, "group_size": 64},
+                          r".*\.2\.": {"sym": False}}}  # fmt: skip
+    found = reader(config)
+    assert found.format.name == "gptq_v2"
+    assert found.scheme("model.layers.1.gate") is None
+    assert found.scheme("model.layers.1.up") == Scheme(8, 64, True, "F16")
+    assert found.scheme("model.layers.2.up") == Scheme(4, 128, False, "F16")
+    assert found.scheme("model.layers.3.up") == Scheme(4, 128, True, "F16")
+
+
+def test_nothing_quantized():
+    assert formats.reader({}) is None
+    assert formats.reader({"quantization_config": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": None}, "None"),
+        ({"config_groups": {}}, "config_groups"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity"),
+        ({"transform_config": {"config_groups": {"a": {}}}}, "transforms"),
+        ({"config_groups": {"g": {"targets": ["Linear"]}}, "format": "float-quantized"}, "float-quantized"),
+        ({"config_groups": {"g": {"targets": ["Linear"]}}}, "does not quantize weights"),
+        ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "channel"}}}}, "3-bit"),
+        ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "tensor"}}}}, "tensor"),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"},
+                                     "input_activations": {"num_bits": 8}}}},
+            "activations",
+        ),
+    ],
+)  # fmt: skip
+def test_unsupported_compressed_tensors(change, match):
+    with pytest.raises(QkitError, match=match):
+        reader({**LLM_COMPRESSOR, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bits": 3}, "3-bit"),
+        ({"bits": "4"}, "integers"),
+        ({"checkpoint_format": "marlin"}, "marlin"),
+        ({"pack_dtype": "int16"}, "int16"),
+        ({"group_size": 0.5}, "integers"),
+    ],
+)
+def test_unsupported_gptq(change, match):
+    with pytest.raises(QkitError, match=match):
+        reader({**AUTO_GPTQ, **change})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([LLM_COMPRESSOR, GPTQ]), st.data())
+def test_any_config_is_read_or_refused(base, data):
+    """One value anywhere in a real config replaced by anything: read, or a QkitError; never another exception."""
+    config = copy.deepcopy(base)
+    owner, key = data.draw(st.sampled_from(list(_places(config))))
+    owner[key] = data.draw(JSON)
+    try:
+        found = formats.reader({"quantization_config": config})
+        if found is not None:
+            found.scheme("model.layers.0.mlp.up_proj")
+    except QkitError:
+        pass
+
+
+def _places(value: Any):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield value, key
+        yield from _places(child)
+
+
+class FakeSource:
+    label, base_model, sidecars, fingerprint = "fake", "fake", (), ""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], config: dict[str, Any]):
+        self.tensors, self.config = tensors, config
+
+    def names(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def meta(self, name: str) -> TensorMeta:
+        return TensorMeta(dtype_name(self.tensors[name].dtype), tuple(self.tensors[name].shape))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name].clone()
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_modules_of_a_source(name):
+    fmt = formats.get(name)
+    scheme = fmt.scheme_for(Scheme(4, 32, symmetric=False), "BF16")
+    q = random_qtensor(64, 96, scheme)
+    tensors = {f"a.b.{k}": v for k, v in fmt.pack(q).items()} | {"norm.weight": torch.ones(4)}
+    config = {"quantization_config": fmt.config({"a.b": scheme}, ["lm_head"], {})}
+    source = FakeSource(tensors, config)
+    found = formats.reader(config)
+    modules = formats.quantized_modules(found, source)
+    assert list(modules) == ["a.b"] and modules["a.b"].scale_dtype == scheme.scale_dtype
+    assert same(formats.read_packed(found, source, "a.b", modules["a.b"]).unpack(), q)
+
+    ignored = formats.reader({"quantization_config": fmt.config({"x": scheme}, ["a.b"], {})})
+    with pytest.raises(QkitError, match="config says"):
+        formats.quantized_modules(ignored, source)
+    scale = "a.b.scales" if name == "gptq" else "a.b.weight_scale"
+    broken = FakeSource({k: v for k, v in tensors.items() if k != scale}, config)
+    with pytest.raises(QkitError, match=scale):
+        formats.quantized_modules(found, broken)
