@@ -139,8 +139,11 @@ def copy_file(source: str | Path, path: str | Path) -> FileDigest:
 def safetensors_header(entries: Sequence[tuple[str, TensorMeta]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and JSON header of a file that holds `entries` in this order, padded with spaces to 8 bytes.
 
+    metadata: the header's string table; default {"format": "pt"}.
+
     Raises ValueError for a name that appears twice or is reserved.
     """
+    metadata = _DEFAULT_METADATA if metadata is None else metadata
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, meta in entries:
@@ -182,7 +185,7 @@ def write_safetensors(
     Raises ValueError where the tensors do not match the entries (dtype, shape, number), QkitError if the
     system refuses. Whatever `tensors` raises passes through. In every case nothing is left behind.
     """
-    header = safetensors_header(entries, _DEFAULT_METADATA if metadata is None else metadata)
+    header = safetensors_header(entries, metadata)
     with _replacing(Path(path)) as output:
         output.write(memoryview(header))
         position = 0
