@@ -1,0 +1,108 @@
+"""Which kernel is chosen, and that each multiplies as well as dequantized weights in the activations' type do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qkit import kernels
+from qkit.kernels import reference
+from qkit.kernels.cpu import lib
+from qkit.kernels.select import GEMV_MAX, KERNELS, select
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Blocks of the fused kernel are sixteen words: groups that fill them, share them, and straddle them; short tails.
+SHAPES = [(33, 512, 128), (7, 576, 64), (5, 192, 32), (9, 104, 0), (3, 144, 24), (6, 192, 16), (4, 8, 0), (5, 640, 320)]
+
+
+def quantized(rows: int, cols: int, group_size: int, bits: int, symmetric: bool) -> tuple:
+    w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows * cols))
+    codes, scale, zero, *_ = kernels.quantize_rtn(w, bits, group_size, symmetric, "BF16")
+    groups = scale.shape[1]
+    z = float(1 << (bits - 1)) if zero is None else zero.double().unsqueeze(-1)
+    exact = (codes.double().view(rows, groups, -1) - z) * scale.double().unsqueeze(-1)
+    return kernels.pack(codes, bits), scale, zero, exact.view(rows, cols)
+
+
+def errors(
+    y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[float, float, float]:
+    """|error| of y, of the same product with weights rounded to x's type, and a float32 floor."""
+    truth = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
+    low = torch.nn.functional.linear(x, exact.to(x.dtype), bias).double()
+    return float((y.double() - truth).norm()), float((low - truth).norm()), 1e-6 * float(truth.norm())
+
+
+@pytest.mark.parametrize("isa", lib.isas())
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_kernel(isa: str, bits: int, symmetric: bool, shape: tuple[int, int, int]) -> None:
+    packed, scale, zero, exact = quantized(*shape, bits, symmetric)
+    for dtype in FLOATS:
+        for m in (1, 2, 3, 5, 8):
+            x = torch.randn(m, shape[1]).to(dtype)
+            bias = torch.randn(shape[0]).to(dtype) if m % 2 else None
+            error, low, floor = errors(lib.gemv(x, packed, scale, zero, bits, bias, isa), x, exact, bias)
+            # The weights are not rounded to dtype, so it is as good as the plain product, up to the output's rounding.
+            assert error <= 1.3 * low + floor
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+@pytest.mark.parametrize("lead", [(1,), (8,), (9,), (2, 7), (3, 1, 2), ()])
+def test_matmul_of_any_shape(kernel: object, lead: tuple[int, ...]) -> None:
+    packed, scale, zero, exact = quantized(24, 128, 64, 4, False)
+    state = kernel.prepack(packed, scale, zero, 4, 128)
+    for dtype in FLOATS:
+        x = torch.randn(*lead, 128).to(dtype)
+        bias = torch.randn(24).to(dtype)
+        y = kernel.matmul(x, state, bias)
+        assert y.shape == (*lead, 24) and y.dtype == dtype
+        error, low, floor = errors(y, x, exact, bias)
+        assert error <= 1.3 * low + floor
+
+
+def test_large_batches_equal_dequantized_weights() -> None:
+    packed, scale, zero, exact = quantized(24, 128, 64, 4, True)
+    kernel = select(4, 64, True, torch.bfloat16, "cpu", (24, 128))
+    x = torch.randn(GEMV_MAX + 1, 128).bfloat16()
+    expected = torch.nn.functional.linear(x, exact.bfloat16())
+    assert torch.equal(kernel.matmul(x, kernel.prepack(packed, scale, zero, 4, 128), None), expected)
+
+
+def test_gradients_reach_the_activations() -> None:
+    packed, scale, zero, exact = quantized(24, 128, 64, 4, True)
+    kernel = select(4, 64, True, torch.float32, "cpu", (24, 128))
+    x = torch.randn(2, 128, requires_grad=True)
+    kernel.matmul(x, kernel.prepack(packed, scale, zero, 4, 128), None).sum().backward()
+    assert torch.allclose(x.grad, exact.float().sum(0).expand(2, -1), atol=1e-4)
+
+
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = select(4, 128, True, torch.bfloat16, "cpu", (64, 256))
+    assert cpu.name == ("reference" if isinstance(lib.load(), str) else "cpu")
+    assert KERNELS[-1].name == "reference"
+    # Ten 4-bit codes do not fill words; float64 and other devices are not for the C++ kernels.
+    assert select(4, 0, True, torch.bfloat16, "cpu", (4, 10)).name == "reference"
+    assert select(4, 128, True, torch.float64, "cpu", (64, 256)).name == "reference"
+    assert select(4, 128, True, torch.bfloat16, "meta", (64, 256)).name == "reference"
+    monkeypatch.setenv("QKIT_REFERENCE", "1")
+    assert select(4, 128, True, torch.bfloat16, "cpu", (64, 256)).name == "reference"
+    with pytest.raises(ValueError, match="not 3"):
+        select(3, 128, True, torch.bfloat16, "cpu", (64, 256))
+
+
+def test_prepack_refuses_what_does_not_fit() -> None:
+    packed, scale, _, _ = quantized(24, 128, 64, 4, True)
+    kernel = select(4, 64, True, torch.bfloat16, "cpu", (24, 128))
+    with pytest.raises(ValueError, match="take 15 words"):
+        kernel.prepack(packed, scale, None, 4, 120)
+    with pytest.raises(ValueError, match="128 inputs"):
+        kernel.matmul(torch.randn(1, 64), kernel.prepack(packed, scale, None, 4, 128), None)
+
+
+def test_reference_is_the_plain_product() -> None:
+    packed, scale, zero, exact = quantized(24, 128, 64, 8, False)
+    x = torch.randn(3, 128)
+    expected = torch.nn.functional.linear(x, exact.float())
+    assert torch.allclose(reference.matmul(x, packed, scale, zero, 8), expected, rtol=1e-5, atol=1e-5)
