@@ -1,0 +1,145 @@
+"""Where a model's memory goes: weights by part, KV cache, activations."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a loaded model's tensors, each storage counted once."""
+
+    packed: int
+    embeddings: int
+    unquantized: int
+
+    @property
+    def total(self) -> int:
+        return self.packed + self.embeddings + self.unquantized
+
+
+def weights(model: Any) -> Weights:
+    """Sum of the parameters and buffers of a model, by part."""
+    from ..runtime import QuantLinear
+
+    embedding = model.get_input_embeddings()
+    counted: set[int] = set()
+    sums = {"packed": 0, "embeddings": 0, "unquantized": 0}
+    for module in [embedding, *model.modules()]:  # the embedding first: a tied head then counts as its part
+        part = "packed" if isinstance(module, QuantLinear) else "embeddings" if module is embedding else "unquantized"
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if tensor.numel() and tensor.untyped_storage().data_ptr() not in counted:
+                counted.add(tensor.untyped_storage().data_ptr())
+                sums[part] += tensor.nbytes
+    return Weights(**sums)
+
+
+def read_per_token(model: Any, total: int) -> int | None:
+    """Bytes of weights that one decode step reads: all, less an input embedding that only is looked up.
+
+    None for mixtures of experts, where it depends on the token.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is embedding
+    return total - (0 if tied else embedding.nbytes)
+
+
+def kv_formula(config: Any, tokens: int, batch: int, itemsize: int) -> tuple[int, str]:
+    """Bytes of the KV cache of `batch` sequences of `tokens` tokens, and the formula with its numbers.
+
+    A sliding-window layer keeps at most window - 1 past tokens between steps, as transformers' cache does.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        sliding = text.num_hidden_layers if window and getattr(text, "use_sliding_window", True) else 0
+    else:
+        sliding = sum(kind == "sliding_attention" for kind in kinds) if window else 0
+    full = text.num_hidden_layers - sliding
+    kept = min(tokens, window - 1) if window else tokens
+    nbytes = 2 * batch * heads * dim * itemsize * (full * tokens + sliding * kept)
+    layers = f"{full} layers x {tokens:,} tokens"
+    if sliding:
+        layers = f"({layers} + {sliding} sliding layers x {kept:,} tokens)"
+    return nbytes, f"2 (K, V) x batch {batch} x {heads} KV heads x {dim} dims x {itemsize} bytes x {layers}"
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the key and value tensors that a transformers cache holds."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def cache_tokens(cache: Any) -> int:
+    return int(cache.get_seq_length())
+
+
+def process_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]]:
+    """Watches memory in use: the yielded function gives (bytes at the peak above those at the start, how seen)."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        yield lambda: (torch.cuda.max_memory_allocated(device) - start, "torch.cuda.max_memory_allocated")
+        return
+    before = process_bytes()
+    if _reset_high_water():
+        yield lambda: (max(0, _high_water() - before), "peak resident memory of the process (VmHWM)")
+        return
+    seen = [before]
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.005):
+            seen[0] = max(seen[0], process_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: (max(0, seen[0] - before), "resident memory of the process, sampled every 5 ms")
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _reset_high_water() -> bool:
+    """Linux: forget the process's peak resident memory, so that the next one can be read."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _high_water() > 0
+
+
+def _high_water() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
