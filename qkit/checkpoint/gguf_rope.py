@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import QkitError
-from .gguf_config import Arch, Keys, shortest
+from .gguf_config import Arch, Keys
 
 _THETA = 10000.0  # llama.cpp's default, and Gemma 3's for its sliding-window layers
 _TOLERANCE = 1e-5  # float32 factors, computed by other code in another order
@@ -81,7 +81,8 @@ def _llama3(keys: Keys, theta: float, dim: int, factors: Sequence[float]) -> dic
     """
     if len(factors) != dim // 2:
         raise QkitError(f"{keys.path}: rope_freqs has {len(factors)} values, not {dim // 2}")
-    largest = shortest(max(factors))
+    # The published parameters are short decimals; the check below would notice one that is not.
+    largest = float(f"{max(factors):.5g}")
     context = keys.get("rope.scaling.original_context_length", int, 8192)
     candidates = [(4.0, context), (4.0, 8192)]
     # In between, 1/factor is linear in the number of turns: two points give the two unknowns.
