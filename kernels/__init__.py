@@ -47,9 +47,7 @@ def backend() -> str:
 def _native(*tensors: torch.Tensor | None) -> bool:
     """Whether the C++ library takes these tensors; says once where it is missing."""
     global _warned
-    if os.environ.get("QKIT_REFERENCE") == "1" or any(
-        t is not None and t.device.type != "cpu" for t in tensors
-    ):
+    if os.environ.get("QKIT_REFERENCE") == "1" or any(t is not None and t.device.type != "cpu" for t in tensors):
         return False
     loaded = lib.load()
     if not isinstance(loaded, str):
@@ -104,9 +102,7 @@ def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
 def _check_words(packed: torch.Tensor, bits: int, n: int) -> None:
     words = -(-n * bits // 32)
     if n < 0 or packed.shape[1] != words:
-        raise ValueError(
-            f"packed has shape {tuple(packed.shape)}, but {n} {bits}-bit codes a row take {words} words"
-        )
+        raise ValueError(f"packed has shape {tuple(packed.shape)}, but {n} {bits}-bit codes a row take {words} words")
 
 
 def pack_transposed(codes: torch.Tensor, bits: int) -> torch.Tensor:

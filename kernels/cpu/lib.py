@@ -123,9 +123,7 @@ def pack_transposed(codes: torch.Tensor, bits: int, isa: str | None = None) -> t
 def unpack_transposed(packed: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:
     words, rows = packed.shape
     codes = torch.empty(rows, words * 32 // bits, dtype=torch.uint8)
-    _call(
-        "qk_unpack_transposed", _ptr(packed), _ptr(codes), rows, codes.shape[1], bits, _isa(isa), _threads()
-    )
+    _call("qk_unpack_transposed", _ptr(packed), _ptr(codes), rows, codes.shape[1], bits, _isa(isa), _threads())
     return codes
 
 
