@@ -62,7 +62,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] in float32, bfloat16 or float16 -> [..., out] in the same."""
         kernel, state = self._prepared(x.dtype)
-        return kernel.matmul(x, state, self.bias)
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        return kernel.matmul(x, state, bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight, [out, in] in `dtype` (default float32): what `forward` multiplies by, rounded once."""

@@ -1,0 +1,118 @@
+"""QuantLinear: the same product as its dequantized weight, wherever it is copied to."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from qtensors import random_qtensor
+from torch import nn
+
+from qkit.runtime import QuantLinear
+from qkit.scheme import CHANNEL, QTensor, Scheme
+
+SCHEMES = [Scheme(b, g, s, d) for b in (4, 8) for g in (CHANNEL, 32) for s in (True, False) for d in ("BF16", "F16")]
+
+
+def make(scheme: Scheme, out: int = 33, in_: int = 96, bias: bool = True) -> QuantLinear:
+    q = random_qtensor(out, in_, scheme)
+    q = QTensor(q.codes, q.scale * 0.01, q.zero, scheme)
+    return QuantLinear.from_qtensor(q, torch.randn(out).to(torch.bfloat16) if bias else None)
+
+
+def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.describe()} {s.scale_dtype}")
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forward_within_twice_the_low_precision_error(scheme, rows, dtype):
+    layer = make(scheme)
+    torch.manual_seed(0)
+    x = torch.randn(*rows, 96).to(dtype)
+    y = layer(x)
+    assert y.shape == (*rows, 33) and y.dtype == dtype
+    weight, bias = layer.dequantize(torch.float64), layer.bias.double()
+    exact = nn.functional.linear(x.double(), weight, bias)
+    plain = nn.functional.linear(x, weight.to(dtype), bias.to(dtype))
+    floor = 1e-6 * float(exact.abs().mean())  # float32: the plain product may be exact by luck
+    assert rmse(y, exact) <= 2 * rmse(plain, exact) + floor
+
+
+@pytest.mark.parametrize("in_", [5, 123, 96])
+def test_ragged_channelwise(in_):
+    layer = make(Scheme(4, CHANNEL, False), out=7, in_=in_)
+    x = torch.randn(4, in_)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias.float()))
+
+
+def test_qtensor_comes_back():
+    q = random_qtensor(33, 96, Scheme(4, 32, symmetric=False))
+    back = QuantLinear.from_qtensor(q).qtensor()
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scale, q.scale) and torch.equal(back.zero, q.zero)
+    assert torch.equal(QuantLinear.from_qtensor(q).dequantize(), q.dequantize())
+
+
+def test_weights_stay_packed():
+    layer = make(Scheme(4, 32), out=256, in_=512, bias=False)
+    layer(torch.randn(1, 512).to(torch.bfloat16))
+    held = sum(b.numel() * b.element_size() for b in layer.state_dict().values())
+    assert held == 256 * 512 // 2 + 256 * 16 * 2
+    state = [t for _, weight in layer._ready.values() for t in vars(weight).values() if isinstance(t, torch.Tensor)]
+    assert {t.data_ptr() for t in state} <= {t.data_ptr() for t in layer.state_dict().values()}
+
+
+def test_state_dict_round_trip_replaces_what_was_computed_before():
+    a, b = make(Scheme(4, 32, symmetric=False)), make(Scheme(4, 32, symmetric=False))
+    b.packed.zero_()
+    x = torch.randn(3, 96).to(torch.bfloat16)
+    assert not torch.equal(a(x), b(x))
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file))
+    assert torch.equal(a(x), b(x))
+    assert list(a.state_dict()) == ["packed", "scale", "zero", "bias"]
+
+
+def test_deepcopy_shares_nothing():
+    a = make(Scheme(8, 32))
+    x = torch.randn(3, 96).to(torch.bfloat16)
+    before = a(x)
+    b = copy.deepcopy(a)
+    a.packed.zero_()
+    assert torch.equal(b(x), before) and not torch.equal(a(x), before)
+
+
+def test_casts_keep_the_scale_and_follow_the_input():
+    layer = make(Scheme(4, 32, scale_dtype="F16"))
+    scale = layer.scale.clone()
+    layer.to(torch.bfloat16).float().to("cpu")
+    assert layer.scale.dtype == torch.float16 and torch.equal(layer.scale, scale)
+    assert layer.bias.dtype == torch.float32
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert layer(torch.ones(2, 96, dtype=dtype)).dtype == dtype
+
+
+def test_moves_between_devices():
+    layer = make(Scheme(4, 32, symmetric=False))
+    layer(torch.ones(1, 96))
+    meta = copy.deepcopy(layer).to("meta")
+    assert {b.device.type for b in meta.buffers()} == {"meta"}
+    assert meta.select(torch.float32).name == "reference"
+    assert layer.select(torch.float32) is layer.select(torch.float32)
+
+
+def test_repr_says_scheme_and_kernel():
+    layer = make(Scheme(4, 32))
+    assert "int4 symmetric g32" in repr(layer) and "not chosen yet" in repr(layer)
+    layer(torch.ones(1, 96))
+    assert layer.select(torch.float32).name in repr(layer)
+
+
+def test_reference_kernels_on_request(monkeypatch):
+    monkeypatch.setenv("QKIT_REFERENCE", "1")
+    assert make(Scheme(4, 32)).select(torch.float32).name == "reference"
