@@ -25,7 +25,7 @@ def main(job_path: str) -> None:
     tokens = torch.tensor(job["tokens"])
     for name, folder in job["folders"].items():
         options = {"quantization_config": _dequantize()} if name in job.get("dequantize", ()) else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
         kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
         with torch.inference_mode():
             logits = model(tokens).logits.float().numpy()

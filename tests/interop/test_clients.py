@@ -1,0 +1,153 @@
+"""Our folders in the real clients: the same logits as qkit's own load, within the low-precision bound.
+
+The bound: a client's bfloat16 logits are at most twice as far (RMSE) from the float32 logits of the same
+dequantized weights as qkit's own bfloat16 logits are. A folder read with wrong zeros, scales or order is tens of
+times farther; every case also checks that another folder's logits fail it.
+
+A client that cannot be installed is a failure; where no package index can be reached at all, a skip.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from interop import clients
+
+import qkit
+from qkit.runtime import load_tokenizer
+from qkit.text import evaluation_text
+
+SEQUENCES, LENGTH = 2, 64
+# name -> (model, format, scheme, group size); 0 is one scale per output channel
+FOLDERS = {
+    "smol-ct-w4": ("smol", "compressed-tensors", "w4a16", 64),
+    "smol-ct-w4-asym": ("smol", "compressed-tensors", "w4a16-asym", 64),
+    "smol-ct-w8": ("smol", "compressed-tensors", "w8a16", 0),
+    "smol-gptq-w4": ("smol", "gptq", "w4a16", 64),
+    "smol-gptq2-w4": ("smol", "gptq_v2", "w4a16", 64),
+    "smol-gptq2-w4-asym": ("smol", "gptq_v2", "w4a16-asym", 64),
+    "smol-gptq-w8": ("smol", "gptq", "w8a16", 32),
+    "gemma-ct-w4": ("gemma", "compressed-tensors", "w4a16", 128),
+    "gemma-gptq-w4": ("gemma", "gptq", "w4a16", 128),
+}
+# (client, script or None for its own, folders): one process each, for each model.
+RUNS = {
+    "compressed-tensors": ("compressed-tensors", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-ct-w8", "gemma-ct-w4")),
+    "compressed-tensors-0.17": ("vllm", "client_transformers.py", ("smol-ct-w4", "smol-ct-w4-asym", "gemma-ct-w4")),
+    "gptqmodel": (
+        "gptqmodel", None, ("smol-gptq-w4", "smol-gptq2-w4", "smol-gptq2-w4-asym", "smol-gptq-w8", "gemma-gptq-w4"),
+    ),
+    "gptqmodel-in-transformers": ("gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym")),
+    # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
+    "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4")),
+}  # fmt: skip
+CASES = [(run, name) for run, (_, _, names) in RUNS.items() for name in names]
+
+
+class Bench:
+    """Converted folders, qkit's own logits and the clients' results, each made once."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.folder = cache(self._folder)
+        self.tokens = cache(self._tokens)
+        self.own = cache(self._own)
+        self.results = cache(self._results)
+
+    def _folder(self, name: str) -> Path:
+        model, fmt, scheme, group_size = FOLDERS[name]
+        source = "demo" if model == "smol" else str(clients.gemma())
+        out = self.root / name
+        qkit.convert(source, out, format=fmt, scheme=scheme, method="rtn", group_size=group_size)
+        return out
+
+    def _tokens(self, model: str) -> list[list[int]]:
+        """SEQUENCES x LENGTH ids of English prose, BOS in place of each first where the model has one."""
+        tokenizer = load_tokenizer(self.folder(next(n for n, f in FOLDERS.items() if f[0] == model)))
+        ids = tokenizer(evaluation_text().text[:4000], add_special_tokens=False).input_ids
+        rows = [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(SEQUENCES)]
+        bos = tokenizer.bos_token_id
+        return [[bos, *row[1:]] for row in rows] if model == "gemma" else rows
+
+    def _own(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(float32, bfloat16) logits of qkit's own load."""
+        tokens = torch.tensor(self.tokens(FOLDERS[name][0]))
+        results = []
+        for dtype in ("float32", "bfloat16"):
+            model = qkit.load(self.folder(name), device="cpu", dtype=dtype)
+            with torch.inference_mode():
+                results.append(model(tokens).logits.float())
+        return results[0], results[1]
+
+    def _results(self, run: str) -> dict[str, Any]:
+        client, script, names = RUNS[run]
+        results: dict[str, Any] = {}
+        for model in dict.fromkeys(FOLDERS[n][0] for n in names):
+            mine = [n for n in names if FOLDERS[n][0] == model]
+            out = self.root / run / model
+            out.mkdir(parents=True)
+            job = {
+                "folders": {n: str(self.folder(n)) for n in mine},
+                "tokens": self.tokens(model),
+                "out": str(out),
+                # transformers' compressed path lays zero points out unpacked and so refuses everybody's
+                # asymmetric folders; its dequantizing path reads them.
+                "dequantize": [n for n in mine if "-ct-" in n and n.endswith("asym")],
+            }
+            try:
+                print(clients.run(client, job, out, script))
+            except clients.NoNetwork as error:
+                pytest.skip(f"no package index to install {client} from: {str(error)[-200:]}")
+            for n in mine:
+                results[n] = out / (f"{n}.json" if run == "vllm" else f"{n}.npy")
+        return results
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("interop"))
+
+
+def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).square().mean().sqrt())
+
+
+def chosen(logits: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+    """Log-probability of each token from the second on: [SEQUENCES, LENGTH - 1]."""
+    following = torch.tensor(tokens)[:, 1:, None]
+    return logits[:, :-1].log_softmax(-1).gather(-1, following).squeeze(-1)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES)
+def test_same_logits_as_qkit(run: str, name: str, bench: Bench) -> None:
+    model = FOLDERS[name][0]
+    tokens = bench.tokens(model)
+    exact, own = bench.own(name)
+    try:
+        path = bench.results(run)[name]
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    other = (
+        next(n for n, f in FOLDERS.items() if f[0] == model and f[2] != FOLDERS[name][2]) if model == "smol" else None
+    )
+    if run == "vllm":  # gives probabilities of chosen tokens, not logits
+        rows = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
+        theirs, likeliest = rows[..., 0], rows[..., 1].long()
+        agreement = float((likeliest == exact[:, :-1].argmax(-1)).double().mean())
+        own_agreement = float((own[:, :-1].argmax(-1) == exact[:, :-1].argmax(-1)).double().mean())
+        assert agreement >= own_agreement - 0.05
+        exact, own = chosen(exact, tokens), chosen(own, tokens)
+    else:
+        theirs = torch.from_numpy(np.load(path))
+    distance, allowed = rmse(theirs, exact), 2 * rmse(own, exact)
+    print(f"{run} {name}: {distance:.5f}, qkit {allowed / 2:.5f}")
+    assert distance <= allowed
+    if other is not None:  # the bound can fail
+        wrong = bench.own(other)[0]
+        assert rmse(theirs, chosen(wrong, tokens) if run == "vllm" else wrong) > allowed
