@@ -40,6 +40,8 @@ def _scaling(keys: Keys) -> dict[str, Any] | None:
     if kind is None and (factor or legacy):
         kind = "linear"
     factor = factor or legacy or 1.0
+    if not 0 < factor < math.inf:
+        raise QkitError(f"{keys.path}: metadata {keys.arch}.rope.scaling.factor is {factor}")
     if kind in (None, "none") or (kind == "linear" and factor == 1.0):
         return None
     if kind == "linear":

@@ -218,12 +218,13 @@ class Vocabulary:
     def _byte_level(self) -> dict[str, Any]:
         vocab = self._vocab(self.tokens)
         try:
-            merges = [merge.split(" ") for merge in self.metadata["tokenizer.ggml.merges"]]
+            merges = list(self.metadata["tokenizer.ggml.merges"])
         except ValueError as error:
             raise QkitError(f"{self.path}: a merge is not UTF-8: {error}") from error
         for merge in merges:
-            if len(merge) != 2 or merge[0] not in vocab or merge[1] not in vocab or merge[0] + merge[1] not in vocab:
-                raise QkitError(f"{self.path}: the merge {' '.join(merge)!r} does not join two tokens into a third")
+            left, space, right = merge.partition(" ")
+            if not space or left not in vocab or right not in vocab or left + right not in vocab:
+                raise QkitError(f"{self.path}: the merge {merge!r} does not join two tokens into a third")
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = _PRE[self.pre]
         first: list[dict[str, Any]] = []
@@ -271,8 +272,8 @@ class Vocabulary:
             },
         }
 
-    def _derive_merges(self, tokens: list[str], vocab: dict[str, int], gemma: bool) -> list[tuple[str, str]]:
-        """Every way to join two tokens into a third, best first.
+    def _derive_merges(self, tokens: list[str], vocab: dict[str, int], gemma: bool) -> list[str]:
+        """Every way to join two tokens into a third, "left right", best first.
 
         SentencePiece merges by score, the higher the earlier. Gemma's spaces and newlines are user-defined and
         have no useful score, but its order of tokens is the order of merges. Within a token the longer
@@ -283,13 +284,12 @@ class Vocabulary:
         else:
             scores = self.metadata["tokenizer.ggml.scores"]
             order = sorted(range(len(tokens)), key=lambda i: -scores[i])
-        merges = []
-        for i in order:
-            if self.types[i] not in (_NORMAL, _USER):
-                continue
-            token = tokens[i]
-            for cut in range(len(token) - 1, 0, -1):
-                left, right = token[:cut], token[cut:]
-                if left in vocab and right in vocab:
-                    merges.append((left, right))
-        return merges
+        joined = [tokens[i] for i in order if self.types[i] in (_NORMAL, _USER)]
+        # A token with a real space in it is out of reach: text arrives with its spaces replaced.
+        return [
+            f"{left} {right}"
+            for token in joined
+            if " " not in token
+            for cut in range(len(token) - 1, 0, -1)
+            if (left := token[:cut]) in vocab and (right := token[cut:]) in vocab
+        ]

@@ -9,6 +9,8 @@ pytest.importorskip("gguf")
 import gguf
 import transformers
 from gguf_files import base_keys, byte_vocab, convert, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qkit.checkpoint.gguf import open_gguf
@@ -241,6 +243,34 @@ def test_quantized_tensors_and_names(tiny, tmp_path):
         assert (meta.dtype, meta.shape) == ("BF16", tuple(tensor.shape)) and tensor.dtype == torch.bfloat16
     with pytest.raises(KeyError):
         source.meta("nope")
+
+
+@pytest.fixture(scope="module")
+def image(tiny, tmp_path_factory):
+    """A valid file with many kinds of metadata, and a path to write damaged copies to."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    keys = tiny[0] | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.freq_base": 1e4,
+                      "rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.5}  # fmt: skip
+    return write(folder / "good.gguf", "llama", keys, tiny[1]).read_bytes(), folder / "bad.gguf"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=8)), min_size=1, max_size=3))
+def test_damaged_headers_are_read_or_refused(image, edits):
+    """Overwritten header bytes: a QkitError, or a source that gives every tensor and every sidecar."""
+    good, path = image
+    raw = bytearray(good)
+    for at, piece in edits:
+        at %= 9000  # the header and the beginning of the data
+        raw[at : at + len(piece)] = piece
+    path.write_bytes(raw)
+    try:
+        source = open_gguf(path)
+        assert source.sidecars
+    except QkitError:
+        return
+    for name in source.names():
+        assert source.read(name).shape == source.meta(name).shape
 
 
 def test_changed_file_is_noticed(tiny, tmp_path):
