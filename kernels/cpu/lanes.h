@@ -30,8 +30,6 @@ constexpr int PARTS = LANES / WIDTH;       // registers in a vector
 
 typedef float RawF __attribute__((vector_size(REGISTER_BYTES)));
 typedef int32_t RawI __attribute__((vector_size(REGISTER_BYTES)));
-typedef uint16_t RawHalf __attribute__((vector_size(REGISTER_BYTES / 2)));
-typedef uint8_t RawByte __attribute__((vector_size(REGISTER_BYTES / 4)));
 
 struct F {
     RawF v[PARTS];
@@ -96,35 +94,64 @@ QK_INLINE F fused(F a, F b, F c) {
     return c;
 }
 
+// Widening and narrowing are spelled out on x86: GCC 12 takes __builtin_convertvector between 8- and 32-bit lanes apart
+// into scalars. Narrowing keeps the low bits.
 QK_INLINE I load_u16(const uint16_t* x) {
     I r;
-    QK_EACH {
-        RawHalf h;
-        std::memcpy(&h, x + p * WIDTH, sizeof h);
-        r.v[p] = __builtin_convertvector(h, RawI);
-    }
+#if defined(__AVX512F__)
+    r.v[0] = (RawI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+#elif defined(__AVX2__)
+    QK_EACH r.v[p] = (RawI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(x + p * WIDTH)));
+#else
+    int32_t wide[LANES];
+    for (int i = 0; i < LANES; ++i) wide[i] = x[i];
+    std::memcpy(&r, wide, sizeof r);
+#endif
     return r;
 }
 QK_INLINE I load_u8(const uint8_t* x) {
     I r;
-    QK_EACH {
-        RawByte b;
-        std::memcpy(&b, x + p * WIDTH, sizeof b);
-        r.v[p] = __builtin_convertvector(b, RawI);
-    }
+#if defined(__AVX512F__)
+    r.v[0] = (RawI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
+#elif defined(__AVX2__)
+    QK_EACH r.v[p] = (RawI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(x + p * WIDTH)));
+#else
+    int32_t wide[LANES];
+    for (int i = 0; i < LANES; ++i) wide[i] = x[i];
+    std::memcpy(&r, wide, sizeof r);
+#endif
     return r;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The sixteen low halves, in order. Packing saturates, so the upper halves go first.
+QK_INLINE __m256i halves(I x) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    const __m256i a = _mm256_and_si256((__m256i)x.v[0], low), b = _mm256_and_si256((__m256i)x.v[1], low);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+}
+#endif
 QK_INLINE void store_u16(uint16_t* to, I x) {
-    QK_EACH {
-        RawHalf h = __builtin_convertvector(x.v[p], RawHalf);
-        std::memcpy(to + p * WIDTH, &h, sizeof h);
-    }
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)x.v[0]));
+#elif defined(__AVX2__)
+    _mm256_storeu_si256((__m256i*)to, halves(x));
+#else
+    int32_t wide[LANES];
+    std::memcpy(wide, &x, sizeof x);
+    for (int i = 0; i < LANES; ++i) to[i] = (uint16_t)wide[i];
+#endif
 }
 QK_INLINE void store_u8(uint8_t* to, I x) {
-    QK_EACH {
-        RawByte b = __builtin_convertvector(x.v[p], RawByte);
-        std::memcpy(to + p * WIDTH, &b, sizeof b);
-    }
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x.v[0]));
+#elif defined(__AVX2__)
+    const __m256i h = _mm256_and_si256(halves(x), _mm256_set1_epi16(0xff));
+    _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+#else
+    int32_t wide[LANES];
+    std::memcpy(wide, &x, sizeof x);
+    for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)wide[i];
+#endif
 }
 
 // ---- one value: bfloat16 and float16 to and from float32, ties to even -------------------------------------------

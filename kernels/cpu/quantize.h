@@ -119,17 +119,19 @@ int quantize_row(const qkit::QuantizeArgs& a, const typename W::T* w, uint8_t* c
             highs = max(v, highs);
             bad = bad | greater(bits_of(v) & splat(0x7fffffff), splat(0x7f7fffff));
         }
-        float low[LANES], high[LANES], lo = 0.0f, hi = 0.0f;
-        int32_t any[LANES], non_finite = 0;
+        float low[LANES], high[LANES];
+        int32_t any[LANES];
         store(low, lows);
         store(high, highs);
         std::memcpy(any, &bad, sizeof any);
-        for (int i = 0; i < LANES; ++i) {
-            lo = low[i] < lo ? low[i] : lo;
-            hi = high[i] > hi ? high[i] : hi;
-            non_finite |= any[i];
-        }
-        if (non_finite) return QK_NON_FINITE;
+        for (int half = LANES / 2; half; half /= 2)  // a tree: four steps instead of a chain of sixteen
+            for (int i = 0; i < half; ++i) {
+                low[i] = low[i + half] < low[i] ? low[i + half] : low[i];
+                high[i] = high[i + half] > high[i] ? high[i + half] : high[i];
+                any[i] |= any[i + half];
+            }
+        const float lo = low[0], hi = high[0];
+        if (any[0]) return QK_NON_FINITE;
 
         float exact;
         if (a.symmetric) {
