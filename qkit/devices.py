@@ -174,7 +174,7 @@ def _match(name: str, memory_bytes: int | None, capability: str | None) -> str |
         words = {w for w in _words(device.name) - noise if not re.fullmatch(r"\d+gb|\d+-?core|(sxm|pcie)\d*", w)}
         if not words or not words <= probed or (capability and device.compute_capability not in ("", capability)):
             continue
-        if "pcie" in device.name.lower() and "pcie" not in probed or "sxm" in device.name.lower() and "pcie" in probed:
+        if ("PCIe" in device.name and "pcie" not in probed) or ("SXM" in device.name and "pcie" in probed):
             continue
         if memory_bytes is None:
             fits.append((0.0, device.id))

@@ -43,7 +43,7 @@ def weights(model: Any) -> Weights:
     return Weights(**sums)
 
 
-def read_per_token(model: Any, total: int) -> int | None:
+def read_per_token(model: Any) -> int | None:
     """Bytes of weights that one decode step reads: all, less an input embedding that only is looked up.
 
     None for mixtures of experts, where it depends on the token.
@@ -54,7 +54,7 @@ def read_per_token(model: Any, total: int) -> int | None:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is embedding
-    return total - (0 if tied else embedding.nbytes)
+    return weights(model).total - (0 if tied else embedding.nbytes)
 
 
 def kv_formula(config: Any, tokens: int, batch: int, itemsize: int) -> tuple[int, str]:

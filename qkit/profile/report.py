@@ -119,7 +119,8 @@ def verdict(result: Profile) -> str:
 
 def fit_words(memory: Memory) -> str:
     share = memory.total / memory.device_bytes
-    return f"{'fits' if memory.fits else 'does NOT fit'}: {share:.1%} of the device's {units.size(memory.device_bytes)}"
+    word = "fits" if memory.fits else "does NOT fit"
+    return f"{word}: {share:.1%} of the device's {units.size(memory.device_bytes)}"
 
 
 def _rows(result: Profile) -> list[Row]:
@@ -190,7 +191,8 @@ def memory_table(result: Profile) -> Table:
 
 
 def speed_table(result: Profile) -> Table:
-    head = ["", "batch", "prompt", "TTFT", "TPOT p50", "TPOT p99", "prefill tok/s", "decode tok/s", "GB/s", "of ceiling"]
+    head = ["", "batch", "prompt", "TTFT", "TPOT p50", "TPOT p99", "prefill tok/s", "decode tok/s"]
+    head += ["read GB/s", "of ceiling"]
     lines = []
     for name, row in zip(_heads(result), _rows(result), strict=True):
         for s in row.speed:
@@ -342,8 +344,9 @@ def summary(result: Profile) -> str:
     width = max(len(c["title"]) for c in cards(result))
     lines = [result.model.name, "", *(f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in cards(result))]
     lines += ["", *_plain_table(*quality_table(result)), "", *_plain_table(*speed_table(result)), ""]
+    text = result.text
     lines.append(f"  memory  {units.size(result.model.memory.total)}, {fit_words(result.model.memory)}")
-    lines.append(f"  text    {result.text.name}, {result.text.chunks} x {result.text.n_ctx} tokens; {result.text.overlap}")
+    lines.append(f"  text    {text.name}, {text.chunks} x {text.n_ctx} tokens; {text.overlap}")
     lines.append(f"  report  {Path(result.out) / NAMES[2]}")
     status = _status(result)
     return "\n".join([*lines, *([f"  {status}"] if status else [])])

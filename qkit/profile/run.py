@@ -6,8 +6,8 @@ import math
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,18 +91,20 @@ def profile(
     ceiling = speed.read_ceiling(target)
     prompt = _prompt(tokens, min(context, limit - speed.GENERATED))
     named = [(model, source), *([(baseline, base_source)] if baseline and base_source else [])]
-    runs = len(named) * len(batch) * (speed.REPEATS + 1)
-    rows, loaded = [], []
-    with track("speed and memory", runs) as advance:
-        for name, each in named:
-            row, instance = _measure(name, each, where, context, batch, prompt, ceiling, advance)
-            rows.append(row)
-            loaded.append(quality.model_logits(instance))
+    loaded = [_load(name, each, where) for name, each in named]
+    instances = [each.model for each in loaded]
+    runs: list[list[speed.Run]] = []
+    times = {"repeats": speed.REPEATS, "generated": speed.GENERATED}
+    with track("speed and memory", len(named) * len(batch) * (speed.REPEATS + 1), "runs") as advance:
+        for size in batch:
+            runs.append(speed.measure(instances, prompt.repeat(size, 1), ceiling, advance, **times))
+    rows = [_row(each, list(own), where, context) for each, own in zip(loaded, zip(*runs, strict=True), strict=True)]
     with track("quality", len(tokens)) as advance:
-        if len(loaded) == 2:
-            scores = quality.compare(loaded[1], loaded[0], tokens, advance)
+        logits = [quality.model_logits(instance) for instance in instances]
+        if len(logits) == 2:
+            scores = quality.compare(logits[1], logits[0], tokens, advance)
         else:
-            scores = quality.perplexity(loaded[0], tokens, advance)
+            scores = quality.perplexity(logits[0], tokens, advance)
 
     thresholds = {k: v for k, v in (("max_kld", max_kld), ("min_tps", min_tps)) if v is not None}
     result = Profile(
@@ -242,25 +244,32 @@ def _prompt(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return flat.repeat(-(-length // len(flat)))[:length].unsqueeze(0)
 
 
-def _measure(
-    name: str,
-    source: Source,
-    where: devices.Present,
-    context: int,
-    batches: Sequence[int],
-    prompt: torch.Tensor,
-    ceiling: float,
-    advance: Callable[[float], None],
-) -> tuple[Row, Any]:
-    from ..inspect import inspect
-    from ..runtime import QuantLinear, load
+@dataclass(frozen=True)
+class _Loaded:
+    """A model in memory, and the process's resident bytes around loading it."""
 
-    facts = inspect(name)
+    name: str
+    source: Source
+    model: Any
+    before: int
+    after: int
+
+
+def _load(name: str, source: Source, where: devices.Present) -> _Loaded:
+    from ..runtime import load
+
     before = memory.process_bytes()
     model = load(source, device=where.id)
-    after = memory.process_bytes()
+    return _Loaded(name, source, model, before, memory.process_bytes())
+
+
+def _row(loaded: _Loaded, runs: list[speed.Run], where: devices.Present, context: int) -> Row:
+    from ..inspect import inspect
+    from ..runtime import QuantLinear
+
+    facts = inspect(loaded.name)
+    model = loaded.model
     parts = memory.weights(model)
-    runs = [speed.measure(model, prompt.repeat(b, 1), parts.total, ceiling, advance) for b in batches]
     itemsize = model.dtype.itemsize
     largest = max(runs, key=lambda r: r.speed.batch)
     at_context, formula = memory.kv_formula(model.config, context, largest.speed.batch, itemsize)
@@ -277,16 +286,16 @@ def _measure(
         kv_formula=formula,
         activations=largest.activations,
         activations_source=largest.activations_source,
-        process_before=before,
-        process_after=after,
+        process_before=loaded.before,
+        process_after=loaded.after,
         total=total,
         device_bytes=where.memory_bytes,
         fits=total <= where.memory_bytes,
     )
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    row = Row(
-        name=name,
-        base_model=source.base_model,
+    return Row(
+        name=loaded.name,
+        base_model=loaded.source.base_model,
         architecture=facts.architecture,
         parameters=facts.parameters,
         stored_bytes=facts.nbytes,
@@ -297,7 +306,6 @@ def _measure(
         memory=used,
         speed=tuple(r.speed for r in runs),
     )
-    return row, model
 
 
 def _device_facts(where: devices.Present, ceiling: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,40 +41,54 @@ class Run:
 
 
 def measure(
-    model: Any,
+    models: Sequence[Any],
     prompt: torch.Tensor,
-    weight_bytes: int,
     ceiling: float,
     progress: Callable[[float], None] | None = None,
     *,
-    repeats: int = REPEATS,
-    generated: int = GENERATED,
-) -> Run:
-    """Greedy generation after `prompt` int64 [batch, tokens]: one short warm-up, then `repeats` timed runs.
+    repeats: int,
+    generated: int,
+) -> list[Run]:
+    """Greedy generation after `prompt` int64 [batch, tokens]: a short warm-up, then `repeats` timed runs each.
 
-    progress(1) is called after each run, the warm-up included (repeats + 1 in all).
+    The models take turns run by run, so that what else the machine does falls on all of them alike.
+    progress(1) is called after each run, warm-ups included: (repeats + 1) x models in all.
     """
-    batch, tokens = prompt.shape
-    prompt = prompt.to(model.device)
-    ttft: list[float] = []
-    tpot: list[float] = []
-    with memory.peak(model.device) as seen:
-        _, _, cache = _generate(model, prompt, 2)
-        peak, source = seen()
-    activations = max(0, peak - memory.cache_bytes(cache))
-    del cache
-    if progress:
-        progress(1)
+    advance = progress or (lambda amount: None)
+    prompts = [prompt.to(model.device) for model in models]
+    peaks = []
+    for model, ids in zip(models, prompts, strict=True):
+        with memory.peak(model.device) as seen:
+            _, _, cache = _generate(model, ids, 2)
+            peak, source = seen()
+        peaks.append((max(0, peak - memory.cache_bytes(cache)), source))
+        del cache
+        advance(1)
+    ttft: list[list[float]] = [[] for _ in models]
+    tpot: list[list[float]] = [[] for _ in models]
+    kv: list[tuple[int, int]] = [(0, 0)] * len(models)
     for _ in range(repeats):
-        first, steps, cache = _generate(model, prompt, generated)
-        ttft.append(first)
-        tpot += steps
-        if progress:
-            progress(1)
-    read = memory.read_per_token(model, weight_bytes)
+        for i, (model, ids) in enumerate(zip(models, prompts, strict=True)):
+            first, steps, cache = _generate(model, ids, generated)
+            ttft[i].append(first)
+            tpot[i] += steps
+            kv[i] = (memory.cache_bytes(cache), memory.cache_tokens(cache))
+            del cache
+            advance(1)
+    runs = []
+    for i, model in enumerate(models):
+        speed = _speed(prompt, generated, ttft[i], tpot[i], memory.read_per_token(model), ceiling)
+        runs.append(Run(speed, *kv[i], *peaks[i]))
+    return runs
+
+
+def _speed(
+    prompt: torch.Tensor, generated: int, ttft: list[float], tpot: list[float], read: int | None, ceiling: float
+) -> Speed:
+    batch, tokens = prompt.shape
     p50 = percentile(tpot, 50)
     read_gbs = None if read is None else read / p50 / 1e9
-    speed = Speed(
+    return Speed(
         batch=batch,
         prompt=tokens,
         generated=generated,
@@ -88,7 +102,6 @@ def measure(
         read_gbs=read_gbs,
         read_share=None if read_gbs is None else read_gbs / ceiling,
     )
-    return Run(speed, memory.cache_bytes(cache), memory.cache_tokens(cache), activations, source)
 
 
 def _generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, list[float], Any]:

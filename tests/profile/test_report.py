@@ -29,19 +29,21 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
         process_after=10**9, total=818, device_bytes=10**9, fits=True,
     )  # fmt: skip
     speed = Speed(1, 512, 4, (0.5, 0.6, 0.7), (0.01, 0.02, 0.03), 0.6, 0.02, 0.0298, 853.3, 50.0, 12.3, None)
-    row = Row(name, name, "LlamaForCausalLM", 10**6, 10**6, 4.25, "bfloat16", {name: 7}, {name: 7}, memory, (speed, speed))
+    sizes = ("LlamaForCausalLM", 10**6, 10**6, 4.25, "bfloat16")
+    row = Row(name, name, *sizes, {name: 7}, {name: 7}, memory, (speed, speed))
     e = Estimate(kld, 0.001)
-    against = Divergence(
-        e, e, 0.99, e, dict.fromkeys(names(KLD_PERCENTILES), kld), e, e, dict.fromkeys(names(DELTA_P_PERCENTILES), -kld), e
-    )
+    percentiles = dict.fromkeys(names(KLD_PERCENTILES), kld), dict.fromkeys(names(DELTA_P_PERCENTILES), -kld)
+    against = Divergence(e, e, 0.99, e, percentiles[0], e, e, percentiles[1], e)
     scores = {p: Scores(p, 100, Estimate(12.0, 0.5), against if baseline else None) for p in ("llama.cpp", "full")}
     provenance = {
-        "qkit": "0", "python": "3", "torch": "2", "transformers": "5", "kernels": name, "system": "Linux", "date": "now",
+        "qkit": "0", "python": "3", "torch": "2", "transformers": "5", "kernels": name, "system": "Linux",
+        "date": "now",
         "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp", "model_fingerprint": "ab",
         "baseline_fingerprint": "cd" if baseline else None, "manifest_sha256": "ef",
         "conversion": {"method": name, "calibration": {"name": name}, "scheme": None},
     }  # fmt: skip
-    device = {"name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,), "read_ceiling_gbs": 40.0}
+    device = {"name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,)}
+    device["read_ceiling_gbs"] = 40.0
     text = EvaluationText(name, "12", 4, 512, True, name)
     base = dataclasses.replace(row, stored_bytes=4 * 10**6) if baseline else None
     quality = Quality(4, 512, 1000, scores)
