@@ -128,5 +128,5 @@ def _table(plan: Plan, manifest: Manifest) -> list[str]:
 
 def source_licence(source: Source) -> str | None:
     """The licence the source declares (its config, or a GGUF's metadata), None where it declares none."""
-    declared = getattr(source, "licence", None)
+    declared = getattr(source, "license", None)
     return str(declared) if declared else None
