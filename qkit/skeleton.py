@@ -28,8 +28,7 @@ def check_architecture(config: Mapping[str, Any]) -> str:
         raise QkitError("config.json names no model_type", "is this folder a transformers checkpoint?")
     raise QkitError(
         f"running architecture {model_type!r} is not supported",
-        "method rtn needs no model code and converts any architecture; known here: "
-        + ", ".join(ARCHITECTURES),
+        "method rtn needs no model code and converts any architecture; known here: " + ", ".join(ARCHITECTURES),
     )
 
 

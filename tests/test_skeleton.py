@@ -14,8 +14,8 @@ from qkit.errors import QkitError
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 EXTRA = {
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -124,7 +124,7 @@ def test_errors():
     def missing(name: str) -> torch.Tensor:
         raise KeyError(name)
 
-    with pytest.raises(QkitError, match="lacks tensor 'model.embed_tokens"):
+    with pytest.raises(QkitError, match=r"lacks tensor 'model\.embed_tokens"):
         skeleton.materialize(model, missing)
     with pytest.raises(QkitError, match="its config says"):
         skeleton.materialize(model, lambda name: torch.zeros(3))

@@ -1,0 +1,221 @@
+"""Run a calibration text through a model one decoder block at a time, quantizing each linear as it is reached.
+
+Only one block's weights are in memory. Hidden states are carried from block to block, and within a block from layer
+to layer, through what is already quantized: o_proj is fitted to what the quantized q, k and v produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import skeleton
+from ..errors import QkitError
+from .block import Block, LayerResult, Runner, install
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..checkpoint.types import Source
+    from ..scheme import QTensor, Scheme
+
+# All samples go through a block at once as long as its activations fit in this many bytes: then one forward pass
+# does everything. Above it, in batches, with one (partial) pass per stage. A constant, not the free memory:
+# the batches decide the order of additions, and results must not depend on the machine's load.
+_ACTIVATION_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """index counts decoder blocks from 0; layers: weight name -> result. Empty for a block that was `done`."""
+
+    index: int
+    layers: dict[str, LayerResult]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops: multiply-adds count twice; peak_bytes: weights, activations and statistics, without the interpreter."""
+
+    flops: float
+    peak_bytes: int
+
+
+def quantize_blocks(
+    source: Source,
+    schemes: Mapping[str, Scheme],
+    tokens: torch.Tensor,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    done: Callable[[int], Mapping[str, QTensor] | None] = lambda index: None,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Iterator[BlockResult]:
+    """Quantize the weights in `schemes` with GPTQ; yields one BlockResult per decoder block, in order.
+
+    schemes   weight name -> Scheme; each must be an nn.Linear of a decoder block
+    tokens    int64 [samples, length]; no padding
+    dtype     of the forward pass, bfloat16 by default; weights are quantized from what the source holds
+    done      weights of blocks finished earlier, or None; results are then bit-identical to an uninterrupted run
+    progress  called with each weight's name once it is quantized
+    options   passed to `gptq.quantize_all` (damp, act_order, sweeps)
+
+    Deterministic on one device and thread count. Raises QkitError, before any work, for an architecture that cannot
+    be run or a name in `schemes` that is no linear layer of a block; later for NaN in weights or activations.
+    """
+    import torch
+
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be [samples, length], not {list(tokens.shape)}")
+    dtype = dtype or torch.bfloat16
+    model = skeleton.build(source.config)
+    prefix, blocks = _decoder_blocks(model)
+    _check_names(prefix, blocks, schemes)
+    # As a decorator no_grad covers the generator's own code and not, between two blocks, its consumer's.
+    return torch.no_grad()(_run)(model, source, schemes, tokens, device, dtype, done, progress, options)
+
+
+def _run(
+    model: nn.Module,
+    source: Source,
+    schemes: Mapping[str, Scheme],
+    tokens: torch.Tensor,
+    device: str,
+    dtype: torch.dtype,
+    done: Callable[[int], Mapping[str, QTensor] | None],
+    progress: Callable[[str], None] | None,
+    options: dict[str, Any],
+) -> Iterator[BlockResult]:
+    prefix, blocks = _decoder_blocks(model)
+    size = _batch_size(source, schemes, tokens.shape[0], tokens.shape[1], dtype.itemsize)
+    hidden, calls = _embed(model, blocks, source, tokens, size, device, dtype)
+    for index, block in enumerate(blocks):
+        at = f"{prefix}{index}."
+        skeleton.materialize(block, source.read, at, dtype, device)
+        names = {n.removeprefix(at).removesuffix(".weight"): n for n in schemes if n.startswith(at)}
+        runner = Runner(block, calls[index], device)
+        ready = done(index)
+        layers: dict[str, LayerResult] = {}
+        if names and ready is None:
+            layers = Block(runner, names, source, schemes, progress, options).quantize(hidden)
+        else:
+            for local, name in names.items():
+                assert ready is not None
+                if name not in ready:
+                    raise QkitError(f"the finished part of block {index} lacks {name}", "use --restart")
+                install(block.get_submodule(local), ready[name])
+            runner.advance(hidden)
+        skeleton.dematerialize(block)
+        yield BlockResult(index, layers)
+
+
+def predict_cost(source: Source, schemes: Mapping[str, Scheme], samples: int, length: int) -> Cost:
+    """What `quantize_blocks` will take. Reads no tensor; needs torch only for the shapes' names.
+
+    Every weight counts as its own input group except those with a sibling of the same parent and width, which
+    share one: q, k, v; gate, up."""
+    tokens = samples * length
+    weights = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
+    groups = {(name.rsplit(".", 2)[0], weights[name][1]) for name in schemes}
+    routed = [parent for parent, _ in groups if ".experts." in parent]
+    share = tokens / max(1, len(set(routed)) / max(1, _sparse_blocks(routed))) * 2 if routed else tokens
+    forward = sum(2.0 * tokens * out * in_ for name, (out, in_) in weights.items() if name in schemes)
+    hessians = sum(1.3 * (share if ".experts." in parent else tokens) * in_**2 for parent, in_ in groups)
+    # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
+    solve = sum(8.0 * weights[name][0] * weights[name][1] ** 2 for name in schemes)
+    size = _batch_size(source, schemes, samples, length, 2)
+    if size < samples:
+        forward *= 2.5  # partial passes per stage
+    widest = max((in_ for _, in_ in groups), default=0)
+    rows = max((weights[name][0] for name in schemes), default=0)
+    hidden = 2 * tokens * int(source.config.get("hidden_size", widest))
+    per_block: dict[str, int] = {}
+    for name in schemes:
+        head, _, tail = name.partition("layers.")
+        key = head + tail.partition(".")[0]
+        per_block[key] = per_block.get(key, 0) + 2 * weights[name][0] * weights[name][1]
+    statistics = 16 * widest**2 + 24 * rows * widest
+    activations = _activation_bytes(source, schemes, size * length, 2)
+    embedding = max((2 * out * in_ for name, (out, in_) in weights.items() if name not in schemes), default=0)
+    peak = max(embedding + hidden, 2 * hidden + max(per_block.values(), default=0) + activations + statistics)
+    return Cost(forward + hessians + solve, peak)
+
+
+def _sparse_blocks(parents: list[str]) -> int:
+    return len({parent.partition(".experts.")[0] for parent in parents})
+
+
+def _activation_bytes(source: Source, schemes: Mapping[str, Scheme], tokens: int, itemsize: int) -> int:
+    """Largest set of activations alive at once: gate, up, their product and a float32 norm."""
+    widest = max((max(source.meta(name).shape) for name in schemes), default=0)
+    return 4 * tokens * widest * itemsize
+
+
+def _batch_size(source: Source, schemes: Mapping[str, Scheme], samples: int, length: int, itemsize: int) -> int:
+    per_sample = max(1, _activation_bytes(source, schemes, length, itemsize))
+    return max(1, min(samples, _ACTIVATION_BYTES // per_sample))
+
+
+def _decoder_blocks(model: nn.Module) -> tuple[str, Any]:
+    decoder = model.get_decoder()  # type: ignore[operator]
+    prefix = next(name for name, module in model.named_modules() if module is decoder.layers)
+    return prefix + ".", decoder.layers
+
+
+def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, Scheme]) -> None:
+    from torch import nn
+
+    linears = {
+        f"{prefix}{index}.{name}.weight"
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    for name in schemes:
+        if name not in linears:
+            raise QkitError(
+                f"{name} is not a linear layer of a decoder block, so gptq has no inputs to fit it to",
+                "leave it out with --skip, or use --method rtn",
+            )
+
+
+def _embed(
+    model: nn.Module, blocks: Any, source: Source, tokens: torch.Tensor, size: int, device: str, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]]:
+    """(hidden states per batch, on the CPU; for each block: batch size -> the other arguments it is called with).
+
+    The model itself computes masks and position embeddings: it runs once with blocks that only take notes."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    outside = [(name, module) for name, module in decoder.named_children() if module is not blocks]
+    stem = next(name for name, module in model.named_modules() if module is decoder)
+    for name, module in outside:
+        skeleton.materialize(module, source.read, f"{stem}.{name}.", dtype, device)
+    calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = [{} for _ in blocks]
+    hidden: list[torch.Tensor] = []
+    keep = True
+
+    def take_notes(index: int) -> Callable[..., Any]:
+        def forward(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if index == 0 and keep:
+                hidden.append(states.to("cpu", copy=True))
+            calls[index].setdefault(states.shape[0], (args, kwargs))
+            return states
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = take_notes(index)
+    try:
+        for batch in tokens.split(size):
+            decoder(batch.to(device), use_cache=False)
+        keep = False
+        decoder(tokens[:1].to(device), use_cache=False)  # arguments for one sample
+    finally:
+        for block in blocks:
+            del block.forward
+    for _, module in outside:
+        skeleton.dematerialize(module)
+    return hidden, calls

@@ -1,0 +1,175 @@
+"""The block-by-block run against transformers itself, resumption, experts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import make_model
+
+from qkit.calibrate import blocks
+from qkit.checkpoint import open_source
+from qkit.errors import QkitError
+from qkit.quantize import gptq, rtn
+from qkit.scheme import Scheme
+
+SCHEME = Scheme(group_size=32)
+
+
+def weights_of(source):
+    """Every linear of every block, routers left out."""
+    skip = ("norm", ".gate.", "lm_head", "embed")
+    return [n for n in source.names() if n.endswith(".weight") and not any(s in n for s in skip)]
+
+
+def tokens_of(samples=6, length=24):
+    return torch.randint(0, 256, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def run(source, tokens, **options):
+    schemes = {name: SCHEME for name in weights_of(source)}
+    results = list(blocks.quantize_blocks(source, schemes, tokens, **options))
+    assert [r.index for r in results] == list(range(len(results)))
+    return {name: layer for r in results for name, layer in r.layers.items()}
+
+
+def inputs_with(folder, quantized, tokens):
+    """weight name -> inputs [tokens, in] that transformers feeds it when the weights are the quantized ones."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    seen = {}
+    for name, layer in quantized.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.weight.data = layer.qtensor.dequantize(torch.bfloat16)
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_errors_are_those_of_the_quantized_model(tmp_path, family):
+    folder = make_model(tmp_path, family, tie_word_embeddings=family == "gemma3_text")
+    source, tokens = open_source(folder), tokens_of(length=80)  # longer than the sliding window
+    layers = run(source, tokens)
+    assert set(layers) == set(weights_of(source)) and len(layers) == 14
+    for name, x in inputs_with(folder, layers, tokens).items():
+        layer, w, x = layers[name], source.read(name).float(), x.float()
+        lost = x @ (w - layer.qtensor.dequantize()).T
+        expected = float(lost.square().sum() / (x @ w.T).square().sum())
+        assert layer.error == pytest.approx(expected, rel=1e-3), name
+        assert (layer.method, layer.fallback, layer.tokens) == ("gptq", None, tokens.numel())
+        rounded = x @ (w - rtn.quantize(w, SCHEME).dequantize()).T
+        assert layer.error < float(rounded.square().sum() / (x @ w.T).square().sum()), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe"])
+def test_batches_give_what_one_pass_gives(tmp_path, family, monkeypatch):
+    extra = {}
+    if family == "qwen2_moe":
+        extra = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    source, tokens = open_source(make_family(tmp_path, family, extra)), tokens_of()
+    whole = run(source, tokens)
+    monkeypatch.setattr(blocks, "_ACTIVATION_BYTES", 1)  # one sample at a time
+    batched = run(source, tokens)
+    assert list(whole) == list(batched)
+    for name, layer in whole.items():
+        assert layer.tokens == batched[name].tokens or "layers.1" in name  # a router may flip on a rounding
+        same = (layer.qtensor.codes == batched[name].qtensor.codes).float().mean()
+        assert same > (0.8 if "layers.0" in name else 0.4), name
+        assert layer.error == pytest.approx(batched[name].error, rel=0.2)
+
+
+def make_family(folder, family, extra):
+    from models import FAMILIES
+
+    if family not in FAMILIES:
+        FAMILIES[family] = {}
+    return make_model(folder, family, **extra)
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 1])
+@pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
+def test_resumed_is_bit_identical(tmp_path, family, limit, monkeypatch):
+    monkeypatch.setattr(blocks, "_ACTIVATION_BYTES", limit)
+    source, tokens = open_source(make_model(tmp_path, family)), tokens_of(3)
+    schemes = {name: SCHEME for name in weights_of(source)}
+    first = list(blocks.quantize_blocks(source, schemes, tokens))
+    finished = {name: layer.qtensor for name, layer in first[0].layers.items()}
+    again = list(blocks.quantize_blocks(source, schemes, tokens, done=lambda i: finished if i == 0 else None))
+    assert again[0].layers == {}
+    for name, layer in first[1].layers.items():
+        other = again[1].layers[name]
+        assert torch.equal(layer.qtensor.codes, other.qtensor.codes), name
+        assert torch.equal(layer.qtensor.scale, other.qtensor.scale), name
+        assert layer.error == other.error
+    with pytest.raises(QkitError, match="lacks"):
+        list(blocks.quantize_blocks(source, schemes, tokens, done=lambda i: {}))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_unreached_experts_are_rounded_and_reported(tmp_path, family):
+    key = "num_local_experts" if family == "mixtral" else "num_experts"
+    source = open_source(make_model(tmp_path, family, **{key: 8}))
+    layers = run(source, torch.tensor([[5, 9]]))  # two tokens, two experts each: at least four of eight idle
+    experts = {name: layer for name, layer in layers.items() if ".experts." in name}
+    assert len(experts) == 2 * 8 * 3
+    idle = {name for name, layer in experts.items() if layer.fallback}
+    assert len(idle) >= 2 * 4 * 3
+    for name, layer in experts.items():
+        assert (layer.tokens == 0) == (name in idle)
+        assert layer.method == ("rtn" if name in idle else "gptq")
+        assert torch.isfinite(layer.qtensor.dequantize()).all()
+    assert all(layers[name].fallback == gptq.UNREACHED for name in idle)
+
+
+def test_some_weights_only_and_mixed_schemes(tmp_path):
+    source = open_source(make_model(tmp_path, "llama"))
+    names = [n for n in weights_of(source) if "layers.1" in n and ("q_proj" in n or "v_proj" in n or "down" in n)]
+    schemes = {n: Scheme(8, 64) if "v_proj" in n else SCHEME for n in names}
+    results = list(blocks.quantize_blocks(source, schemes, tokens_of(2)))
+    assert results[0].layers == {} and set(results[1].layers) == set(names)
+    for name, layer in results[1].layers.items():
+        assert layer.qtensor.scheme == schemes[name]
+
+
+def test_the_consumer_keeps_its_gradients(tmp_path):
+    source = open_source(make_model(tmp_path, "llama"))
+    for _ in blocks.quantize_blocks(source, {weights_of(source)[0]: SCHEME}, tokens_of(2)):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_progress(tmp_path):
+    source, seen = open_source(make_model(tmp_path, "llama")), []
+    run(source, tokens_of(2), progress=seen.append)
+    assert sorted(seen) == sorted(weights_of(source))
+
+
+def test_refused(tmp_path):
+    source = open_source(make_model(tmp_path, "llama"))
+    for name in ("lm_head.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"):
+        with pytest.raises(QkitError, match="not a linear layer of a decoder block"):
+            blocks.quantize_blocks(source, {name: SCHEME}, tokens_of(1))
+    with pytest.raises(ValueError, match="samples, length"):
+        blocks.quantize_blocks(source, {}, tokens_of(1)[0])
+
+    class Damaged:
+        config, names, meta = source.config, source.names, source.meta
+
+        def read(self, name):
+            value = source.read(name)
+            return value * float("nan") if name.endswith("layers.1.mlp.up_proj.weight") else value
+
+    with pytest.raises(QkitError, match=r"up_proj\.weight: the weight contains NaN"):
+        run(Damaged(), tokens_of(1))
+
+
+def test_cost_grows_with_the_text_and_the_batches_bound_memory(tmp_path):
+    source = open_source(make_model(tmp_path, "llama"))
+    schemes = {name: SCHEME for name in weights_of(source)}
+    small, large = (blocks.predict_cost(source, schemes, n, 512) for n in (8, 64))
+    assert 0 < small.flops < large.flops < 8 * small.flops
+    assert 0 < small.peak_bytes < large.peak_bytes
+    huge = blocks.predict_cost(source, schemes, 1 << 16, 512)
+    hidden = 2 * 2 * (1 << 16) * 512 * 128
+    assert huge.peak_bytes < hidden + 2 * blocks._ACTIVATION_BYTES
