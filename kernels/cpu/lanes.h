@@ -51,17 +51,18 @@ QK_INLINE I splat(int32_t x) {
     QK_EACH r.v[p] = x - RawI{};
     return r;
 }
+// Register by register: GCC copies a whole vector of several registers through the stack.
 QK_INLINE F load(const float* x) {
     F r;
-    std::memcpy(&r, x, sizeof r);
+    QK_EACH std::memcpy(&r.v[p], x + p * WIDTH, REGISTER_BYTES);
     return r;
 }
 QK_INLINE I load(const uint32_t* x) {
     I r;
-    std::memcpy(&r, x, sizeof r);
+    QK_EACH std::memcpy(&r.v[p], x + p * WIDTH, REGISTER_BYTES);
     return r;
 }
-QK_INLINE void store(float* to, F x) { std::memcpy(to, &x, sizeof x); }
+QK_INLINE void store(float* to, F x) { QK_EACH std::memcpy(to + p * WIDTH, &x.v[p], REGISTER_BYTES); }
 
 QK_INLINE F operator+(F a, F b) { QK_EACH a.v[p] += b.v[p]; return a; }
 QK_INLINE F operator-(F a, F b) { QK_EACH a.v[p] -= b.v[p]; return a; }
