@@ -168,8 +168,9 @@ def _check_shapes(logits: list[torch.Tensor], chunk: torch.Tensor) -> int:
 def _token_figures(logits: list[torch.Tensor], chunk: torch.Tensor) -> np.ndarray:
     """float64 [1 or 4, n_ctx - 1]: nll of the model; then nll of the baseline, KL divergence, same top token.
 
-    In float32, a slice of positions at a time. KL = sum p (b - q) - (lse b - lse q) with p = softmax(b): one
-    pass of exponentials per model, and exactly 0 for equal logits.
+    In float32, a slice of positions at a time; what is left after large terms cancel, in float64.
+    KL = sum p (b - q) - (lse b - lse q) with p = softmax(b): one pass of exponentials per model, and exactly 0
+    for equal logits.
     """
     import torch
 
@@ -182,22 +183,29 @@ def _token_figures(logits: list[torch.Tensor], chunk: torch.Tensor) -> np.ndarra
         stop = min(start + step, len(chunk) - 1)
         actual = targets[start:stop]
         q = model[start:stop].float()
-        lse_q = q.logsumexp(dim=1)
+        top_q, lse_q, _ = _exponentials(q)
         nll_q = lse_q - q.gather(1, actual).squeeze(1)
         if base is None:
             parts.append(nll_q.unsqueeze(0))
             continue
         b = base[start:stop].float()
-        same = (b.argmax(dim=1) == q.argmax(dim=1)).float()
-        lse_b = b.logsumexp(dim=1)
+        top_b, lse_b, p = _exponentials(b)
         nll_b = lse_b - b.gather(1, actual).squeeze(1)
+        p.div_(p.sum(dim=1, keepdim=True))
         difference = b - q
-        p = (b - lse_b.unsqueeze(1)).exp_()
-        kld = torch.linalg.vecdot(p, difference) - (lse_b - lse_q)
+        kld = torch.linalg.vecdot(p, difference).double() - (lse_b - lse_q)
         if not bool(torch.isfinite(kld).all()):  # a masked token (-inf) of the baseline counts nothing
-            kld = torch.where(p > 0, p * difference, 0.0).sum(dim=1) - (lse_b - lse_q)
-        parts.append(torch.stack([nll_q, nll_b, kld.clamp_(min=0), same]))
-    return torch.cat(parts, dim=1).double().cpu().numpy()
+            kld = torch.where(p > 0, p * difference, 0.0).sum(dim=1).double() - (lse_b - lse_q)
+        parts.append(torch.stack([nll_q, nll_b, kld.clamp_(min=0), (top_b == top_q).double()]))
+    return torch.cat(parts, dim=1).cpu().numpy()
+
+
+def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float32 [n, vocab] -> (most likely token [n], float64 ln sum exp [n], exp(logits - their maximum))."""
+    greatest, top = logits.max(dim=1, keepdim=True)
+    exponentials = (logits - greatest).exp_()
+    lse = greatest.double().squeeze(1) + exponentials.sum(dim=1).double().log()
+    return top.squeeze(1), lse, exponentials
 
 
 def _estimate(values: np.ndarray) -> Estimate:

@@ -85,7 +85,9 @@ def log_percentiles(values: dict[str, float], mean: float) -> Markup:
     if mean > 0:
         at = x(mean)
         out.append(f'<line class="marker" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{bottom}"/>')
-        out.append(_text(at + 5, bottom - 3, f"mean {figure(mean)}", "tick"))
+        right_half = at > (left + right) / 2  # keep clear of the values at the right edge
+        offset, anchor = (-5, "end") if right_half else (5, "start")
+        out.append(_text(at + offset, bottom - 3, f"mean {figure(mean)}", "tick", anchor))
     summary = ", ".join(f"{name} {figure(value)}" for name, value in values.items())
     return _svg(out, bottom + 24, f"KL divergence percentiles, logarithmic axis. Mean {figure(mean)}; {summary}")
 

@@ -32,10 +32,11 @@ def to_json(result: Profile) -> str:
 
 
 def pm(estimate: Estimate) -> str:
-    """A value and its standard error (two significant digits), both to the same place."""
+    """A value and its standard error to the same place: two digits of the error, at least two decimals."""
     if not estimate.error:
         return f"{charts.figure(estimate.value)} ± 0"
-    places = min(8, max(0, 1 - math.floor(math.log10(estimate.error))))
+    least = 2 if abs(estimate.value) < 1000 else 0
+    places = min(8, max(least, 1 - math.floor(math.log10(estimate.error))))
     return f"{estimate.value:,.{places}f} ± {estimate.error:,.{places}f}"
 
 
@@ -119,8 +120,11 @@ def verdict(result: Profile) -> str:
 
 def fit_words(memory: Memory) -> str:
     share = memory.total / memory.device_bytes
-    word = "fits" if memory.fits else "does NOT fit"
-    return f"{word}: {share:.1%} of the device's {units.size(memory.device_bytes)}"
+    return f"{_word(memory)}: {share:.1%} of the device's {units.size(memory.device_bytes)}"
+
+
+def _word(memory: Memory) -> str:
+    return "fits" if memory.fits else "does NOT fit"
 
 
 def _rows(result: Profile) -> list[Row]:
@@ -186,7 +190,7 @@ def memory_table(result: Profile) -> Table:
         line("process after loading", "process_after"),
         ["on disk", *(units.size(r.stored_bytes) for r in _rows(result))],
         ["bits per weight", *(f"{r.bits_per_weight:.3f}" for r in _rows(result))],
-        ["device", *(fit_words(m) for m in memories)],
+        ["share of the device", *(f"{m.total / m.device_bytes:.1%}, {_word(m)}" for m in memories)],
     ]
 
 

@@ -208,16 +208,15 @@ def _evaluation(
     named = text.evaluation_text() if spec is None else read_text(spec, tokenizer)
     tokens, used, bos = token_windows(named, tokenizer, chunks, n_ctx, allow_fewer=True)
     calibration = identity.get("calibration")
-    sketch = calibration.get("sketch") if isinstance(calibration, dict) else None
-    if sketch:
-        shared = text.overlap(sketch, used)
+    if isinstance(calibration, dict) and calibration.get("sketch"):
+        shared = text.overlap(calibration["sketch"], used)
         if shared.count:
             raise QkitError(
                 f"the evaluation text {named.name} shares {shared.fraction:.1%} of its words with the text that the "
                 f"model was calibrated on, for instance: {shared.example[:120]!r}",
                 "evaluate on another text with --text FILE",
             )
-        verdict = f"checked: no passage of 20 or more words in common with the calibration text {calibration['name']}"
+        verdict = f"checked: no passage of 20 or more words in common with the calibration text {calibration.get('name')}"
     elif isinstance(calibration, dict):
         verdict = "not checked: the model's manifest holds no sketch of its calibration text"
     elif identity:

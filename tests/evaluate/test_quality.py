@@ -62,14 +62,14 @@ def test_every_figure_equals_the_oracle(chunks, n_ctx, vocab, scale):
         assert list(against.kld_percentiles) == NAMES
         for name, value in against.kld_percentiles.items():
             p = float({"max": 100, "median": 50, "min": 0}.get(name, name))
-            assert value == pytest.approx(np.percentile(kld, p), rel=1e-4, abs=2e-6)
+            assert value == pytest.approx(np.percentile(kld, p), rel=1e-4, abs=3e-7)
         if n > 1:
             assert against.correlation == pytest.approx(np.corrcoef(nll_m, nll_b)[0, 1], abs=1e-5)
 
 
 def close(estimate, value, error):
-    assert estimate.value == pytest.approx(value, rel=1e-4, abs=2e-6)
-    assert estimate.error == pytest.approx(error, rel=1e-3, abs=2e-6)
+    assert estimate.value == pytest.approx(value, rel=1e-4, abs=3e-7)
+    assert estimate.error == pytest.approx(error, rel=1e-3, abs=3e-7)
 
 
 def test_hand_made_distributions():
@@ -102,6 +102,7 @@ def test_equal_models_diverge_by_exactly_nothing():
 
 
 def test_a_masked_token_counts_nothing():
+    torch.manual_seed(5)
     base = torch.randn(6, 40)
     base[:, 7] = -math.inf
     model = base + 0.1 * torch.randn(6, 40)
@@ -109,7 +110,7 @@ def test_a_masked_token_counts_nothing():
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     got = quality.compare(fixed(base), fixed(model), tokens)["full"].against.kld.value
     want = quality.compare(fixed(base[:, kept]), fixed(model[:, kept]), tokens)["full"].against.kld.value
-    assert got == pytest.approx(want, rel=1e-5)
+    assert got == pytest.approx(want, rel=1e-5, abs=3e-7)
 
 
 def test_perplexity_alone_is_that_of_the_comparison():
