@@ -216,7 +216,7 @@ def _evaluation(
                 f"model was calibrated on, for instance: {shared.example[:120]!r}",
                 "evaluate on another text with --text FILE",
             )
-name = calibration.get("name")
+        name = calibration.get("name")
         verdict = f"checked: no passage of 20 or more words in common with the calibration text {name}"
     elif isinstance(calibration, dict):
         verdict = "not checked: the model's manifest holds no sketch of its calibration text"
