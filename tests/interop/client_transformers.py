@@ -14,17 +14,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def _dequantize():
-    from transformers import CompressedTensorsConfig
+def _options(folder: str, dequantize: bool) -> dict:
+    if dequantize:
+        from transformers import CompressedTensorsConfig
 
-    return CompressedTensorsConfig(dequantize=True)
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    given = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+    if given["quant_method"] == "gptq":
+        from transformers import GPTQConfig
+
+        # Only the backend is taken from here. Its torch kernel: others compile C++ at first use.
+        return {"quantization_config": GPTQConfig(bits=given["bits"], backend="gptq_torch")}
+    return {}
 
 
 def main(job_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     tokens = torch.tensor(job["tokens"])
     for name, folder in job["folders"].items():
-        options = {"quantization_config": _dequantize()} if name in job.get("dequantize", ()) else {}
+        options = _options(folder, name in job.get("dequantize", ()))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
         kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
         with torch.inference_mode():
