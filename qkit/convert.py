@@ -230,6 +230,8 @@ def _calibration(plan: Plan, source: Source) -> CalibrationSet:
     o = plan.options
     calibration = calibration_tokens(o.calib, load_tokenizer(source), o.calib_samples, o.calib_len)
     say(f"calibrating on {calibration.tokens.shape[0]} x {calibration.tokens.shape[1]} tokens of {calibration.name}")
+    if calibration.note:
+        say(calibration.note)
     return calibration
 
 

@@ -61,7 +61,7 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
-int qk_abi(void) { return 1; }
+int qk_abi(void) { return 2; }
 
 int qk_has_isa(int isa) {
     if (isa == QK_SCALAR) return 1;

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import NonFiniteError, ScaleOverflowError
 
-ABI = 1
+ABI = 2
 ISAS = ("scalar", "avx2", "avx512")  # position = QkIsa; later is faster
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
 
@@ -59,6 +59,10 @@ def load() -> ctypes.CDLL | str:
         getattr(lib, function).argtypes = [p, p, n, n, i, i, i]
     lib.qk_dequantize.argtypes = [p, p, i, p, p, i, n, n, n, i, i, i]
     lib.qk_quantize_rtn.argtypes = [p, i, p, p, i, p, p, p, n, n, n, i, i, p, i, i, i]
+    f = ctypes.c_float
+    lib.qk_gptq_search.argtypes = [p, i, p, p, i, p, n, n, n, i, i, p, i, i, i]
+    lib.qk_gptq_feedback.argtypes = [p, p, p, n, p, p, f, f, p, p, n, n, i, i]
+    lib.qk_gptq_descend.argtypes = [p, p, n, p, p, f, p, p, n, n, i, i]
     lib.qk_gemv.argtypes = [p, i, p, p, i, p, p, p, n, n, n, n, i, i, i]
     return lib
 
@@ -187,3 +191,72 @@ def gemv(
         _ptr(out), m, rows, cols, scale.shape[1], bits, _isa(isa), _threads(),
     )  # fmt: skip
     return out
+
+
+def gptq_search(
+    w: torch.Tensor,
+    cost: torch.Tensor,
+    bits: int,
+    groups: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    min_zero: int,
+    multipliers: tuple[float, ...],
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows, cols = w.shape
+    scale = torch.empty(rows, groups, dtype=scale_dtype)
+    zero = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
+    values = (ctypes.c_float * len(multipliers))(*multipliers)
+    _call(
+        "qk_gptq_search", _ptr(w), _DTYPES[w.dtype], _ptr(cost), _ptr(scale), _DTYPES[scale_dtype], _ptr(zero),
+        rows, cols, groups, bits, min_zero, ctypes.addressof(values), len(multipliers), _isa(isa), _threads(),
+    )  # fmt: skip
+    return scale, zero
+
+
+def _square(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A [n, n] view whose rows are contiguous, and its row stride."""
+    if t.shape[1] > 1 and t.stride(1) != 1:
+        t = t.contiguous()
+    return t, max(t.stride(0), t.shape[1])
+
+
+def gptq_feedback(
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    mid: float,
+    top: float,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    target, weight, scale = target.contiguous(), weight.contiguous(), scale.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    u, stride = _square(u)
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    _call(
+        "qk_gptq_feedback", _ptr(target), _ptr(weight), _ptr(u), stride, _ptr(scale), _ptr(zero), mid, top,
+        _ptr(codes), _ptr(errors), *weight.shape, _isa(isa), _threads(),
+    )  # fmt: skip
+    return codes, errors
+
+
+def gptq_descend(
+    gradient: torch.Tensor,
+    h: torch.Tensor,
+    diagonal: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    top: float,
+    isa: str | None = None,
+) -> torch.Tensor:
+    gradient, scale = gradient.contiguous(), scale.contiguous()
+    h, stride = _square(h)
+    steps = torch.empty_like(codes)
+    _call(
+        "qk_gptq_descend", _ptr(gradient), _ptr(h), stride, _ptr(diagonal), _ptr(scale), top, _ptr(codes), _ptr(steps),
+        *codes.shape, _isa(isa), _threads(),
+    )  # fmt: skip
+    return steps

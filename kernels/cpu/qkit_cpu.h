@@ -58,3 +58,23 @@ QK_API int qk_quantize_rtn(const void* w, int w_dtype, uint8_t* codes, void* sca
 QK_API int qk_gemv(const void* x, int x_dtype, const uint32_t* packed, const void* scale, int scale_dtype,
                    const uint8_t* zero, const void* bias, void* out, int64_t m, int64_t rows, int64_t cols,
                    int64_t groups, int bits, int isa, int nthreads);
+
+// The scale of each group, out of multiples of the one that spans it, that leaves the least
+// sum_j cost[j] * (w[j] - nearest grid value)^2. w [rows, cols] of w_dtype, cost float [cols] (not negative); writes
+// scale [rows, groups] of scale_dtype and zero uint8 [rows, groups] (null: symmetric).
+QK_API int qk_gptq_search(const void* w, int w_dtype, const float* cost, void* scale, int scale_dtype, uint8_t* zero,
+                          int64_t rows, int64_t cols, int64_t groups, int bits, int min_zero, const float* multipliers,
+                          int n_multipliers, int isa, int nthreads);
+
+// One block of columns (at most 128) of the GPTQ loop. Float [columns, out]: target (what each column should be, errors
+// of earlier blocks included), weight, scale, zero (null: mid); writes codes 0 .. top and errors = weight - value.
+// After column j, target[i] += u[j * stride + i] * errors[j] for the later columns i of the block.
+QK_API int qk_gptq_feedback(const float* target, const float* weight, const float* u, int64_t stride,
+                            const float* scale, const float* zero, float mid, float top, float* codes, float* errors,
+                            int64_t columns, int64_t out, int isa, int nthreads);
+
+// One block of columns of cyclic coordinate descent on the codes. Float [columns, out]: gradient, scale, codes (updated);
+// h [columns, columns] of row stride `stride`, symmetric; diagonal [columns]; writes steps = value change.
+QK_API int qk_gptq_descend(const float* gradient, const float* h, int64_t stride, const float* diagonal,
+                           const float* scale, float top, float* codes, float* steps, int64_t columns, int64_t out,
+                           int isa, int nthreads);

@@ -28,6 +28,16 @@ struct GemvArgs {
     int bits;
 };
 
+// One block of at most MAX_COLUMNS columns of GPTQ; all matrices float [columns, out] but `matrix`, [columns, columns]
+// of row stride `stride`. See gptq.h.
+constexpr int64_t MAX_COLUMNS = 128;
+struct ColumnArgs {
+    const float *target, *weight, *matrix, *diagonal, *scale, *zero;
+    float mid, top;
+    float *codes, *errors;
+    int64_t columns, out, stride;
+};
+
 struct RowKernels {
     // Each returns a QkStatus where it can fail.
     int (*quantize)(const QuantizeArgs&, const void* w, uint8_t* codes, void* scale, uint8_t* zero, double* stats);
@@ -36,6 +46,9 @@ struct RowKernels {
     void (*dequantize)(const DequantizeArgs&, const uint32_t* packed, const void* scale, const uint8_t* zero, void* out);
     // y[j] = dot(row, x[j]) for j < m; m is 1, 2, 4 or 8
     void (*gemv)(const GemvArgs&, const uint32_t* packed, const void* scale, const uint8_t* zero, float* y);
+    int (*search)(const QuantizeArgs&, const void* w, const float* cost, void* scale, uint8_t* zero);
+    void (*feedback)(const ColumnArgs&, int64_t begin, int64_t n);
+    void (*descend)(const ColumnArgs&, int64_t begin, int64_t n);
 };
 
 // Null where this build or this machine lacks the ISA.

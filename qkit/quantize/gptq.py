@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
-from ..scheme import QTensor, Scheme, round_scale
+from ..scheme import QTensor, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Multiples of the scale that just spans a group. A 4-bit grid gains from clipping far more than from widening.
 _MULTIPLES = tuple(0.6 + 0.025 * k for k in range(19))
 _MAX_DAMP = 1.0  # of the mean diagonal; beyond this the Hessian says nothing that rounding does not know
-_COLUMN_BLOCK = 128  # columns whose feedback is applied at once to the rest (paper: lazy batch updates)
-_SLAB = 1 << 20  # weights searched at a time: bounds memory, keeps the temporaries in cache
 UNREACHED = "no calibration token reached it"
 
 
@@ -213,29 +211,26 @@ class _Grid:
         self.zero = None if zero is None else zero.float().T[group].contiguous()
         self.mid, self.top = float(scheme.mid), float(scheme.max_code)
 
-    def zeros(self, columns: int | slice) -> torch.Tensor | float:
-        return self.mid if self.zero is None else self.zero[columns]
-
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        return (codes - self.zeros(slice(None))) * self.scale
+        return (codes - (self.mid if self.zero is None else self.zero)) * self.scale
 
 
 def _round_with_feedback(wt: torch.Tensor, feedback: torch.Tensor, grid: _Grid) -> torch.Tensor:
     """Codes (float [in, out], visiting order) of wt [in, out]; feedback = U."""
     import torch
 
+    from ..kernels import gptq as kernel
+
     n = wt.shape[0]
     codes, errors = torch.empty_like(wt), torch.empty_like(wt)
-    for a in range(0, n, _COLUMN_BLOCK):
-        b = min(a + _COLUMN_BLOCK, n)
+    for a in range(0, n, kernel.MAX_COLUMNS):
+        b = min(a + kernel.MAX_COLUMNS, n)
+        # What later columns can make up for is the error against the *original* weight.
         target = torch.addmm(wt[a:b], feedback[:a, a:b].T, errors[:a])
-        for j in range(a, b):
-            row, zero, scale = target[j - a], grid.zeros(j), grid.scale[j]
-            code = torch.div(row, scale, out=codes[j]).round_().add_(zero).clamp_(0, grid.top)
-            # What later columns can make up for is the error against the *original* weight.
-            torch.sub(wt[j], (code - zero).mul_(scale), out=errors[j])
-            if j + 1 < b:
-                target[j - a + 1 :].addr_(feedback[j, j + 1 : b], errors[j])
+        zero = None if grid.zero is None else grid.zero[a:b]
+        codes[a:b], errors[a:b] = kernel.feedback(
+            target, wt[a:b], feedback[a:b, a:b], grid.scale[a:b], zero, grid.mid, grid.top
+        )
     return codes
 
 
@@ -245,22 +240,14 @@ def _descend(
     """One pass of cyclic coordinate descent over the codes, in place; error = wt - values(codes), kept up to date.
 
     Each code moves to the minimum of the damped objective given all the others, so the objective never rises."""
-    import torch
+    from ..kernels import gptq as kernel
 
     n = codes.shape[0]
     diagonal = h.diagonal() + damping + dead * h.diagonal().mean()
     gradient = h @ error + (diagonal - h.diagonal()).unsqueeze(1) * error
-    for a in range(0, n, _COLUMN_BLOCK):
-        b = min(a + _COLUMN_BLOCK, n)
-        block = h[a:b, a:b].clone()
-        block.diagonal().copy_(diagonal[a:b])
-        local, steps = gradient[a:b], torch.empty_like(gradient[a:b])
-        for j in range(a, b):
-            i, scale = j - a, grid.scale[j]
-            moved = torch.div(local[i], scale * diagonal[j]).add_(codes[j]).round_().clamp_(0, grid.top)
-            torch.sub(moved, codes[j], out=steps[i]).mul_(scale)
-            codes[j] = moved
-            local.addr_(block[:, i], steps[i], alpha=-1)
+    for a in range(0, n, kernel.MAX_COLUMNS):
+        b = min(a + kernel.MAX_COLUMNS, n)
+        steps = kernel.descend(gradient[a:b], h[a:b, a:b], diagonal[a:b], grid.scale[a:b], codes[a:b], grid.top)
         error[a:b] -= steps
         if b < n:
             gradient[b:].addmm_(h[b:, a:b], steps, alpha=-1)
@@ -275,56 +262,24 @@ def search_grid(w: torch.Tensor, column_cost: torch.Tensor, scheme: Scheme) -> t
     """
     import torch
 
+    from .. import kernels
+    from ..kernels import gptq as kernel
+
     groups = scheme.groups(w.shape[1])
-    size = w.shape[1] // groups
-    cost = column_cost.float().view(groups, size)
+    cost = column_cost.float().view(groups, -1)
     # Columns that cost nothing still break ties, and decide where a whole group costs nothing.
     cost = cost + 1e-6 * cost.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    scales, zeros = [], []
-    for rows in w.split(max(1, _SLAB // w.shape[1])):
-        part = rows.float().view(-1, groups, size)
-        scale, zero = _search_slab(part, cost, scheme)
-        scales.append(scale)
-        zeros.append(zero)
-    scale = torch.cat(scales)
-    if not bool(torch.isfinite(scale).all()):
+    # Only ratios count within a group: keep them in float32's range.
+    cost = (cost / cost.amax(1, keepdim=True)).view(-1)
+    multiples = tuple(m for k in _MULTIPLES for m in ((k, -k) if scheme.symmetric else (k,)))
+    try:
+        return kernel.search(
+            w, cost, scheme.bits, groups, scheme.symmetric, scheme.scale_dtype, scheme.min_zero, multiples
+        )
+    except kernels.ScaleOverflowError as error:
         raise QkitError(
             f"the weight's range does not fit {scheme.scale_dtype} scales", "use a format with bfloat16 scales"
-        )
-    return scale, None if scheme.symmetric else torch.cat(zeros).to(torch.uint8)
-
-
-def _search_slab(w: torch.Tensor, cost: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale as stored, zero as float), both [rows, groups]; w [rows, groups, size], cost [groups, size]."""
-    import torch
-
-    best = torch.full(w.shape[:2], float("inf"), device=w.device)
-    low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
-    if scheme.symmetric:
-        span = torch.where(high > -low, high, low) / -scheme.mid
-        multiples = [m for k in _MULTIPLES for m in (k, -k)]
-    else:
-        span = (high - low) / scheme.max_code
-        multiples = list(_MULTIPLES)
-    # An all-zero group, or one too small for the stored type, is all zeros on any grid.
-    chosen = torch.where(span.abs().isfinite() & (span.abs() < 1), torch.ones_like(span), span * float("inf"))
-    chosen = round_scale(chosen, scheme)
-    chosen_zero = torch.full_like(best, float(scheme.mid))
-    for multiple in multiples:
-        scale = round_scale(span * multiple, scheme)
-        s = scale.float()
-        if scheme.symmetric:
-            zero = chosen_zero
-        else:
-            zero = (low * -multiple / s).round_().clamp_(scheme.min_zero, scheme.max_code)
-        s3, z3 = s.unsqueeze(-1), zero.unsqueeze(-1)
-        value = (w / s3).round_().add_(z3).clamp_(0, scheme.max_code).sub_(z3).mul_(s3).sub_(w)
-        loss = value.square_().mul_(cost).sum(-1)
-        better = (loss < best) & (s != 0)  # false for NaN, and for a scale that underflowed
-        best = torch.where(better, loss, best)
-        chosen = torch.where(better, scale, chosen)
-        chosen_zero = torch.where(better, zero, chosen_zero)
-    return chosen, chosen_zero
+        ) from error
 
 
 def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: Scheme, reason: str) -> GptqResult:
