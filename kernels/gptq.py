@@ -123,8 +123,8 @@ def descend(
 ) -> torch.Tensor:
     """One block of columns of cyclic coordinate descent: each code moves to the least of the objective given the others.
 
-    gradient [columns, out]: H error; h [columns, columns] symmetric; diagonal [columns] float. codes [columns, out] are
-    changed in place; returns the steps the values took, [columns, out].
+    gradient [columns, out]: H error; h [columns, columns] symmetric; diagonal [columns] float. codes [columns, out]
+    are changed in place; returns the steps the values took, [columns, out].
     """
     _check_columns(gradient, codes, h, scale, None)
     if _native(gradient, h, diagonal, scale, codes) and codes.is_contiguous():

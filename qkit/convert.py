@@ -89,8 +89,18 @@ def convert(
     started = time.perf_counter()
     opened = open_source(source, lora=lora)
     options = Options(
-        format, scheme, method, group_size, clip_search, calib, calib_samples, calib_len, device, max_memory, tuple(skip)
-    )  # fmt: skip
+        format=format,
+        scheme=scheme,
+        method=method,
+        group_size=group_size,
+        clip_search=clip_search,
+        calib=calib,
+        calib_samples=calib_samples,
+        calib_len=calib_len,
+        device=device,
+        max_memory=max_memory,
+        skip=tuple(skip),
+    )
     plan = make_plan(opened, Path(out), options)
     if dry_run:
         return ConvertResult(plan, plan.out)

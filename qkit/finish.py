@@ -102,7 +102,7 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
 
 
 def title(plan: Plan, source: Source) -> str:
-    """"SmolLM2-135M-Instruct W4A16 g64 GPTQ"; not the folder's name, on which no byte may depend."""
+    """ "SmolLM2-135M-Instruct W4A16 g64 GPTQ"; not the folder's name, on which no byte may depend."""
     base = source.base_model.rpartition("/")[2]
     if plan.scheme is None:
         return base

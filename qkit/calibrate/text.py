@@ -190,7 +190,7 @@ def _row_text(row: Any, tokenizer: Any, where: str) -> str:
     if not valid or not isinstance(messages, list):
         raise QkitError(
             f'{where}: neither a "text" string nor "messages" with a role and a content',
-            "one JSON object a line, such as {\"text\": \"...\"}",
+            'one JSON object a line, such as {"text": "..."}',
         )
     if not getattr(tokenizer, "chat_template", None):
         return "\n".join(m["content"] for m in messages)

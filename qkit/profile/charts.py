@@ -155,6 +155,4 @@ def _text(x: float, y: float, content: str, css: str, anchor: str = "start") -> 
 def _svg(parts: Sequence[str], height: float, description: str) -> Markup:
     label = escape(description)
     body = "".join(parts)
-    return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}" class="chart">{body}</svg>'
-    )
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}" class="chart">{body}</svg>')
