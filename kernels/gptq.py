@@ -105,8 +105,8 @@ def feedback(
     target = target.clone()
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     for j in range(len(weight)):
-        z = mid if zero is None else zero[j]
-        level = torch.clamp(target[j] / scale[j], 0 - z, top - z).round_()
+        z = torch.full_like(scale[j], mid) if zero is None else zero[j]
+        level = torch.clamp(target[j] / scale[j], -z, top - z).round_()
         codes[j] = level + z
         errors[j] = weight[j] - level * scale[j]
         target[j + 1 :] += u[j, j + 1 :].unsqueeze(1) * errors[j]
@@ -121,7 +121,7 @@ def descend(
     codes: torch.Tensor,
     top: float,
 ) -> torch.Tensor:
-    """One block of columns of cyclic coordinate descent: each code moves to the least of the objective given the others.
+    """One block of columns of cyclic coordinate descent: each code moves to the objective's least given the others.
 
     gradient [columns, out]: H error; h [columns, columns] symmetric; diagonal [columns] float. codes [columns, out]
     are changed in place; returns the steps the values took, [columns, out].
