@@ -123,7 +123,7 @@ def predict_cost(source: Source, schemes: Mapping[str, Scheme], samples: int, le
     routed = [parent for parent, _ in groups if ".experts." in parent]
     share = tokens / max(1, len(set(routed)) / max(1, _sparse_blocks(routed))) * 2 if routed else tokens
     forward = sum(2.0 * tokens * out * in_ for name, (out, in_) in weights.items() if name in schemes)
-    hessians = sum(1.3 * (share if ".experts." in parent else tokens) * in_**2 for parent, in_ in groups)
+    hessians = sum(1.1 * (share if ".experts." in parent else tokens) * in_**2 for parent, in_ in groups)
     # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
     solve = sum(8.0 * weights[name][0] * weights[name][1] ** 2 for name in schemes)
     size = _batch_size(source, schemes, samples, length, 2)
