@@ -211,7 +211,7 @@ def start(source: Path, out: Path, method: str, limit: int | None = None) -> sub
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("m") / "larger", num_hidden_layers=6, hidden_size=256)
+    return make_model(tmp_path_factory.mktemp("m") / "larger", num_hidden_layers=4)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(larger, tmp_path,
     part = partial_dir(out)
     kills = 0
     # Kill when another part has appeared (gptq) or as soon as work has begun; then let it finish.
-    for wanted in (1, 3, 5) if method == "gptq" else (0, 0):
+    for wanted in (1, 3) if method == "gptq" else (0, 0):
         run = start(larger, out, method)
         while run.poll() is None and not out.exists():
             if part.is_dir() and len(list(part.glob("parts/*.json"))) >= wanted:
@@ -234,7 +234,8 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(larger, tmp_path,
         code = run.wait()
         stderr = run.stderr.read()
         assert "Traceback" not in stderr
-        assert code in (0, 130, -signal.SIGKILL), stderr
+        # A run that was cut off before it could say anything (or was killed) ends by the signal itself.
+        assert code in (0, 130, -signal.SIGKILL, -signal.SIGTERM), stderr
         kills += code != 0
         if code == 130:
             assert "the same command continues" in stderr

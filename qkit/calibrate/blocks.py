@@ -120,10 +120,15 @@ def predict_cost(source: Source, schemes: Mapping[str, Scheme], samples: int, le
     tokens = samples * length
     weights = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
     groups = {(name.rsplit(".", 2)[0], weights[name][1]) for name in schemes}
-    routed = [parent for parent, _ in groups if ".experts." in parent]
-    share = tokens / max(1, len(set(routed)) / max(1, _sparse_blocks(routed))) * 2 if routed else tokens
-    forward = sum(2.0 * tokens * out * in_ for name, (out, in_) in weights.items() if name in schemes)
-    hessians = sum(1.1 * (share if ".experts." in parent else tokens) * in_**2 for parent, in_ in groups)
+    config = source.config
+    experts = config.get("num_local_experts") or config.get("num_experts") or 1
+    share = min(1.0, config.get("num_experts_per_tok", 1) / experts)
+
+    def reached(name: str) -> float:
+        return tokens * share if ".experts." in name else tokens
+
+    forward = sum(2.0 * reached(name) * weights[name][0] * weights[name][1] for name in schemes)
+    hessians = sum(1.1 * reached(parent) * in_**2 for parent, in_ in groups)
     # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
     solve = sum(8.0 * weights[name][0] * weights[name][1] ** 2 for name in schemes)
     size = _batch_size(source, schemes, samples, length, 2)
@@ -142,10 +147,6 @@ def predict_cost(source: Source, schemes: Mapping[str, Scheme], samples: int, le
     embedding = max((2 * out * in_ for name, (out, in_) in weights.items() if name not in schemes), default=0)
     peak = max(embedding + hidden, 2 * hidden + max(per_block.values(), default=0) + activations + statistics)
     return Cost(forward + hessians + solve, peak)
-
-
-def _sparse_blocks(parents: list[str]) -> int:
-    return len({parent.partition(".experts.")[0] for parent in parents})
 
 
 def _activation_bytes(source: Source, schemes: Mapping[str, Scheme], tokens: int, itemsize: int) -> int:

@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import devices, text, units
+from .. import text, units
+from ..devices import Present, catalogue, choose
 from ..errors import QkitError
 from ..progress import say, track
 from . import memory, report, speed
@@ -73,7 +74,7 @@ def profile(
     from ..runtime import load_tokenizer
 
     _check_options(baseline, context, batch, max_kld, min_tps, chunks)
-    where = devices.choose(device)
+    where = choose(device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
     folder = _out_folder(out, model)
@@ -227,7 +228,7 @@ def _evaluation(
     return tokens, EvaluationText(named.name, named.sha256, len(tokens), n_ctx, bos, verdict)
 
 
-def _check_fit(source: Source, where: devices.Present) -> None:
+def _check_fit(source: Source, where: Present) -> None:
     """Refuse a model whose weights alone exceed the free memory, before they are read."""
     needed = sum(source.meta(name).nbytes for name in source.names())
     if needed > where.available_bytes:
@@ -255,7 +256,7 @@ class _Loaded:
     after: int
 
 
-def _load(name: str, source: Source, where: devices.Present) -> _Loaded:
+def _load(name: str, source: Source, where: Present) -> _Loaded:
     from ..runtime import load
 
     before = memory.process_bytes()
@@ -263,7 +264,7 @@ def _load(name: str, source: Source, where: devices.Present) -> _Loaded:
     return _Loaded(name, source, model, before, memory.process_bytes())
 
 
-def _row(loaded: _Loaded, runs: list[speed.Run], where: devices.Present, context: int) -> Row:
+def _row(loaded: _Loaded, runs: list[speed.Run], where: Present, context: int) -> Row:
     from ..inspect import inspect
     from ..runtime import QuantLinear
 
@@ -308,10 +309,10 @@ def _row(loaded: _Loaded, runs: list[speed.Run], where: devices.Present, context
     )
 
 
-def _device_facts(where: devices.Present, ceiling: float) -> dict[str, Any]:
+def _device_facts(where: Present, ceiling: float) -> dict[str, Any]:
     import torch
 
-    known = next((d for d in devices.catalogue() if d.id == where.catalogue_id), None)
+    known = next((d for d in catalogue() if d.id == where.catalogue_id), None)
     return {
         **asdict(where),
         "threads": torch.get_num_threads() if where.id == "cpu" else None,

@@ -51,7 +51,7 @@ def quantize_with_error(w: torch.Tensor, scheme: Scheme, clip_search: bool = Fal
             w, scheme.bits, size, scheme.symmetric, scheme.scale_dtype, scheme.min_zero, multipliers
         )
     except kernels.NonFiniteError as e:
-        kind = "NaN" if bool(w.isnan().any()) else "infinity"
+        kind = "NaN" if bool(w.isnan().any()) else "infinite values"
         raise NonFiniteWeight(
             f"the weight contains {kind}", "the checkpoint is damaged, or was saved from a run that diverged"
         ) from e

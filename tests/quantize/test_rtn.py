@@ -108,7 +108,7 @@ def test_the_input_is_not_modified() -> None:
 @pytest.mark.parametrize("clip", [False, True])
 def test_bad_weights(clip: bool) -> None:
     w = torch.randn(4, 128)
-    for poison, word in ((float("nan"), "NaN"), (float("inf"), "infinity")):
+    for poison, word in ((float("nan"), "NaN"), (float("inf"), "infinite")):
         w[2, 5] = poison
         with pytest.raises(rtn.NonFiniteWeight, match=f"contains {word}"):
             rtn.quantize(w, SCHEMES[0], clip)
