@@ -5,12 +5,10 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 # Light imports only: torch and transformers are imported when these functions are called. The names are bound
-# here, at once, because `convert`, `inspect` and `profile` are also the modules they live in.
+# here, at once, because `convert` and `profile` are also the modules they live in.
 from .convert import convert
-from .devices import devices
 from .errors import QkitError
-from .inspect import inspect
 from .profile import profile
 from .runtime import load
 
-__all__ = ["QkitError", "__version__", "convert", "devices", "inspect", "load", "profile"]
+__all__ = ["QkitError", "__version__", "convert", "load", "profile"]
