@@ -87,6 +87,14 @@ QK_INLINE void store_n(float* to, F x, int64_t n) {
     std::memcpy(to, lanes, (size_t)n * sizeof(float));
 }
 
+// The scales of n channels; unused lanes get 1, since they are divided by.
+QK_INLINE F load_scales(const float* x, int64_t n) {
+    if (n == LANES) return load(x);
+    float lanes[LANES];
+    for (int64_t k = 0; k < LANES; ++k) lanes[k] = k < n ? x[k] : 1.0f;
+    return load(lanes);
+}
+
 // x is within +-2**22 after clamping to the codes' range.
 QK_INLINE F nearest(F x) { return (x + splat(MAGIC)) - splat(MAGIC); }
 
@@ -96,13 +104,7 @@ void feedback(const qkit::ColumnArgs& a, int64_t begin, int64_t n) {
     for (int64_t j = 0; j < a.columns; ++j) store(target[j], load_n(a.target + j * a.out + begin, n));
     for (int64_t j = 0; j < a.columns; ++j) {
         const int64_t at = j * a.out + begin;
-        F s = load_n(a.scale + at, n);
-        if (n < LANES) {  // unused lanes would divide by zero
-            float lanes[LANES];
-            store(lanes, s);
-            for (int64_t k = n; k < LANES; ++k) lanes[k] = 1.0f;
-            s = load(lanes);
-        }
+        const F s = load_scales(a.scale + at, n);
         const F z = a.zero ? load_n(a.zero + at, n) : splat(a.mid);
         const F level = nearest(min(max(load(target[j]) / s, splat(0.0f) - z), splat(a.top) - z));
         const F error = load_n(a.weight + at, n) - level * s;
@@ -118,13 +120,7 @@ void descend(const qkit::ColumnArgs& a, int64_t begin, int64_t n) {
     for (int64_t j = 0; j < a.columns; ++j) store(gradient[j], load_n(a.target + j * a.out + begin, n));
     for (int64_t j = 0; j < a.columns; ++j) {
         const int64_t at = j * a.out + begin;
-        F s = load_n(a.scale + at, n);
-        if (n < LANES) {
-            float lanes[LANES];
-            store(lanes, s);
-            for (int64_t k = n; k < LANES; ++k) lanes[k] = 1.0f;
-            s = load(lanes);
-        }
+        const F s = load_scales(a.scale + at, n);
         const F code = load_n(a.codes + at, n), limit = splat(1e6f);
         const F wanted = load(gradient[j]) / (s * splat(a.diagonal[j]));
         const F moved = nearest(min(max(min(max(wanted, splat(-1e6f)), limit) + code, splat(0.0f)), splat(a.top)));
