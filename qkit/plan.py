@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 METHODS = ("rtn", "gptq")
 CALIBRATED = ("gptq",)
 SHARD_BYTES = 2 * 10**9
-# Resident beside weights, activations and statistics: Python, torch and (calibrated) transformers, and what malloc keeps
+# Resident beside weights, activations, statistics: Python, torch and (calibrated) transformers, and what malloc keeps
 # between uses. From `qkit convert --json` of the two README models: measured peak less the counted bytes.
 BASE_MEMORY = {"rtn": 300 << 20, "gptq": 900 << 20}
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
