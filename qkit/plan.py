@@ -98,8 +98,10 @@ class Plan:
 
     @property
     def ignored(self) -> list[str]:
-        """Module names of the 2-D weights left alone."""
-        return [module_of(t.name) for t in self.tensors if t.scheme is None and is_linear_like(t)]
+        """Module names of the linears left alone. A tied head is not in the checkpoint, but engines build it as a
+        linear, and would look for its packed weight if it were not named here."""
+        named = [module_of(t.name) for t in self.tensors if t.scheme is None and is_linear_like(t)]
+        return named if "lm_head" in named else [*named, "lm_head"]
 
     @property
     def bytes_in(self) -> int:

@@ -50,14 +50,15 @@ def test_sizes_are_exact():
     assert p.bytes_out == packed + 2 * (1000 * 576 + 576)
     assert p.bits_per_quantized_weight == pytest.approx(8 * packed / weights)
     assert p.scheme.group_size == 64 and any("largest of 128, 64, 32" in n for n in p.notes)
-    assert p.ignored == []
+    assert p.ignored == ["lm_head"]  # tied: not in the checkpoint, but a linear to every engine
 
 
 def test_the_plan_says_why_each_tensor_is_left_alone():
     text = describe(plan(skip=("*.down_proj",)))
     for part in ("embedding", "bias or norm", "skipped on request", "int4 symmetric g64", "predicted:"):
         assert part in text
-    assert plan(skip=("*.down_proj",)).ignored == ["model.layers.0.mlp.down_proj"]
+    assert plan(skip=("*.down_proj",)).ignored == ["model.layers.0.mlp.down_proj", "lm_head"]
+    assert plan({**LAYER, "lm_head.weight": (1000, 576)}).ignored == ["lm_head"]
 
 
 def test_eight_bits_default_to_rounding_and_four_to_gptq():
