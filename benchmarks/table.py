@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import shutil
 import statistics
@@ -89,17 +90,19 @@ def evaluation_tokens(source: Path, text: Path) -> Any:
     return tokens
 
 
-def quality(model: Any, base: Any, tokens: Any) -> dict[str, float]:
+def quality(models: dict[str, Any], base: Any, tokens: Any) -> dict[str, dict[str, float]]:
+    """Each model against `base`, chunk by chunk so that the base runs once for all of them."""
     from qkit.evaluate.quality import compare, model_logits
 
-    scores = compare(model_logits(base), model_logits(model), tokens)["full"]
-    against = scores.against
-    return {
-        "perplexity": scores.perplexity.value,
-        "kld": against.kld.value,
-        "kld_error": against.kld.error,
-        "same_top": against.same_top.value,
-    }
+    sums = {name: dict.fromkeys(("nll", "kld", "same_top"), 0.0) for name in models}
+    for chunk in tokens.split(1):
+        logits = model_logits(base)(chunk[0])
+        for name, model in models.items():
+            scores = compare(lambda _, held=logits: held, model_logits(model), chunk)["full"]
+            sums[name]["nll"] += math.log(scores.perplexity.value) / len(tokens)
+            sums[name]["kld"] += scores.against.kld.value / len(tokens)
+            sums[name]["same_top"] += scores.against.same_top.value / len(tokens)
+    return {name: {"perplexity": math.exp(s.pop("nll")), **s} for name, s in sums.items()}
 
 
 def speed(model: Any) -> dict[str, float]:
@@ -137,6 +140,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def measure(name: str, gguf: Path, group: int, args: argparse.Namespace, rows: dict[str, Any], save: Any) -> None:
+    """Three passes, each row kept as soon as it is known: conversions, then quality, then speed."""
     import qkit
 
     work = args.work / name
@@ -145,36 +149,43 @@ def measure(name: str, gguf: Path, group: int, args: argparse.Namespace, rows: d
     if not source.exists():
         qkit.convert(str(gguf), source, format="safetensors")
     peers = dict(p.split("=", 1) for p in args.peer)
-    base = qkit.load(str(source))
-    tokens = evaluation_tokens(source, args.text)
-    parameters = sum(p.numel() for p in base.parameters())
-
-    def add(row: str, path: Path, facts: dict[str, Any]) -> None:
-        facts["bytes"] = weight_bytes(path)
-        facts["bits_per_weight"] = 8 * facts["bytes"] / parameters
-        rows[f"{name} | {row}"] = facts
-        save()
-        print(f"{name} | {row}: {json.dumps(facts)}", file=sys.stderr, flush=True)
-
-    if f"{name} | bf16 source" not in rows:
-        add("bf16 source", source, {**quality(base, base, tokens), **speed(base)})
+    paths = {"bf16 source": source}
+    rows.setdefault(f"{name} | bf16 source", {"bytes": weight_bytes(source)})
     for row, (start, command) in quantizers(peers, args.calib, group).items():
-        if f"{name} | {row}" in rows or (args.only and not any(o in row for o in args.only)):
+        if args.only and not any(o in row for o in args.only):
             continue
         out = work / row.replace(" ", "-").replace(",", "")
         out = out.with_suffix(".gguf") if start == "gguf" else out
-        facts = quantize(command, source if start == "folder" else gguf, out, work / f"{out.name}.log")
-        model = qkit.load(str(out))
-        facts |= quality(model, base, tokens)
-        if row.startswith("qkit"):
-            facts |= speed(model)
-        del model
-        gc.collect()
-        if start == "gguf":
-            script = [peers["llamacpp"], str(PEERS / "llamacpp_speed.py"), str(out)]
+        if f"{name} | {row}" not in rows:
+            facts = quantize(command, source if start == "folder" else gguf, out, work / f"{out.name}.log")
+            rows[f"{name} | {row}"] = {**facts, "bytes": weight_bytes(out)}
+            save()
+            print(f"{name} | {row}: {json.dumps(facts)}", file=sys.stderr, flush=True)
+        paths[row] = out
+    base = qkit.load(str(source))
+    parameters = sum(p.numel() for p in base.parameters())
+    for row in paths:
+        facts = rows[f"{name} | {row}"]
+        facts["bits_per_weight"] = 8 * facts["bytes"] / parameters
+    if args.convert_only:
+        return
+    unknown = {row: qkit.load(str(path)) for row, path in paths.items() if "kld" not in rows[f"{name} | {row}"]}
+    for row, facts in quality(unknown, base, evaluation_tokens(source, args.text)).items():
+        rows[f"{name} | {row}"] |= facts
+    save()
+    del unknown
+    gc.collect()
+    for row, path in paths.items():
+        facts = rows[f"{name} | {row}"]
+        if "decode_tokens_per_s" in facts or not row.startswith(("qkit", "bf16", "llama.cpp")):
+            continue
+        if path.suffix == ".gguf":
+            script = [peers["llamacpp"], str(PEERS / "llamacpp_speed.py"), str(path)]
             done = subprocess.run(script, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
             facts |= json.loads(done.stdout.splitlines()[-1])
-        add(row, out, facts)
+        else:
+            facts |= speed(qkit.load(str(path)))
+        save()
 
 
 def markdown(rows: dict[str, Any]) -> str:
@@ -204,6 +215,7 @@ def main() -> None:
     parser.add_argument("--gemma", type=Path, help="gemma-3-270m-q4_k_m.gguf, as its package assembles it")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--only", action="append", metavar="PART", help="only rows whose name has this in it")
+    parser.add_argument("--convert-only", action="store_true", help="stop before quality and speed")
     args = parser.parse_args()
 
     from qkit.checkpoint.demo import demo_path
@@ -215,6 +227,7 @@ def main() -> None:
         models["Gemma-3-270M"] = (args.gemma, 128)
     for name, (gguf, group) in models.items():
         measure(name, gguf, group, args, rows, lambda: path.write_text(json.dumps(rows, indent=1)))
+    path.write_text(json.dumps(rows, indent=1))
     print(markdown(rows))
     print(json.dumps(rows))
 
