@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conversion import convert
+    from .errors import QkitError
+    from .profiling import profile
+    from .runtime.load import load
+
 __version__ = "0.1.0"
-
-# Light imports only: torch and transformers are imported when these functions are called. The names are bound
-# here, at once, because `convert` and `profile` are also the modules they live in.
-from .convert import convert
-from .errors import QkitError
-from .profile import profile
-from .runtime import load
-
 __all__ = ["QkitError", "__version__", "convert", "load", "profile"]
+
+# Imported on first use: `import qkit` costs nothing, and `qkit --help` answers at once. No module has the name of one
+# of these functions, or importing it would put the module in the function's place.
+_HOMES = {"QkitError": "errors", "convert": "conversion", "load": "runtime", "profile": "profiling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qkit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"qkit.{_HOMES[name]}"), name)

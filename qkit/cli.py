@@ -91,7 +91,7 @@ def _devices(commands: Any) -> None:
 def run_convert(args: argparse.Namespace) -> int:
     from . import plan as planning
     from . import units
-    from .convert import convert, summary
+    from .conversion import convert, summary
     from .progress import say
 
     options = _options(args)
@@ -112,7 +112,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    from .profile import profile, summary
+    from .profiling import profile, summary
 
     result = profile(**_options(args))
     if args.json:

@@ -68,7 +68,7 @@ class Parts:
         self._records[block] = records
 
     def __call__(self, t: TensorPlan) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
-        from .convert import check_finite
+        from .conversion import check_finite
 
         if t.scheme is None:
             tensor = self.source.read(t.name)
@@ -100,7 +100,7 @@ def quantize_into_parts(
 ) -> Parts:
     """Run the calibrated method over every decoder block; returns the producer for the shards."""
     from .calibrate.blocks import quantize_blocks
-    from .convert import record
+    from .conversion import record
 
     parts = Parts(folder, plan, source, fmt)
     if all(parts.records(block) is not None for block in parts.blocks):

@@ -18,7 +18,7 @@ from models import make_model
 from safetensors.torch import load_file, save_file
 
 from qkit.checkpoint import open_source
-from qkit.convert import convert
+from qkit.conversion import convert
 from qkit.errors import QkitError
 from qkit.plan import partial_dir
 

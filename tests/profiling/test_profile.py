@@ -10,7 +10,7 @@ import torch
 
 from qkit import text
 from qkit.errors import QkitError
-from qkit.profile import memory, profile, report, speed, summary
+from qkit.profiling import memory, profile, report, speed, summary
 
 VOCAB = 500
 SIZES = {
@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
     """(base, its W4 conversion) of a tiny Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qkit.convert import convert
+    from qkit.conversion import convert
 
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from qkit.evaluate.quality import DELTA_P_PERCENTILES, KLD_PERCENTILES, Divergence, Estimate, Quality, Scores
-from qkit.profile import charts, report
-from qkit.profile.types import EvaluationText, Memory, Profile, Row, Speed
+from qkit.profiling import charts, report
+from qkit.profiling.types import EvaluationText, Memory, Profile, Row, Speed
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=a>|`**&amp;\n# x"
 VOID = {"meta", "link", "img", "br", "hr", "input", "rect", "circle", "line"}
