@@ -26,7 +26,7 @@ CALIBRATED = ("gptq",)
 SHARD_BYTES = 2 * 10**9
 # Resident beside weights, activations, statistics: Python, torch and (calibrated) transformers, and what malloc keeps
 # between uses. From `qkit convert --json` of the two README models: measured peak less the counted bytes.
-BASE_MEMORY = {"rtn": 300 << 20, "gptq": 900 << 20}
+BASE_MEMORY = {"rtn": 300 << 20, "gptq": 1200 << 20}
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
 # `benchmarks/convert_speed.py` on 2 Zen 5 cores and halved: a prediction had better be kept than beaten.
 RTN_BYTES_PER_CORE_S = 0.4e9
