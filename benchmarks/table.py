@@ -152,7 +152,7 @@ def measure(name: str, gguf: Path, group: int, args: argparse.Namespace, rows: d
     paths = {"bf16 source": source}
     rows.setdefault(f"{name} | bf16 source", {"bytes": weight_bytes(source)})
     for row, (start, command) in quantizers(peers, args.calib, group).items():
-        if args.only and not any(o in row for o in args.only):
+        if args.only and row not in args.only:
             continue
         out = work / row.replace(" ", "-").replace(",", "")
         out = out.with_suffix(".gguf") if start == "gguf" else out
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--gemma", type=Path, help="gemma-3-270m-q4_k_m.gguf, as its package assembles it")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--only", action="append", metavar="PART", help="only rows whose name has this in it")
+    parser.add_argument("--only", action="append", metavar="ROW", help="only the row of this name")
     parser.add_argument("--convert-only", action="store_true", help="stop before quality and speed")
     args = parser.parse_args()
 
@@ -222,9 +222,8 @@ def main() -> None:
 
     path = args.work / "rows.json"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    models = {"SmolLM2-135M": (demo_path(), 64)}
-    if args.gemma:
-        models["Gemma-3-270M"] = (args.gemma, 128)
+    models = {"Gemma-3-270M": (args.gemma, 128)} if args.gemma else {}
+    models["SmolLM2-135M"] = (demo_path(), 64)
     for name, (gguf, group) in models.items():
         measure(name, gguf, group, args, rows, lambda: path.write_text(json.dumps(rows, indent=1)))
     path.write_text(json.dumps(rows, indent=1))
