@@ -125,10 +125,10 @@ def cpu() -> Present:
     name, flags = _cpuinfo()
     total, available = _memory()
     features = tuple(f for f in _ISA if f in flags)
-    return Present("cpu", name, total, available, _cores(), features, _match(name, None, None))
+    return Present("cpu", name, total, available, cores(), features, _match(name, None, None))
 
 
-def _cores() -> int:
+def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

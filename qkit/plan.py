@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import units
 from .choose import BLOCK, check_skip, chooser, left_alone, module_of, pick_group_size
+from .devices import cores
 from .dtypes import TensorMeta
 from .errors import QkitError
 from .scheme import CHANNEL, Scheme, preset
@@ -317,14 +318,14 @@ def _predict(source: Source, tensors: list[TensorPlan], method: str, options: Op
     """(workers, peak bytes, seconds). Refuses what --max-memory or the machine cannot hold."""
     import psutil
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     limit = options.max_memory or psutil.virtual_memory().total
     base = BASE_MEMORY[method]
-    workers = max(1, cores)
+    usable = cores()
+    workers = usable
     while workers > 1 and base + _in_flight(tensors, workers) > limit:
         workers -= 1
     peak = base + _in_flight(tensors, workers)
-    seconds = 2.0 + sum(t.meta.nbytes for t in tensors) / (RTN_BYTES_PER_CORE_S * min(cores, workers))
+    seconds = 2.0 + sum(t.meta.nbytes for t in tensors) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     if method in CALIBRATED:
         from .calibrate import blocks
 

@@ -129,13 +129,10 @@ def round_scale(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     float16 scales go through bfloat16 first: engines read them in the model's own dtype, most often
     bfloat16, and a value on both grids means the same number in every one of them.
     """
-    import torch
-
     from .dtypes import torch_dtype
+    from .kernels import reference
 
-    if scheme.scale_dtype == "F16":
-        return scale.to(torch.bfloat16).to(torch.float16)
-    return scale.to(torch_dtype(scheme.scale_dtype))
+    return reference.round_scale(scale, torch_dtype(scheme.scale_dtype))
 
 
 def with_group_size(scheme: Scheme, group_size: int) -> Scheme:
