@@ -20,7 +20,7 @@ import torch
 
 from qkit import kernels
 from qkit.kernels.cpu import lib
-from qkit.kernels.select import select
+from qkit.kernels.select import Weight, select
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "2048x640")
 
@@ -57,8 +57,9 @@ def cases(rows: int, cols: int) -> list[tuple[str, Callable[[], object], int, st
     packed, turned = kernels.pack(codes, 4), kernels.pack_transposed(codes, 4)
     out = torch.empty_like(w)
     x = torch.randn(1, cols).bfloat16()
-    kernel = select(4, 128, False, torch.bfloat16, "cpu", (rows, cols))
-    state = kernel.prepack(packed, scale, zero, 4, cols)
+    weight = Weight(packed, scale, zero, 4, cols)
+    kernel = select(weight, torch.bfloat16)
+    state = kernel.prepack(weight, None)
     rtn = size(w, codes, scale)
     return [
         ("quantize_rtn symmetric", lambda: kernels.quantize_rtn(w, 4, 128, True, "BF16"), rtn, "copy"),

@@ -1,7 +1,8 @@
 """The torch oracle every kernel is tested against, and the fallback where none fits. Simple beats fast here.
 
 Layout shared by all kernels ("packed"): int32 [out, in * bits / 32], codes unsigned, low bits first. It is
-byte for byte what compressed-tensors stores, and the transpose of what GPTQ stores.
+byte for byte what compressed-tensors stores, and the transpose of what GPTQ stores. `weight.Weight` says what the
+codes mean.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .errors import NonFiniteError, ScaleOverflowError
+from .weight import TABLES, Weight
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -207,14 +209,43 @@ def quantize_rtn(
     return torch.cat(all_codes), torch.cat(scales), torch.cat(zeros) if zeros else None, sq_err, sq_norm
 
 
+def dequantize_weight(w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A weight of any kind as [out, in] in `dtype`: value of the code times scale in float32, rounded once."""
+    codes = unpack(w.packed, w.bits, w.in_features)
+    if w.kind == "int":
+        return dequantize(codes, w.scale, w.zero, w.bits, dtype)
+    out, groups = codes.shape[0], w.scale.shape[1]
+    values = torch.tensor(TABLES[w.kind], device=codes.device)[codes.int()] if w.kind in TABLES else _e4m3(codes)
+    return (values.view(out, groups, -1) * w.float_scale().unsqueeze(-1)).view(out, -1).to(dtype)
+
+
+def _e4m3(codes: torch.Tensor) -> torch.Tensor:
+    return codes.contiguous().view(torch.float8_e4m3fn).float()
+
+
+def quantize_activations(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dynamic per-token quantization: x [..., in] -> (values as float32, scale float32 [..., 1]).
+
+    "int8": scale = max|x| / 127, round to nearest even. "fp8": scale = max|x| / 448, rounded to e4m3. An all-zero
+    token has scale 1.
+    """
+    most = {"int8": 127.0, "fp8": 448.0}[kind]
+    scale = x.float().abs().amax(-1, keepdim=True) / most
+    scale = torch.where(scale == 0, 1.0, scale)
+    t = x.float() / scale
+    return (t.round().clamp_(-127, 127) if kind == "int8" else t.to(torch.float8_e4m3fn).float()), scale
+
+
 def matmul(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bits: int,
-    bias: torch.Tensor | None = None,
+    x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None, activations: str | None = None
 ) -> torch.Tensor:
-    """x [..., in] @ dequantized(packed).T + bias, weights rounded to x.dtype first. Returns [..., out]."""
-    codes = unpack(packed, bits, x.shape[-1])
-    return torch.nn.functional.linear(x, dequantize(codes, scale, zero, bits, x.dtype), bias)
+    """x [..., in] @ dequantized(w).T + bias: [..., out] in x's dtype.
+
+    activations  None: weights are rounded to x.dtype first. "int8" or "fp8": x is quantized per token
+                 (`quantize_activations`) and multiplied in float32.
+    """
+    if activations is None:
+        return torch.nn.functional.linear(x, dequantize_weight(w, x.dtype), bias)
+    values, scale = quantize_activations(x, activations)
+    y = torch.nn.functional.linear(values, dequantize_weight(w, torch.float32)) * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)

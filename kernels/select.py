@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a packed weight: an ordered table that ends with the torch reference."""
+"""Which kernel multiplies by a quantized weight: an ordered table that ends with the torch reference."""
 
 from __future__ import annotations
 
@@ -11,54 +11,64 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from . import _native, check_weight, dequantize, reference
+from . import _native, dequantize, reference
 from .cpu import lib
+from .weight import Weight
+
+__all__ = ["KERNELS", "Kernel", "Problem", "Weight", "problem", "select"]
+
+ACTIVATIONS = (None, "int8", "fp8")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked for. group_size is the number of inputs that share a scale (never 0)."""
+    """What a kernel is asked for.
 
+    kind, bits  of the weight (`weight.Weight`)
+    group_size  inputs that share a scale (never 0)
+    act_dtype   of x and of the result; activations None: used as they are; "int8", "fp8": quantized per token
+    shape       (out_features, in_features)
+    """
+
+    kind: str
     bits: int
     group_size: int
     symmetric: bool
     act_dtype: torch.dtype
+    activations: str | None
     device: torch.device
-    shape: tuple[int, int]  # (out_features, in_features)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight as the kernels here keep it: nothing is copied, memory stays that of the checkpoint."""
-
-    packed: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    bits: int
-    in_features: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute x @ dequantized(packed).T + bias.
+    """One way to compute x @ dequantized(weight).T + bias.
 
-    supports(problem)            None, or why not
-    prepack(packed, scale, zero, bits, in_features) -> state    (int32 [out, words], [out, groups], uint8 or None)
-    matmul(x [..., in], state, bias [out] or None) -> [..., out] in x's dtype
+    supports(problem)              None, or why not
+    prepack(weight, activations)   -> state, whatever `matmul` wants; may share the weight's tensors
+    matmul(x [..., in], state, bias [out] or None) -> [..., out] in x's dtype. Raises ValueError for a wrong shape and
+                                   TypeError for a wrong dtype
     """
 
     name: str
     supports: Callable[[Problem], str | None]
-    prepack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int], Any]
+    prepack: Callable[[Weight, str | None], Any]
     matmul: Callable[[torch.Tensor, Any, torch.Tensor | None], torch.Tensor]
 
 
-def _prepack(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, in_features: int
-) -> Weight:
-    check_weight(packed, scale, zero, bits, in_features)
-    zero = None if zero is None else zero.contiguous()
-    return Weight(packed.contiguous(), scale.contiguous(), zero, bits, in_features)
+def problem(weight: Weight, act_dtype: torch.dtype, activations: str | None = None) -> Problem:
+    """The problem that `weight` poses for activations of `act_dtype`. Raises ValueError for unknown `activations`."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {ACTIVATIONS}, not {activations!r}")
+    shape = (weight.out_features, weight.in_features)
+    symmetric = weight.zero is None
+    return Problem(weight.kind, weight.bits, weight.group_size, symmetric, act_dtype, activations, weight.device, shape)
+
+
+def select(weight: Weight, act_dtype: torch.dtype, activations: str | None = None) -> Kernel:
+    """The first kernel of `KERNELS` that supports the problem."""
+    asked = problem(weight, act_dtype, activations)
+    return next(kernel for kernel in KERNELS if kernel.supports(asked) is None)
 
 
 # At most this many activation vectors go through the fused kernel; above it dequantizing once and torch's GEMM win.
@@ -75,6 +85,8 @@ def _buffer(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _cpu_supports(p: Problem) -> str | None:
+    if p.kind != "int" or p.activations is not None:
+        return "takes integer weights and unquantized activations"
     if p.device.type != "cpu":
         return f"runs on the CPU, not on {p.device.type}"
     if p.act_dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -87,11 +99,20 @@ def _cpu_supports(p: Problem) -> str | None:
     return None if _native() else str(lib.load())
 
 
+def _cpu_prepack(w: Weight, activations: str | None) -> Weight:
+    zero = None if w.zero is None else w.zero.contiguous()
+    return Weight(w.packed.contiguous(), w.scale.contiguous(), zero, w.bits, w.in_features)
+
+
+def _check_input(x: torch.Tensor, in_features: int) -> None:
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes {in_features} inputs")
+
+
 def _cpu_matmul(x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.shape[-1] != w.in_features:
-        raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes {w.in_features} inputs")
+    _check_input(x, w.in_features)
     if x.requires_grad and torch.is_grad_enabled():  # torch must see the product to differentiate it
-        return _reference_matmul(x, w, bias)
+        return reference.matmul(x, w, bias)
     out_features = w.packed.shape[0]
     rows = x.numel() // w.in_features
     if 1 <= rows <= GEMV_MAX:
@@ -104,26 +125,13 @@ def _cpu_matmul(x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> torch.
     return F.linear(x, buffer, bias)
 
 
-def _reference_matmul(x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    return reference.matmul(x, w.packed, w.scale, w.zero, w.bits, bias)
+def _reference_matmul(x: torch.Tensor, state: tuple[Weight, str | None], bias: torch.Tensor | None) -> torch.Tensor:
+    weight, activations = state
+    _check_input(x, weight.in_features)
+    return reference.matmul(x, weight, bias, activations)
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cpu", _cpu_supports, _prepack, _cpu_matmul),
-    Kernel("reference", lambda problem: None, _prepack, _reference_matmul),
+    Kernel("cpu", _cpu_supports, _cpu_prepack, _cpu_matmul),
+    Kernel("reference", lambda problem: None, lambda w, activations: (w, activations), _reference_matmul),
 )
-
-
-def select(
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    act_dtype: torch.dtype,
-    device: torch.device | str,
-    shape: tuple[int, int],
-) -> Kernel:
-    """The first kernel of `KERNELS` that supports the problem; group_size 0 is one group a row."""
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, not {bits}")
-    problem = Problem(bits, group_size or shape[1], symmetric, act_dtype, torch.device(device), shape)
-    return next(kernel for kernel in KERNELS if kernel.supports(problem) is None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..formats.base import Packed
 from ..kernels import pack
-from ..kernels.select import Kernel, select
+from ..kernels.select import Kernel, Weight, select
 from ..scheme import QTensor, Scheme
 
 
@@ -53,10 +53,9 @@ class QuantLinear(nn.Module):
     def _prepared(self, dtype: torch.dtype) -> tuple[Kernel, Any]:
         ready = self._ready.get(dtype)
         if ready is None:
-            scheme, shape = self.scheme, (self.out_features, self.in_features)
-            kernel = select(scheme.bits, scheme.group_size, scheme.symmetric, dtype, self.packed.device, shape)
-            state = kernel.prepack(self.packed, self.scale, self.zero, scheme.bits, self.in_features)
-            ready = self._ready[dtype] = (kernel, state)
+            weight = Weight(self.packed, self.scale, self.zero, self.scheme.bits, self.in_features)
+            kernel = select(weight, dtype)
+            ready = self._ready[dtype] = (kernel, kernel.prepack(weight, None))
         return ready
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from qkit import kernels
 from qkit.kernels import reference
 from qkit.kernels.cpu import lib
-from qkit.kernels.select import GEMV_MAX, KERNELS, select
+from qkit.kernels.select import GEMV_MAX, KERNELS, Weight, select
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Blocks of the fused kernel are sixteen words: groups that fill them, share them, and straddle them; short tails.
@@ -52,7 +52,7 @@ def test_fused_kernel(isa: str, bits: int, symmetric: bool, shape: tuple[int, in
 @pytest.mark.parametrize("lead", [(1,), (8,), (9,), (2, 7), (3, 1, 2), ()])
 def test_matmul_of_any_shape(kernel: object, lead: tuple[int, ...]) -> None:
     packed, scale, zero, exact = quantized(24, 128, 64, 4, False)
-    state = kernel.prepack(packed, scale, zero, 4, 128)
+    state = kernel.prepack(Weight(packed, scale, zero, 4, 128), None)
     for dtype in FLOATS:
         x = torch.randn(*lead, 128).to(dtype)
         bias = torch.randn(24).to(dtype)
@@ -64,45 +64,51 @@ def test_matmul_of_any_shape(kernel: object, lead: tuple[int, ...]) -> None:
 
 def test_large_batches_equal_dequantized_weights() -> None:
     packed, scale, zero, exact = quantized(24, 128, 64, 4, True)
-    kernel = select(4, 64, True, torch.bfloat16, "cpu", (24, 128))
+    kernel = select(Weight(packed, scale, zero, 4, 128), torch.bfloat16)
     x = torch.randn(GEMV_MAX + 1, 128).bfloat16()
     expected = torch.nn.functional.linear(x, exact.bfloat16())
-    assert torch.equal(kernel.matmul(x, kernel.prepack(packed, scale, zero, 4, 128), None), expected)
+    assert torch.equal(kernel.matmul(x, kernel.prepack(Weight(packed, scale, zero, 4, 128), None), None), expected)
 
 
 def test_gradients_reach_the_activations() -> None:
     packed, scale, zero, exact = quantized(24, 128, 64, 4, True)
-    kernel = select(4, 64, True, torch.float32, "cpu", (24, 128))
+    kernel = select(Weight(packed, scale, zero, 4, 128), torch.float32)
     x = torch.randn(2, 128, requires_grad=True)
-    kernel.matmul(x, kernel.prepack(packed, scale, zero, 4, 128), None).sum().backward()
+    kernel.matmul(x, kernel.prepack(Weight(packed, scale, zero, 4, 128), None), None).sum().backward()
     assert torch.allclose(x.grad, exact.float().sum(0).expand(2, -1), atol=1e-4)
 
 
 def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = select(4, 128, True, torch.bfloat16, "cpu", (64, 256))
-    assert cpu.name == ("reference" if isinstance(lib.load(), str) else "cpu")
+    def name(cols: int = 256, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **kwargs: object) -> str:
+        packed = torch.zeros(64, -(-cols // 8), dtype=torch.int32, device=device)
+        scale = torch.ones(64, 1, device=device)
+        return select(Weight(packed, scale, None, 4, cols), dtype, **kwargs).name
+
+    assert name() == ("reference" if isinstance(lib.load(), str) else "cpu")
     assert KERNELS[-1].name == "reference"
     # Ten 4-bit codes do not fill words; float64 and other devices are not for the C++ kernels.
-    assert select(4, 0, True, torch.bfloat16, "cpu", (4, 10)).name == "reference"
-    assert select(4, 128, True, torch.float64, "cpu", (64, 256)).name == "reference"
-    assert select(4, 128, True, torch.bfloat16, "meta", (64, 256)).name == "reference"
+    assert name(cols=10) == "reference"
+    assert name(dtype=torch.float64) == "reference"
+    assert name(device="meta") == "reference"
+    with pytest.raises(ValueError, match="'int7'"):
+        name(activations="int7")
     monkeypatch.setenv("QKIT_REFERENCE", "1")
-    assert select(4, 128, True, torch.bfloat16, "cpu", (64, 256)).name == "reference"
+    assert name() == "reference"
     with pytest.raises(ValueError, match="not 3"):
-        select(3, 128, True, torch.bfloat16, "cpu", (64, 256))
+        Weight(torch.zeros(1, 3, dtype=torch.int32), torch.ones(1, 1), None, 3, 32)
 
 
 def test_prepack_refuses_what_does_not_fit() -> None:
-    packed, scale, _, _ = quantized(24, 128, 64, 4, True)
-    kernel = select(4, 64, True, torch.bfloat16, "cpu", (24, 128))
+    packed, scale, zero, _ = quantized(24, 128, 64, 4, True)
+    kernel = select(Weight(packed, scale, zero, 4, 128), torch.bfloat16)
     with pytest.raises(ValueError, match="take 15 words"):
-        kernel.prepack(packed, scale, None, 4, 120)
+        Weight(packed, scale, None, 4, 120)
     with pytest.raises(ValueError, match="128 inputs"):
-        kernel.matmul(torch.randn(1, 64), kernel.prepack(packed, scale, None, 4, 128), None)
+        kernel.matmul(torch.randn(1, 64), kernel.prepack(Weight(packed, scale, None, 4, 128), None), None)
 
 
 def test_reference_is_the_plain_product() -> None:
     packed, scale, zero, exact = quantized(24, 128, 64, 8, False)
     x = torch.randn(3, 128)
     expected = torch.nn.functional.linear(x, exact.float())
-    assert torch.allclose(reference.matmul(x, packed, scale, zero, 8), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(reference.matmul(x, Weight(packed, scale, zero, 8, 128)), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,108 @@
+"""`Weight`: a quantized matrix as every kernel takes it, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# What a 4-bit code stands for. nf4 and fp4: bitsandbytes (functional.py, create_normal_map and create_fp4_map); e2m1:
+# OCP Microscaling 1.0, section 5.3.3 (sign in bit 3).
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": _FP4 + tuple(-v for v in _FP4),
+    "mxfp4": _E2M1 + tuple(-v for v in _E2M1),
+    "nvfp4": _E2M1 + tuple(-v for v in _E2M1),
+}  # fmt: skip
+
+KINDS = ("int", *TABLES, "fp8")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight [out, in_features]: value(code[o, i]) * scale[o, i // group].
+
+    kind      "int": value = code - zero. "nf4", "fp4", "mxfp4", "nvfp4": value = TABLES[kind][code]. "fp8": the
+              code is an e4m3 number
+    packed    int32 [out, ceil(in * bits / 32)]: unsigned codes, low bits first (the layout of `reference`)
+    scale     [out, groups], groups divides in. float32, float16 or bfloat16; "mxfp4": uint8, e8m0 (2**(s - 127));
+              "nvfp4": float8_e4m3fn
+    zero      uint8 [out, groups], only for "int"; None: 2**(bits-1)
+    multiplier  what every scale is multiplied by (nvfp4: 1 / weight_global_scale)
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    bits: int
+    in_features: int
+    kind: str = "int"
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError, with the values, unless the tensors fit together."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is unknown, expected one of {', '.join(KINDS)}")
+        bits = (4, 8) if self.kind == "int" else (8,) if self.kind == "fp8" else (4,)
+        if self.bits not in bits:
+            raise ValueError(f"bits must be {' or '.join(map(str, bits))} for kind {self.kind!r}, not {self.bits}")
+        scales = {"mxfp4": (torch.uint8,), "nvfp4": (torch.float8_e4m3fn,)}.get(self.kind, FLOATS)
+        _check("packed", self.packed, (torch.int32,))
+        _check("scale", self.scale, scales)
+        out, words = self.packed.shape
+        if self.in_features < 1 or words != -(-self.in_features * self.bits // 32):
+            raise ValueError(
+                f"packed has shape {(out, words)}, but {self.in_features} {self.bits}-bit codes a row take "
+                f"{-(-self.in_features * self.bits // 32)} words"
+            )
+        rows, groups = self.scale.shape
+        if rows != out or groups < 1 or self.in_features % groups:
+            raise ValueError(
+                f"scale has shape {(rows, groups)}, which does not fit a weight of {out} x {self.in_features}"
+            )
+        if self.zero is not None:
+            if self.kind != "int":
+                raise ValueError(f"a weight of kind {self.kind!r} has no zero point")
+            _check("zero", self.zero, (torch.uint8,))
+            if self.zero.shape != self.scale.shape:
+                raise ValueError(f"zero has shape {tuple(self.zero.shape)}, scale {tuple(self.scale.shape)}")
+        devices = {t.device for t in (self.packed, self.scale, self.zero) if t is not None}
+        if len(devices) > 1:
+            raise ValueError(f"the weight lies on more than one device: {', '.join(sorted(map(str, devices)))}")
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; in_features where there is one scale a row."""
+        return self.in_features // self.scale.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def float_scale(self) -> torch.Tensor:
+        """The scales as float32 [out, groups], the multiplier included."""
+        if self.kind == "mxfp4":
+            # 255 is NaN in e8m0; 2**-127 is subnormal in float32 and exact.
+            scale = torch.ldexp(torch.ones((), device=self.device), self.scale.int() - 127)
+            scale = torch.where(self.scale == 255, float("nan"), scale)
+        else:
+            scale = self.scale.float()
+        return scale if self.multiplier == 1.0 else scale * self.multiplier
+
+
+def _check(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} is {t.dtype}, expected " + " or ".join(str(d) for d in dtypes))
+    if t.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected two dimensions")
