@@ -1,0 +1,1 @@
+"""Static gates for Triton kernels: compile for cards that are not here, read the machine code."""
