@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA and ROCm devices. Importing this imports neither triton nor a driver."""

@@ -1,0 +1,184 @@
+"""The weight layout of the Triton kernels, and the way there from `Weight`: plain torch, on any device.
+
+A block is `words` 32-bit words of one output row. A word holds two neighbouring inputs in its two 16-bit halves, so one
+AND turns it into a pair of 16-bit operands, and a block splits into planes of 2 * words neighbouring inputs without any
+movement between threads:
+
+    code of input  b * block + j * plane + 2 * r + h   of output n   lies in   words[b, n, r]
+    at bit         16 * h + bits * j
+                   8 * j + 4 * h         (nf4 and fp4, whose pairs are looked up by the byte)
+
+with plane = 2 * words and block = plane * 16 / bits: 128 inputs at 4 bits, 64 at 8 bits; for nvfp4 planes of 16, which
+lie within one group, and blocks of 64. A tile of rows of one block is contiguous in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..weight import TABLES, Weight
+
+N_MULTIPLE = 128  # outputs are padded to it: every BLOCK_N divides it
+BY_BYTES = ("nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as the Triton kernels take it: value(code) * scale * row.
+
+    words   int32 [blocks, padded_n, words]
+    scale   [groups, padded_n]: float16, at most 1; "mxfp4": uint8, the exponent over the row's, biased by 127;
+            "nvfp4": uint8, the bits of e4m3. None: one scale a row, held by `row`
+    zero    uint8 [groups, padded_n], or None (2**(bits-1))
+    row     float32 [padded_n]
+    table   int32 [2, 256], the values of a byte's two codes as float16 and as bfloat16 (`pair_table`); None but for
+            nf4 and fp4
+    paired  rows alternate between two weights (gate and up): the SiLU-mul epilogue takes neighbouring outputs
+    """
+
+    words: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    row: torch.Tensor
+    table: torch.Tensor | None
+    kind: str
+    bits: int
+    out_features: int
+    in_features: int
+    group_size: int
+    paired: bool = False
+
+    @property
+    def plane(self) -> int:
+        """Neighbouring inputs that one dot takes."""
+        return 2 * self.words.shape[2]
+
+    @property
+    def block(self) -> int:
+        """Inputs of one block of words."""
+        return self.plane * 16 // self.bits
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+
+def plane_of(kind: str) -> int:
+    return 16 if kind == "nvfp4" else 32
+
+
+def why_not(kind: str, group_size: int, in_features: int) -> str | None:
+    """None where the layout takes such a weight, else why not."""
+    plane = plane_of(kind)
+    if group_size != in_features and group_size % plane:
+        return f"needs groups of a multiple of {plane} or one scale a row, not {group_size} of {in_features} inputs"
+    return None
+
+
+def prepack(weight: Weight | Sequence[Weight], paired: bool = False) -> Packed:
+    """One weight, or several over the same inputs joined along the outputs, ragged sizes padded once.
+
+    paired: two weights of one shape (gate, up) whose rows alternate.
+    Raises ValueError where kinds, groups or shapes differ, and for a group size that does not fill planes.
+    """
+    weights = [weight] if isinstance(weight, Weight) else list(weight)
+    first = weights[0]
+    alike = {(w.kind, w.bits, w.in_features, w.group_size, w.zero is None, w.scale.dtype, w.device) for w in weights}
+    if len(alike) > 1:
+        raise ValueError(
+            f"weights that differ in kind, bits, inputs, group size, zero or scale type: {sorted(map(str, alike))}"
+        )
+    if paired and (len(weights) != 2 or weights[0].out_features != weights[1].out_features):
+        raise ValueError(f"pairing takes two weights of one shape, not {[w.out_features for w in weights]} outputs")
+    reason = why_not(first.kind, first.group_size, first.in_features)
+    if reason is not None:
+        raise ValueError(f"the Triton layout {reason}")
+
+    def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(tensors, 1).flatten(0, 1) if paired else torch.cat(tensors)
+
+    multiplier = join([torch.full((w.out_features,), w.multiplier, device=w.device) for w in weights])
+    scale, row = _scales(first.kind, join([_raw_scale(w) for w in weights]), multiplier)
+    out = row.shape[0]
+    rows = -(-out // N_MULTIPLE) * N_MULTIPLE
+    return Packed(
+        words=_words(first.kind, first.bits, join([w.packed for w in weights]), first.in_features, rows),
+        scale=None if scale is None else _columns(scale, rows),
+        zero=None if first.zero is None else _columns(join([w.zero for w in weights if w.zero is not None]), rows),
+        row=torch.nn.functional.pad(row, (0, rows - out)),
+        table=pair_table(first.kind).to(first.device) if first.kind in BY_BYTES else None,
+        kind=first.kind,
+        bits=first.bits,
+        out_features=out,
+        in_features=first.in_features,
+        group_size=first.group_size,
+        paired=paired,
+    )
+
+
+def codes(p: Packed) -> torch.Tensor:
+    """uint8 [out_features, in_features]: the codes back out of the layout."""
+    blocks, rows, words = p.words.shape
+    out = torch.empty(rows, blocks, 16 // p.bits, words, 2, dtype=torch.uint8, device=p.device)
+    for j in range(16 // p.bits):
+        for h in range(2):
+            bit = _bit(p.kind, p.bits, j, h)
+            out[:, :, j, :, h] = ((p.words >> bit) & ((1 << p.bits) - 1)).transpose(0, 1)
+    return out.view(rows, -1)[: p.out_features, : p.in_features]
+
+
+def pair_table(kind: str) -> torch.Tensor:
+    """int32 [2, 256]: for each byte the values of its low and its high code, as float16 and as bfloat16 halves."""
+    values = torch.tensor(TABLES[kind])
+    byte = torch.arange(256)
+    pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1)
+    return torch.stack([pairs.to(t).view(torch.int32).view(256) for t in (torch.float16, torch.bfloat16)])
+
+
+def _bit(kind: str, bits: int, j: int, h: int) -> int:
+    return 8 * j + 4 * h if kind in BY_BYTES else 16 * h + bits * j
+
+
+def _words(kind: str, bits: int, packed: torch.Tensor, in_features: int, rows: int) -> torch.Tensor:
+    """int32 [out, in * bits / 32] in reading order -> int32 [blocks, rows, words]."""
+    plane, per_word, planes = plane_of(kind), 32 // bits, 16 // bits
+    blocks = -(-in_features // (plane * planes))
+    padded = packed.new_zeros(rows, blocks * planes * plane // per_word)
+    padded[: packed.shape[0], : packed.shape[1]] = packed
+    source = padded.view(rows, blocks, planes, -1).transpose(0, 1)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    words = packed.new_zeros(blocks, rows, plane // 2)
+    for j in range(planes):  # one plane at a time bounds the temporaries
+        plane_codes = ((source[:, :, j, :, None] >> shifts) & ((1 << bits) - 1)).view(blocks, rows, plane // 2, 2)
+        for h in range(2):
+            words |= plane_codes[..., h] << _bit(kind, bits, j, h)
+    return words
+
+
+def _raw_scale(w: Weight) -> torch.Tensor:
+    return w.scale.view(torch.uint8) if w.kind == "nvfp4" else w.scale
+
+
+def _scales(kind: str, scale: torch.Tensor, multiplier: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Scales [out, groups] as stored -> (scales for the kernel or None, row [out])."""
+    if kind == "nvfp4":
+        return scale, multiplier
+    if kind == "mxfp4":
+        most = scale.amax(1, keepdim=True)
+        row = torch.ldexp(multiplier, most[:, 0].int() - 127)
+        row = torch.where(most[:, 0] == 255, float("nan"), row)  # e8m0's NaN makes the output NaN, as it must
+        return (scale.int() - most.int() + 127).clamp_(min=0).to(torch.uint8), row
+    scale = scale.float() * multiplier.unsqueeze(1)
+    if scale.shape[1] == 1:
+        return None, scale[:, 0]
+    # A power of two per row brings every scale into float16's normal range, whatever type it was stored in.
+    exponent = torch.frexp(scale.abs().amax(1)).exponent
+    return torch.ldexp(scale, -exponent.unsqueeze(1)).half(), torch.ldexp(torch.ones_like(multiplier), exponent)
+
+
+def _columns(t: torch.Tensor, rows: int) -> torch.Tensor:
+    """[out, groups] -> contiguous [groups, rows], zero padded."""
+    return torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[0])).t().contiguous()
