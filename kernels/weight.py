@@ -94,7 +94,8 @@ class Weight:
         """The scales as float32 [out, groups], the multiplier included."""
         if self.kind == "mxfp4":
             # 255 is NaN in e8m0; 2**-127 is subnormal in float32 and exact.
-            scale = torch.ldexp(torch.ones((), device=self.device), self.scale.int() - 127)
+            exponent = self.scale.int() - 127
+            scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
             scale = torch.where(self.scale == 255, float("nan"), scale)
         else:
             scale = self.scale.float()

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 
+#include "matmul_types.h"
 #include "pool.h"
 #include "rows.h"
 
@@ -17,10 +18,24 @@ using namespace qkit;
 const RowKernels* qkit::kernels_for(int isa) {
     if (!qk_has_isa(isa)) return nullptr;
 #ifdef QKIT_X86
-    if (isa == QK_AVX512) return avx512_kernels();
-    if (isa == QK_AVX2) return avx2_kernels();
+    if (isa >= QK_AVX512) return avx512_kernels();
+    if (isa >= QK_AVX2) return avx2_kernels();
 #endif
     return scalar_kernels();
+}
+
+const MatmulKernels* qkit::matmul_for(int isa) {
+    if (!qk_has_isa(isa)) return nullptr;
+    switch (isa) {
+#ifdef QKIT_X86
+        case QK_AVX512BF16: return avx512bf16_matmul();
+        case QK_AVX512VNNI: return avx512vnni_matmul();
+        case QK_AVX512: return avx512_matmul();
+        case QK_AVXVNNI: return avxvnni_matmul();
+        case QK_AVX2: return avx2_matmul();
+#endif
+        default: return scalar_matmul();
+    }
 }
 
 namespace {
@@ -61,7 +76,9 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
-int qk_abi(void) { return 2; }
+int qk_abi(void) { return 3; }
+
+int qk_use_openmp(const char* library) { return library && use_openmp(library); }
 
 int qk_has_isa(int isa) {
     if (isa == QK_SCALAR) return 1;
@@ -74,6 +91,16 @@ int qk_has_isa(int isa) {
     }();
     static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    // Leaf 7, subleaf 1, EAX: bit 4 AVX-VNNI, bit 5 AVX-512 BF16. The system saves the registers: AVX2 and AVX-512 were
+    // there.
+    static const unsigned more = [] {
+        unsigned a = 0, b, c, d;
+        return __get_cpuid_count(7, 1, &a, &b, &c, &d) ? a : 0u;
+    }();
+    if (isa == QK_AVXVNNI) return avx2 && (more & (1u << 4));
+    if (isa == QK_AVX512VNNI) return vnni;
+    if (isa == QK_AVX512BF16) return vnni && (more & (1u << 5));
     if (isa == QK_AVX2) return avx2;
     if (isa == QK_AVX512) return avx512;
 #endif

@@ -3,4 +3,5 @@
 
 namespace qkit {
 const RowKernels* avx2_kernels() { return &TABLE; }
+const MatmulKernels* avx2_matmul() { return &MATMUL; }
 }  // namespace qkit

@@ -3,4 +3,5 @@
 
 namespace qkit {
 const RowKernels* avx512_kernels() { return &TABLE; }
+const MatmulKernels* avx512_matmul() { return &MATMUL; }
 }  // namespace qkit

@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -93,6 +95,39 @@ QK_INLINE F fused(F a, F b, F c) {
     QK_EACH c.v[p] += a.v[p] * b.v[p];
 #endif
     return c;
+}
+
+// acc + the sum over a lane's four bytes of u * s, u unsigned, s signed; u is at most 15 where BITS is 4. Exact.
+template <int BITS>
+QK_INLINE I dot4(I acc, I u, I s) {
+#if defined(__AVX512VNNI__)
+    acc.v[0] = (RawI)_mm512_dpbusd_epi32((__m512i)acc.v[0], (__m512i)u.v[0], (__m512i)s.v[0]);
+#elif defined(__AVXVNNI__)
+    QK_EACH acc.v[p] = (RawI)_mm256_dpbusd_avx_epi32((__m256i)acc.v[p], (__m256i)u.v[p], (__m256i)s.v[p]);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    QK_EACH acc.v[p] = (RawI)vusdotq_s32((int32x4_t)acc.v[p], (uint8x16_t)u.v[p], (int8x16_t)s.v[p]);
+#else
+    if constexpr (BITS == 8) {  // what follows holds only small unsigned bytes: one nibble at a time
+        const I low = splat(0x0f0f0f0f), none = splat(0);
+        return dot4<4>(acc, u & low, s) + (dot4<4>(none, (u >> 4) & low, s) << 4);
+    }
+#if defined(__AVX512F__)
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)u.v[0], (__m512i)s.v[0]);
+    acc.v[0] += (RawI)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+    QK_EACH {
+        const __m256i pairs = _mm256_maddubs_epi16((__m256i)u.v[p], (__m256i)s.v[p]);
+        acc.v[p] += (RawI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#elif defined(__ARM_FEATURE_DOTPROD)
+    QK_EACH acc.v[p] = (RawI)vdotq_s32((int32x4_t)acc.v[p], (int8x16_t)u.v[p], (int8x16_t)s.v[p]);
+#else
+    for (int k = 0; k < 4; ++k) QK_EACH {
+        acc.v[p] += ((u.v[p] >> (8 * k)) & 255) * ((s.v[p] << (24 - 8 * k)) >> 24);
+    }
+#endif
+#endif
+    return acc;
 }
 
 // Widening and narrowing are spelled out on x86: GCC 12 takes __builtin_convertvector between 8- and 32-bit lanes apart
@@ -242,5 +277,17 @@ struct F16 {
     QK_INLINE float get(const T* x) { return from_f16(*x); }
     QK_INLINE T put(float x) { return to_f16(x); }
 };
+
+// Adding it to |x| < 2**22 rounds x to an integer, ties to even, held in the low bits of the sum.
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2**23
+
+// Values i .. i + 15 of n, zero padded.
+template <class W>
+QK_INLINE F load_padded(const typename W::T* x, int64_t i, int64_t n) {
+    if (i + LANES <= n) return W::load16(x + i);
+    typename W::T tail[LANES] = {};
+    std::memcpy(tail, x + i, (size_t)(n - i) * sizeof(tail[0]));
+    return W::load16(tail);
+}
 
 }  // namespace

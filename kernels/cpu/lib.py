@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 
 from ..errors import NonFiniteError, ScaleOverflowError
 
-ABI = 2
-ISAS = ("scalar", "avx2", "avx512")  # position = QkIsa; later is faster
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
+ABI = 3
+ISAS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")  # position = QkIsa; later is faster
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
 
 _STATUS = {
     1: "bits is neither 4 nor 8",
@@ -63,8 +64,25 @@ def load() -> ctypes.CDLL | str:
     lib.qk_gptq_search.argtypes = [p, i, p, p, i, p, n, n, n, i, i, p, i, i, i]
     lib.qk_gptq_feedback.argtypes = [p, p, p, n, p, p, f, f, p, p, n, n, i, i]
     lib.qk_gptq_descend.argtypes = [p, p, n, p, p, f, p, p, n, n, i, i]
-    lib.qk_gemv.argtypes = [p, i, p, p, i, p, p, p, n, n, n, n, i, i, i]
+    lib.qk_use_openmp.argtypes = [ctypes.c_char_p]
+    lib.qk_prepacked_bytes.argtypes, lib.qk_prepacked_bytes.restype = [n, n, i], n
+    lib.qk_prepack.argtypes = lib.qk_restore.argtypes = [p, p, n, n, i, i]
+    lib.qk_matmul.argtypes = [p, p, i, p, p, n, i, i, i]
+    if runtime := _openmp():
+        lib.qk_use_openmp(runtime.encode())
     return lib
+
+
+def _openmp() -> str | None:
+    """The file of the OpenMP runtime that torch computes with, where that can be told."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    files = dict.fromkeys(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^\s]*)", mapped))
+    # torch's wheels bring their own; another copy would be another pool of threads.
+    own = [f for f in files if "torch" in f]
+    return next(iter(own or files), None)
 
 
 @functools.cache
@@ -74,6 +92,7 @@ def isas() -> tuple[str, ...]:
     return () if isinstance(lib, str) else tuple(isa for k, isa in enumerate(ISAS) if lib.qk_has_isa(k))
 
 
+@functools.cache
 def _isa(name: str | None) -> int:
     name = name or isas()[-1]
     if name not in isas():
@@ -96,11 +115,15 @@ def _ptr(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _call(function: str, *args: object) -> None:
+def _library() -> ctypes.CDLL:
     lib = load()
     if isinstance(lib, str):
         raise RuntimeError(f"no CPU library: {lib}")
-    if status := getattr(lib, function)(*args):
+    return lib
+
+
+def _call(function: str, *args: object) -> None:
+    if status := getattr(_library(), function)(*args):
         _raise(status, function)
 
 
@@ -142,7 +165,7 @@ def dequantize(
     """Fills `out` [rows, cols], of the dtype wanted."""
     rows, cols = out.shape
     _call(
-        "qk_dequantize", _ptr(packed), _ptr(scale), _DTYPES[scale.dtype], _ptr(zero), _ptr(out), _DTYPES[out.dtype],
+        "qk_dequantize", _ptr(packed), _ptr(scale), DTYPES[scale.dtype], _ptr(zero), _ptr(out), DTYPES[out.dtype],
         rows, cols, scale.shape[1], bits, _isa(isa), _threads(),
     )  # fmt: skip
     return out
@@ -166,30 +189,49 @@ def quantize_rtn(
     totals = (ctypes.c_double * 2)()
     candidates = (ctypes.c_float * len(multipliers))(*multipliers)
     _call(
-        "qk_quantize_rtn", _ptr(w), _DTYPES[w.dtype], _ptr(codes), _ptr(scale), _DTYPES[scale_dtype], _ptr(zero),
+        "qk_quantize_rtn", _ptr(w), DTYPES[w.dtype], _ptr(codes), _ptr(scale), DTYPES[scale_dtype], _ptr(zero),
         _ptr(row_stats), ctypes.addressof(totals), rows, cols, groups, bits, min_zero, ctypes.addressof(candidates),
         len(multipliers), _isa(isa), _threads(),
     )  # fmt: skip
     return codes, scale, zero, totals[0], totals[1]
 
 
-def gemv(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bits: int,
-    bias: torch.Tensor | None,
-    isa: str | None = None,
-) -> torch.Tensor:
-    """x [m, in] (m <= 8) @ dequantized.T + bias; returns [m, out] in x's dtype."""
-    m, cols = x.shape
-    rows = packed.shape[0]
-    out = torch.empty(m, rows, dtype=x.dtype)
-    _call(
-        "qk_gemv", _ptr(x), _DTYPES[x.dtype], _ptr(packed), _ptr(scale), _DTYPES[scale.dtype], _ptr(zero), _ptr(bias),
-        _ptr(out), m, rows, cols, scale.shape[1], bits, _isa(isa), _threads(),
+class QkWeight(ctypes.Structure):
+    """`QkWeight` of qkit_cpu.h."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p), ("table", ctypes.c_void_p),
+        ("rows", ctypes.c_int64), ("cols", ctypes.c_int64), ("groups", ctypes.c_int64),
+        ("bits", ctypes.c_int), ("scale_dtype", ctypes.c_int),
     )  # fmt: skip
+
+
+def prepack(packed: torch.Tensor, cols: int, bits: int) -> torch.Tensor:
+    """int32 [out, words] -> the matmul's layout, int32 [n]."""
+    size = _library().qk_prepacked_bytes(packed.shape[0], cols, bits)
+    codes = torch.empty(size // 4, dtype=torch.int32)
+    _call("qk_prepack", _ptr(packed), _ptr(codes), packed.shape[0], cols, bits, _threads())
+    return codes
+
+
+def restore(codes: torch.Tensor, rows: int, cols: int, bits: int) -> torch.Tensor:
+    """The inverse of `prepack`."""
+    packed = torch.empty(rows, -(-cols * bits // 32), dtype=torch.int32)
+    _call("qk_restore", _ptr(codes), _ptr(packed), rows, cols, bits, _threads())
+    return packed
+
+
+def matmul(
+    weight: QkWeight, x: torch.Tensor, bias: torch.Tensor | None, int8: bool = False, isa: str | None = None
+) -> torch.Tensor:
+    """x [m, in] @ weight.T + bias [out], all of x's dtype; returns [m, out]."""
+    out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype)
+    status = _library().qk_matmul(
+        ctypes.addressof(weight), x.data_ptr(), DTYPES[x.dtype], None if bias is None else bias.data_ptr(),
+        out.data_ptr(), x.shape[0], int8, _isa(isa), _threads(),
+    )  # fmt: skip
+    if status:
+        _raise(status, "qk_matmul")
     return out
 
 
@@ -209,7 +251,7 @@ def gptq_search(
     zero = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
     values = (ctypes.c_float * len(multipliers))(*multipliers)
     _call(
-        "qk_gptq_search", _ptr(w), _DTYPES[w.dtype], _ptr(cost), _ptr(scale), _DTYPES[scale_dtype], _ptr(zero),
+        "qk_gptq_search", _ptr(w), DTYPES[w.dtype], _ptr(cost), _ptr(scale), DTYPES[scale_dtype], _ptr(zero),
         rows, cols, groups, bits, min_zero, ctypes.addressof(values), len(multipliers), _isa(isa), _threads(),
     )  # fmt: skip
     return scale, zero

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -79,10 +80,41 @@ Pool* pool() {
 
 }  // namespace
 
+namespace {
+
+// GOMP_parallel of the OpenMP runtime that torch uses, in this process; null where there is none.
+typedef void (*Parallel)(void (*fn)(void*), void* context, unsigned threads, unsigned flags);
+std::atomic<Parallel> openmp{nullptr};
+std::atomic<bool> forked{false};  // OpenMP's threads do not survive a fork, and its runtime does not notice
+
+}  // namespace
+
+bool use_openmp(const char* library) {
+    void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    if (!handle) return false;
+    const Parallel found = (Parallel)dlsym(handle, "GOMP_parallel");
+    if (!found) return false;
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+    (void)registered;
+    openmp.store(found);
+    return true;
+}
+
 void parallel_for(int64_t n, int64_t piece, int nthreads, RangeFn fn, void* context) {
     if (n <= 0) return;
     const int64_t pieces = (n + piece - 1) / piece;
     const int helpers = (int)(pieces < nthreads ? pieces : nthreads) - 1;
+    const Parallel parallel = openmp.load(std::memory_order_relaxed);
+    if (helpers > 0 && parallel && !forked.load(std::memory_order_relaxed)) {
+        Job job;
+        job.fn = fn;
+        job.context = context;
+        job.n = n;
+        job.piece = piece;
+        // The whole team even where there are fewer pieces: a team of another size would be built anew.
+        parallel([](void* j) { ((Job*)j)->work(); }, &job, (unsigned)nthreads, 0);
+        return;
+    }
     Pool* p = helpers > 0 ? pool() : nullptr;
     std::unique_lock<std::mutex> mine;
     if (p) mine = std::unique_lock<std::mutex>(p->busy, std::try_to_lock);

@@ -21,10 +21,23 @@ enum QkStatus {
 };
 
 enum QkDtype { QK_F32 = 0, QK_F16 = 1, QK_BF16 = 2 };
-enum QkIsa { QK_SCALAR = 0, QK_AVX2 = 1, QK_AVX512 = 2, QK_ISA_COUNT = 3 };
+// Ordered: a later one is at least as fast.
+enum QkIsa {
+    QK_SCALAR = 0,
+    QK_AVX2 = 1,
+    QK_AVXVNNI = 2,     // 256-bit dot products of bytes
+    QK_AVX512 = 3,      // F, BW, DQ, VL
+    QK_AVX512VNNI = 4,
+    QK_AVX512BF16 = 5,  // with VNNI
+    QK_ISA_COUNT = 6,
+};
 
 // Version of this interface: raised whenever a signature or a meaning below changes.
 QK_API int qk_abi(void);
+
+// Runs every later call on the threads of the OpenMP runtime `library` (a file name), if this process has loaded it: 1, else
+// 0 and nothing changes.
+QK_API int qk_use_openmp(const char* library);
 
 // 1 where this build and this machine both have `isa`.
 QK_API int qk_has_isa(int isa);
@@ -53,11 +66,28 @@ QK_API int qk_quantize_rtn(const void* w, int w_dtype, uint8_t* codes, void* sca
                            double* row_stats, double* totals, int64_t rows, int64_t cols, int64_t groups, int bits,
                            int min_zero, const float* multipliers, int n_multipliers, int isa, int nthreads);
 
-// out [m, rows] = x [m, cols] @ dequantized.T (+ bias [rows]) for 1 <= m <= 8; x, bias and out of x_dtype, float32
-// accumulation, weights not rounded to x_dtype. cols * bits % 32 == 0.
-QK_API int qk_gemv(const void* x, int x_dtype, const uint32_t* packed, const void* scale, int scale_dtype,
-                   const uint8_t* zero, const void* bias, void* out, int64_t m, int64_t rows, int64_t cols,
-                   int64_t groups, int bits, int isa, int nthreads);
+// A weight [rows, cols] as qk_matmul takes it. scale and zero lie in blocks of 32 rows, [ceil(rows / 32)][groups][32],
+// rows beyond the last zero. zero null: 2**(bits-1). table: what the sixteen 4-bit codes stand for (then no zero), or
+// null for integers. One group, or groups of a multiple of eight.
+struct QkWeight {
+    const uint32_t* codes;
+    const void* scale;
+    const uint8_t* zero;
+    const float* table;
+    int64_t rows, cols, groups;
+    int bits, scale_dtype;
+};
+
+// packed <-> the layout of matmul.h, qk_prepacked_bytes(...) long (-1: bad sizes).
+QK_API int64_t qk_prepacked_bytes(int64_t rows, int64_t cols, int bits);
+QK_API int qk_prepack(const uint32_t* packed, uint32_t* codes, int64_t rows, int64_t cols, int bits, int nthreads);
+QK_API int qk_restore(const uint32_t* codes, uint32_t* packed, int64_t rows, int64_t cols, int bits, int nthreads);
+
+// out [m, rows] = x [m, cols] @ weight.T (+ bias [rows]); x, bias and out of x_dtype. Weights are not rounded to x_dtype.
+// int8 0: x in fixed point of 16 bits (24 for float32) per row and block of at most 128 inputs; 1: each row of x is
+// rounded to int8 first, scale max|x| / 127. A row with a NaN or an infinity gives NaN.
+QK_API int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bias, void* out, int64_t m,
+                     int int8, int isa, int nthreads);
 
 // The scale of each group, out of multiples of the one that spans it, that leaves the least
 // sum_j cost[j] * (w[j] - nearest grid value)^2. w [rows, cols] of w_dtype, cost float [cols] (not negative); writes

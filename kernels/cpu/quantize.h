@@ -33,21 +33,9 @@ QK_INLINE float get_scale(const void* scale, int64_t i, int dtype) {
 }
 QK_INLINE float least_scale(int dtype) { return dtype == QK_F16 ? 0x1p-24f : 0x1p-126f; }
 
-// Adding it to |x| < 2**22 rounds x to an integer, ties to even, held in the low bits of the sum.
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2**23
-
 QK_INLINE float nearest(float x) {
     volatile float r = x + MAGIC;  // volatile: x87 or a reassociating compiler must not see through it
     return r - MAGIC;
-}
-
-// The i-th sixteen values of a group of n, zero padded: zeros change neither the range nor the sums.
-template <class W>
-QK_INLINE F load_padded(const typename W::T* x, int64_t i, int64_t n) {
-    if (i + LANES <= n) return W::load16(x + i);
-    typename W::T tail[LANES] = {};
-    std::memcpy(tail, x + i, (size_t)(n - i) * sizeof(tail[0]));
-    return W::load16(tail);
 }
 
 // What a group loses on the grid (s, z), added to error[lane] and norm[lane]. WRITE: also stores its codes.

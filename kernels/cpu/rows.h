@@ -19,15 +19,6 @@ struct DequantizeArgs {
     int bits;
 };
 
-// Activations rearranged for gemv (see gemv.h): planes float [m, blocks, 32/bits, 16], sums float [m, blocks, 16].
-struct GemvArgs {
-    const float* planes;
-    const float* sums;
-    int scale_dtype;
-    int64_t m, cols, groups;
-    int bits;
-};
-
 // One block of at most MAX_COLUMNS columns of GPTQ; all matrices float [columns, out] but `matrix`, [columns, columns]
 // of row stride `stride`. See gptq.h.
 constexpr int64_t MAX_COLUMNS = 128;
@@ -44,8 +35,6 @@ struct RowKernels {
     int (*pack)(const uint8_t* codes, uint32_t* packed, int64_t n, int bits);
     void (*unpack)(const uint32_t* packed, uint8_t* codes, int64_t n, int bits);
     void (*dequantize)(const DequantizeArgs&, const uint32_t* packed, const void* scale, const uint8_t* zero, void* out);
-    // y[j] = dot(row, x[j]) for j < m; m is 1, 2, 4 or 8
-    void (*gemv)(const GemvArgs&, const uint32_t* packed, const void* scale, const uint8_t* zero, float* y);
     int (*search)(const QuantizeArgs&, const void* w, const float* cost, void* scale, uint8_t* zero);
     void (*feedback)(const ColumnArgs&, int64_t begin, int64_t n);
     void (*descend)(const ColumnArgs&, int64_t begin, int64_t n);

@@ -3,4 +3,5 @@
 
 namespace qkit {
 const RowKernels* scalar_kernels() { return &TABLE; }
+const MatmulKernels* scalar_matmul() { return &MATMUL; }
 }  // namespace qkit

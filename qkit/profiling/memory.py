@@ -36,7 +36,8 @@ def weights(model: Any) -> Weights:
     sums = {"packed": 0, "embeddings": 0, "unquantized": 0}
     for module in [embedding, *model.modules()]:  # the embedding first: a tied head then counts as its part
         part = "packed" if isinstance(module, QuantLinear) else "embeddings" if module is embedding else "unquantized"
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        held = module.tensors() if isinstance(module, QuantLinear) else module.buffers(recurse=False)
+        for tensor in [*module.parameters(recurse=False), *held]:
             if tensor.numel() and tensor.untyped_storage().data_ptr() not in counted:
                 counted.add(tensor.untyped_storage().data_ptr())
                 sums[part] += tensor.nbytes

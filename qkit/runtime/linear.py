@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from ..formats.base import Packed
 from ..kernels import pack
@@ -19,11 +20,14 @@ class QuantLinear(nn.Module):
 
     Buffers, all in state_dict: packed int32 [out, ceil(in*bits/32)], scale [out, groups] in the type it was
     stored with (a cast of the module does not round it), zero uint8 [out, groups] or None, bias [out] or None.
-    The kernel is chosen at the first call, for the input's dtype and the device the weight is on then.
+    The kernel is chosen at the first call (or by `select`), for the input's dtype and the device the weight is on then.
+    From then on the weight is held only as that kernel wants it: where that is another layout, `packed`, `scale` and
+    `zero` are None. state_dict, copies and moves to another device or type still see the buffers above. Inputs of a
+    second type work too, at the cost of a second copy of the weight.
     """
 
-    packed: torch.Tensor
-    scale: torch.Tensor
+    packed: torch.Tensor | None
+    scale: torch.Tensor | None
     zero: torch.Tensor | None
     bias: torch.Tensor | None
 
@@ -40,26 +44,63 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
         # act dtype -> kernel and its view of the weight. Derived from the buffers: dropped when they change.
         self._ready: dict[torch.dtype, tuple[Kernel, Any]] = {}
+        self._compact: torch.dtype | None = None  # the one of these that holds the weight, where the buffers do not
 
     @classmethod
     def from_qtensor(cls, q: QTensor, bias: torch.Tensor | None = None) -> QuantLinear:
         """A layer with the weight `q` [out, in]; the codes are packed, the rest is shared."""
         return cls(Packed(pack(q.codes, q.scheme.bits), q.scale, q.zero, q.codes.shape[1], q.scheme), bias)
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """A tensor of the weight, under the name by which PEFT tells a packed layer's device."""
+        return self.tensors()[0]
+
     def select(self, dtype: torch.dtype) -> Kernel:
-        """The kernel for activations of `dtype`, on the device where the weight is now."""
+        """The kernel for activations of `dtype`, where the weight is now; the weight moves into its layout."""
         return self._prepared(dtype)[0]
+
+    def weight_parts(self) -> Weight:
+        """The quantized weight as it was given, restored where the layer is compact."""
+        if self._compact is not None:
+            kernel, state = self._ready[self._compact]
+            return kernel.restore(state)
+        assert self.packed is not None and self.scale is not None
+        return Weight(self.packed, self.scale, self.zero, self.scheme.bits, self.in_features)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor the layer holds memory for."""
+        held: list[Any] = [self.packed, self.scale, self.zero, self.bias]
+        for _, state in self._ready.values():
+            held += vars(state).values() if hasattr(state, "__dict__") else []
+        return [t for t in held if isinstance(t, torch.Tensor)]
+
+    def _expand(self) -> None:
+        """Puts the buffers back; kernels are chosen anew at the next call."""
+        if self._compact is not None:
+            weight = self.weight_parts()
+            self.packed, self.scale, self.zero = weight.packed, weight.scale, weight.zero
+            self._compact = None
+        self._ready = {}
 
     def _prepared(self, dtype: torch.dtype) -> tuple[Kernel, Any]:
         ready = self._ready.get(dtype)
         if ready is None:
-            weight = Weight(self.packed, self.scale, self.zero, self.scheme.bits, self.in_features)
+            weight = self.weight_parts()
             kernel = select(weight, dtype)
             ready = self._ready[dtype] = (kernel, kernel.prepack(weight, None))
+            if self._compact is None and kernel.name != "reference":  # which works on the buffers themselves
+                self._compact = dtype
+                self.packed = self.scale = self.zero = None
         return ready
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] in float32, bfloat16 or float16 -> [..., out] in the same."""
+        """x [..., in] in float32, bfloat16 or float16 -> [..., out] in the same. Differentiable in x."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Differentiable.apply(x, self)  # type: ignore[no-any-return]
+        return self._matmul(x)
+
+    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
         kernel, state = self._prepared(x.dtype)
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         return kernel.matmul(x, state, bias)
@@ -69,7 +110,8 @@ class QuantLinear(nn.Module):
         return self.qtensor().dequantize(dtype)
 
     def qtensor(self) -> QTensor:
-        return Packed(self.packed, self.scale, self.zero, self.in_features, self.scheme).unpack()
+        w = self.weight_parts()
+        return Packed(w.packed, w.scale, w.zero, self.in_features, self.scheme).unpack()
 
     def extra_repr(self) -> str:
         chosen = ", ".join(f"{kernel.name} ({dtype})" for dtype, (kernel, _) in self._ready.items())
@@ -79,16 +121,48 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        self._expand()
         scale = self.scale
+        assert scale is not None
         super()._apply(fn, recurse)
+        assert self.scale is not None
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
-        self._ready = {}
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._compact is not None:
+            weight = self.weight_parts()
+            for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._expand()
         super()._load_from_state_dict(*args, **kwargs)
-        self._ready = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": {}}
+        """For pickling and deepcopy: the weight as its buffers."""
+        state = {**self.__dict__, "_ready": {}, "_compact": None}
+        if self._compact is not None:
+            w = self.weight_parts()
+            state["_buffers"] = {**self._buffers, "packed": w.packed, "scale": w.scale, "zero": w.zero}
+        return state
+
+
+class _Differentiable(torch.autograd.Function):
+    """The layer's kernel forwards; backwards the gradient of the input through a weight dequantized for the moment.
+
+    Nothing is kept for the backward pass but the layer: the gradient of a product in x needs no x. The packed weight
+    and the bias are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer._matmul(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ ctx.layer.dequantize(grad.dtype), None

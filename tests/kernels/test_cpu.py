@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import multiprocessing
 import threading
@@ -247,5 +248,18 @@ def test_the_library_checks_for_itself() -> None:
     assert library.qk_pack_transposed(p, p, 1, 7, 4, 0, 1) == 2
     assert library.qk_dequantize(p, p, 9, None, p, 0, 1, 8, 1, 4, 0, 1) == 4
     assert library.qk_dequantize(p, p, 0, None, p, 0, 1, 8, 3, 4, 0, 1) == 2
-    assert library.qk_gemv(p, 0, p, p, 0, None, None, p, 9, 1, 8, 1, 4, 0, 1) == 2
-    assert library.qk_gemv(p, 0, p, p, 0, None, None, p, 1, 1, 8, 2, 4, 0, 1) == 2
+    assert library.qk_prepack(p, None, 1, 8, 4, 1) == 3
+    assert library.qk_prepacked_bytes(1, 8, 5) == -1
+    assert library.qk_restore(p, p, 0, 8, 4, 1) == 2
+
+    def matmul(x: int | None = p, dtype: int = 0, m: int = 1, int8: int = 0, isa: int = 0, **fields: object) -> int:
+        weight = dict(codes=p, scale=p, zero=None, table=None, rows=1, cols=8, groups=1, bits=4, scale_dtype=0)
+        c = lib.QkWeight(**{**weight, **fields})
+        return library.qk_matmul(ctypes.addressof(c), x, dtype, None, p, m, int8, isa, 1)
+
+    assert matmul() == matmul(m=0, x=None) == 0
+    assert matmul(bits=5) == matmul(table=p, int8=1) == matmul(table=p, zero=p) == 1
+    assert matmul(rows=0) == matmul(m=-1) == matmul(groups=3) == matmul(groups=2) == 2
+    assert matmul(x=None) == matmul(codes=None) == library.qk_matmul(None, p, 0, None, p, 1, 0, 0, 1) == 3
+    assert matmul(dtype=3) == matmul(scale_dtype=-1) == 4
+    assert matmul(isa=17) == 5

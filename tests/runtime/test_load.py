@@ -119,7 +119,7 @@ def test_packed_weights_are_the_files_bytes(sources, tmp_path):
     stored = load_file(folder / "model.safetensors")
     for name, module in load(folder, "cpu").named_modules():
         if isinstance(module, QuantLinear):
-            assert torch.equal(module.packed, stored[f"{name}.weight_packed"])
+            assert torch.equal(module.weight_parts().packed, stored[f"{name}.weight_packed"])
             assert torch.equal(module.scale, stored[f"{name}.weight_scale"])
 
 

@@ -1,0 +1,212 @@
+// qk_prepack, qk_restore, qk_matmul: checks, lays activations out, and spreads blocks of outputs over threads.
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "matmul_types.h"
+#include "pool.h"
+#include "qkit_cpu.h"
+
+using namespace qkit;
+
+namespace {
+
+constexpr int64_t BLOCK = 16;  // eights of inputs under one activation scale, at most: 128 inputs
+constexpr int64_t CHUNK = 48;  // rows of activations a pass over the weights serves: they stay in the second-level cache
+constexpr int64_t PANEL = 4;   // blocks of inputs a tile takes at a time: 8 KiB of 4-bit codes, in the first-level cache
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t eights(int64_t cols) { return up(cols, 8); }
+int64_t itemsize(int dtype) { return dtype == QK_F32 ? 4 : 2; }
+
+// The four nibbles of h, one to a byte.
+uint32_t spread(uint32_t h) {
+    h = (h | h << 8) & 0x00ff00ffu;
+    return (h | h << 4) & 0x0f0f0f0fu;
+}
+uint32_t gather(uint32_t bytes) {
+    bytes = (bytes | bytes >> 4) & 0x00ff00ffu;
+    return (bytes | bytes >> 8) & 0xffffu;
+}
+uint32_t shuffle(uint32_t word) { return spread(word & 0xffffu) | spread(word >> 16) << 4; }
+uint32_t unshuffle(uint32_t word) { return gather(word & 0x0f0f0f0fu) | gather(word >> 4 & 0x0f0f0f0fu) << 16; }
+
+int check(int64_t rows, int64_t cols, int bits) {
+    if (bits != 4 && bits != 8) return QK_BAD_BITS;
+    return rows < 1 || cols < 1 ? QK_BAD_SHAPE : QK_OK;
+}
+
+// A scratch buffer of this thread, aligned to a cache line, kept for the next call. Null when memory is short.
+struct Scratch {
+    char* data = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(data); }
+    char* get(size_t bytes) {
+        bytes = (bytes + 4095) / 4096 * 4096;
+        if (bytes > size) {
+            std::free(data);
+            data = (char*)std::aligned_alloc(4096, bytes);
+            size = data ? bytes : 0;
+        }
+        return data;
+    }
+};
+
+// Where the parts of a call's scratch lie.
+struct Plan {
+    const MatmulKernels* kernels;
+    TileFn tile;
+    int limbs;
+    int64_t rows, tiles, width;              // of a tile, their number, virtual rows of a tile
+    int64_t x_bytes, start_items, row_items;  // of one tile
+    std::vector<Block> blocks;
+};
+
+std::vector<Block> blocks_of(const QkWeight& w) {
+    std::vector<Block> blocks;
+    const int64_t group = w.groups == 1 ? eights(w.cols) : w.cols / w.groups / 8;
+    for (int64_t g = 0; g < w.groups; ++g)
+        for (int64_t at = 0; at < group; at += BLOCK) blocks.push_back({g, g * group + at, least(BLOCK, group - at)});
+    return blocks;
+}
+
+// The tile that wastes least: as few passes as the largest allows, then as few rows as that takes.
+bool choose(Plan& p, int bits, int64_t m) {
+    static const int64_t SIZES[] = {1, 2, 3, 4, 6, 8, 12};
+    int64_t most = 1;
+    for (const int64_t size : SIZES)
+        if (p.kernels->pick(bits, p.limbs, size)) most = size;
+    p.tiles = up(m, most);
+    for (const int64_t size : SIZES)
+        if (size * p.tiles >= m && (p.tile = p.kernels->pick(bits, p.limbs, size))) {
+            p.rows = size;
+            return true;
+        }
+    return false;
+}
+
+}  // namespace
+
+int64_t qk_prepacked_bytes(int64_t rows, int64_t cols, int bits) {
+    return check(rows, cols, bits) ? -1 : up(rows, WIDE) * WIDE * eights(cols) * bits;
+}
+
+int qk_prepack(const uint32_t* packed, uint32_t* codes, int64_t rows, int64_t cols, int bits, int nthreads) {
+    if (const int bad = check(rows, cols, bits)) return bad;
+    if (!packed || !codes) return QK_NULL;
+    const int64_t words = up(cols * bits, 32), padded = eights(cols) * bits / 4;
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            uint32_t* to = codes + b * padded * WIDE;
+            const int64_t here = least(WIDE, rows - b * WIDE);
+            for (int64_t j = 0; j < padded; ++j)
+                for (int64_t r = 0; r < WIDE; ++r) {
+                    const uint32_t word = r < here && j < words ? packed[(b * WIDE + r) * words + j] : 0;
+                    to[j * WIDE + r] = bits == 4 ? shuffle(word) : word;
+                }
+        }
+    };
+    over(up(rows, WIDE), 1, nthreads, body);
+    return QK_OK;
+}
+
+int qk_restore(const uint32_t* codes, uint32_t* packed, int64_t rows, int64_t cols, int bits, int nthreads) {
+    if (const int bad = check(rows, cols, bits)) return bad;
+    if (!packed || !codes) return QK_NULL;
+    const int64_t words = up(cols * bits, 32), padded = eights(cols) * bits / 4;
+    auto body = [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+            for (int64_t j = 0; j < words; ++j) {
+                const uint32_t word = codes[(r / WIDE * padded + j) * WIDE + r % WIDE];
+                packed[r * words + j] = bits == 4 ? unshuffle(word) : word;
+            }
+    };
+    over(rows, WIDE, nthreads, body);
+    return QK_OK;
+}
+
+int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bias, void* out, int64_t m, int int8,
+              int isa, int nthreads) {
+    if (!weight) return QK_NULL;
+    const QkWeight& w = *weight;
+    if (const int bad = check(w.rows, w.cols, w.bits)) return bad;
+    if (m < 0 || w.groups < 1 || w.cols % w.groups || (w.groups > 1 && w.cols / w.groups % 8)) return QK_BAD_SHAPE;
+    if (x_dtype < 0 || x_dtype > QK_BF16 || w.scale_dtype < 0 || w.scale_dtype > QK_BF16) return QK_BAD_DTYPE;
+    if (w.table && (w.bits != 4 || w.zero || int8)) return QK_BAD_BITS;
+    if (m == 0) return QK_OK;
+    if (!w.codes || !w.scale || !x || !out) return QK_NULL;
+
+    Plan p;
+    p.kernels = matmul_for(isa);
+    if (!p.kernels) return QK_BAD_ISA;
+    // Only bfloat16 inputs may be multiplied as bfloat16.
+    if (w.table && p.kernels->pairs && x_dtype != QK_BF16) p.kernels = matmul_for(QK_AVX512);
+    p.limbs = w.table ? 0 : int8 ? 1 : x_dtype == QK_F32 ? 3 : 2;
+    if (!choose(p, w.bits, m)) return QK_BAD_SHAPE;
+    p.blocks = blocks_of(w);
+
+    const int64_t n_blocks = (int64_t)p.blocks.size(), inputs = eights(w.cols) * 8;
+    p.width = p.rows * (p.limbs ? p.limbs : 1);
+    p.x_bytes = up(inputs * p.width * (p.limbs ? 1 : p.kernels->pairs ? 2 : 4), 64) * 64;
+    p.start_items = up(n_blocks * p.width, 16) * 16;
+    p.row_items = up(n_blocks * p.rows, 16) * 16;
+    const int64_t tile_bytes = p.x_bytes + 4 * (p.start_items + 2 * p.row_items);
+    static thread_local Scratch scratch;
+    char* base = scratch.get((size_t)(tile_bytes * p.tiles));
+    if (!base) return QK_NO_MEMORY;
+    auto part = [&](int64_t t, TileArgs& a) {
+        char* at = base + t * tile_bytes;
+        a.x = at;
+        a.start = (const int32_t*)(at += p.x_bytes);
+        a.x_scale = (const float*)(at += 4 * p.start_items);
+        a.x_sum = (const float*)(at += 4 * p.row_items);
+    };
+
+    auto lay_out = [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            TileArgs a;
+            part(t, a);
+            const int64_t here = least(p.rows, m - t * p.rows);
+            if (here < p.rows) std::memset((void*)a.x, 0, (size_t)tile_bytes);
+            const PrepareArgs args{p.blocks.data(), n_blocks, w.cols, p.rows, p.limbs, w.zero == nullptr,
+                                   1 << (w.bits - 1), (void*)a.x, (int32_t*)a.start, (float*)a.x_scale, (float*)a.x_sum};
+            for (int64_t r = 0; r < here; ++r)
+                p.kernels->prepare(args, (const char*)x + (t * p.rows + r) * w.cols * itemsize(x_dtype), x_dtype, r);
+        }
+    };
+    over(p.tiles, up(32768, inputs * p.rows), nthreads, lay_out);
+
+    const int64_t across = up(w.rows, WIDE), chunk = up(CHUNK, p.rows), chunks = up(p.tiles, chunk);
+    const int64_t code_words = inputs / 8 * w.bits / 4 * WIDE, scales = w.groups * WIDE;
+    auto multiply = [&](int64_t begin, int64_t end) {
+        alignas(64) float total[(CHUNK + 12) * WIDE];
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t c = item / across, n = item % across;
+            const int64_t first = c * chunk, last = least(first + chunk, p.tiles);
+            TileArgs a;
+            a.codes = w.codes + n * code_words;
+            a.scale = (const char*)w.scale + n * scales * itemsize(w.scale_dtype);
+            a.zero = w.zero ? w.zero + n * scales : nullptr;
+            a.table = w.table;
+            a.scale_dtype = w.scale_dtype;
+            a.blocks = p.blocks.data();
+            std::memset(total, 0, (size_t)((last - first) * p.rows * WIDE) * sizeof(float));
+            const int64_t panel = last - first == 1 ? n_blocks : PANEL;  // one tile reads the weights once anyway
+            for (int64_t b = 0; b < n_blocks; b += panel)
+                for (int64_t t = first; t < last; ++t) {
+                    part(t, a);
+                    p.tile(a, b, least(b + panel, n_blocks), total + (t - first) * p.rows * WIDE);
+                }
+            const int64_t columns = least(WIDE, w.rows - n * WIDE);
+            for (int64_t r = first * p.rows; r < least(last * p.rows, m); ++r)
+                p.kernels->finish(total + (r - first * p.rows) * WIDE,
+                                  bias ? (const char*)bias + n * WIDE * itemsize(x_dtype) : nullptr,
+                                  (char*)out + (r * w.rows + n * WIDE) * itemsize(x_dtype), x_dtype, columns);
+        }
+    };
+    // Pieces of some ten microseconds: handing one out is nothing beside it, and a thread that was held up leaves little.
+    const int64_t work = code_words * least(chunk * p.width, p.tiles * p.width);  // words times virtual rows, an item
+    over(chunks * across, up(49152, work), nthreads, multiply);
+    return QK_OK;
+}
