@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# Triton decides on its first import, for the whole process, whether kernels are compiled or run in its interpreter on
+# CPU tensors. Tests that compile (tests/kernels/triton/test_static.py) do so in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # `from models import make_model` in any test folder
 
 

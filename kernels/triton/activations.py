@@ -70,8 +70,8 @@ def _quantize_rows(
 def quantize_rows(x: torch.Tensor, kind: str, padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [rows, in], last dimension contiguous -> codes [rows, padded], scale float32 [rows], sums int32 [rows].
 
-    kind  "int8": int8 codes, scale = absmax / 127, and `sums` is the sum of a row's codes. "fp8": float8_e4m3fn, scale =
-          absmax / 448. "fp8 as half": the same values as float16, for cards without fp8 products.
+    kind  "int8": int8 codes, scale = absmax / 127, and `sums` is the sum of a row's codes. "fp8": float8_e4m3fn,
+          scale = absmax / 448. "fp8 as half": the same values as float16, for cards without fp8 products.
     An all-zero row has scale 1. Codes from `in` to `padded` are 0. The codes are those of
     `reference.quantize_activations`, bit for bit.
     """

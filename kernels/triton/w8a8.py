@@ -168,13 +168,13 @@ class Config:
 def config(m: int, n: int, k: int, group_size: int, as_half: bool, units: int) -> Config:
     """Tiles for m rows and a padded weight [n, k]; the row counts fall into three buckets."""
     block_k = 64 if as_half or (group_size and group_size % 128) else 128
-    if m > 64:
-        return Config(128, 128, block_k, 1, 8, 3)
+    if m > 64:  # float16 operands take twice the registers
+        return Config(128, 64 if as_half else 128, block_k, 1, 8, 3)
     block_m, block_n = (16, 64) if m <= 16 else (64, 64)
     programs = n // block_n * (-(-m // block_m))
     split = 1
-    # Two programs a unit keep memory busy; a part keeps at least four steps, or its start costs more than it saves.
-    while split < 16 and programs * split < 2 * units and k // block_k // (2 * split) >= 4:
+    # About two programs a unit keep memory busy; a part keeps at least four steps, or its start costs more than it saves.
+    while split < 16 and 2 * programs * split < 3 * units and k // block_k // (2 * split) >= 4:
         split *= 2
     return Config(block_m, block_n, block_k, split, 4, 4)
 

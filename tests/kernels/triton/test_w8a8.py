@@ -1,0 +1,112 @@
+"""W8A8 in Triton's interpreter against the oracle: the codes of activations bit for bit, the products closely."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qkit.kernels import reference
+from qkit.kernels.triton import activations, w8a8
+from qkit.kernels.weight import Weight
+
+
+def make(kind: str, out: int, in_: int, groups: int, zero: bool = False) -> Weight:
+    generator = torch.Generator().manual_seed(out + in_)
+    codes = torch.randint(0, 256, (out, in_), generator=generator, dtype=torch.uint8)
+    if kind == "fp8":
+        codes[codes & 0x7F == 0x7F] = 0x7E  # the others are numbers, subnormal ones among them
+    scale = (torch.rand(out, groups, generator=generator) * 0.01 + 0.001).bfloat16()
+    zeros = torch.randint(0, 256, (out, groups), generator=generator, dtype=torch.uint8) if zero else None
+    return Weight(reference.pack(codes, 8), scale, zeros, 8, in_, kind)
+
+
+@pytest.mark.parametrize("at_once", [8192, 64], ids=["one read", "two reads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_of_activations(monkeypatch, dtype, at_once):
+    monkeypatch.setattr(activations, "_AT_ONCE", at_once)
+    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(0)) * 3
+    x[1] = 0
+    x[2] *= torch.logspace(-6, 0, 150)  # down to e4m3's subnormals and to zero
+    x = x.to(dtype)
+    for kind in activations.KINDS:
+        codes, scale, sums = activations.quantize_rows(x, kind, 256)
+        values, expected = reference.quantize_activations(x, kind.split()[0])
+        assert torch.equal(scale, expected[:, 0])
+        assert torch.equal(codes.float()[:, :150], values)
+        assert not codes.float()[:, 150:].any()
+        if kind == "int8":
+            assert torch.equal(sums, values.sum(1).int())
+
+
+CASES = [
+    ("int", 48, 200, 1, False, torch.float16),
+    ("int", 130, 100, 1, True, torch.bfloat16),
+    ("int", 40, 256, 4, False, torch.float32),
+    ("fp8", 48, 200, 1, False, torch.bfloat16),
+    ("fp8", 130, 384, 3, False, torch.float16),
+]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["e4m3", "as half"])
+@pytest.mark.parametrize(("kind", "out", "in_", "groups", "zero", "dtype"), CASES)
+def test_matmul(monkeypatch, kind, out, in_, groups, zero, dtype, native):
+    if kind == "int" and not native:
+        pytest.skip("int8 has one path")
+    # 64 units: a split reduction for few rows
+    monkeypatch.setattr(w8a8, "_card", lambda index: (native, 64))
+    w = make(kind, out, in_, groups, zero)
+    activations_kind = "int8" if kind == "int" else "fp8"
+    packed = w8a8.prepack(w, activations_kind)
+    assert torch.equal(w8a8.dequantize(packed, torch.float32), reference.dequantize_weight(w, torch.float32))
+    bias = torch.randn(out, generator=torch.Generator().manual_seed(1)).to(dtype)
+    # the interpreter cuts bfloat16 off where a card rounds
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 2**-7}[dtype]
+    for rows in ((1,), (2, 9), (70,)):
+        x = torch.randn(*rows, in_, generator=torch.Generator().manual_seed(2)).to(dtype)
+        got, exact = w8a8.matmul(x, packed, bias), reference.matmul(x, w, bias, activations_kind)
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert (got.float() - exact.float()).norm() <= tolerance * exact.float().norm()
+    assert w8a8.matmul(x[:0], packed).shape == (0, out)
+    shifted = torch.zeros(70, in_ + 1, dtype=dtype)[:, 1:].copy_(x)  # rows that start at odd addresses
+    assert torch.equal(w8a8.matmul(shifted, packed, bias), got)
+
+
+def test_split_is_deterministic_and_chosen_by_size():
+    few = w8a8.config(1, 4096, 4096, 0, False, 132)
+    assert (few.block_m, few.split_k) == (16, 4) and w8a8.config(2, 4096, 4096, 0, False, 132) == few
+    assert w8a8.config(512, 4096, 4096, 0, False, 132).split_k == 1
+    assert w8a8.config(1, 128256, 4096, 0, False, 132).split_k == 1
+    assert w8a8.config(1, 4096, 4096, 64, False, 132).block_k == 64
+
+
+def test_op_is_opaque_and_differentiable():
+    w = make("int", 48, 96, 1, True)
+    packed = w8a8.prepack(w, "int8")
+    x = torch.randn(3, 96, requires_grad=True)
+    w8a8.matmul(x, packed).sum().backward()
+    straight_through = reference.dequantize_weight(w, torch.float32).sum(0)
+    assert x.grad is not None and torch.allclose(x.grad, straight_through.expand(3, -1), rtol=1e-5, atol=1e-5)
+    about = (packed.codes, packed.scale, packed.shift, None, packed.kind, 48, 96, packed.group_size)
+    torch.library.opcheck(w8a8._op, (x.detach(), *about), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_wrong_inputs_are_refused():
+    packed = w8a8.prepack(make("int", 48, 96, 1), "int8")
+    with pytest.raises(TypeError, match="float64"):
+        w8a8.matmul(torch.zeros(2, 96, dtype=torch.float64), packed)
+    with pytest.raises(ValueError, match=r"\(2, 95\).*96"):
+        w8a8.matmul(torch.zeros(2, 95), packed)
+    with pytest.raises(ValueError, match=r"\(47,\).*48"):
+        w8a8.matmul(torch.zeros(2, 96), packed, torch.zeros(47))
+    with pytest.raises(ValueError, match="x is on meta"):
+        w8a8.matmul(torch.zeros(2, 96, device="meta"), packed)
+    with pytest.raises(ValueError, match="not 8-bit int by fp8"):
+        w8a8.prepack(make("int", 48, 96, 1), "fp8")
+    with pytest.raises(ValueError, match="groups that are multiples of 64, not 32 of 96"):
+        w8a8.prepack(make("int", 48, 96, 3), "int8")
+    with pytest.raises(ValueError, match="zero points with one scale a row"):
+        w8a8.prepack(make("int", 48, 128, 2, True), "int8")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        activations.quantize_rows(torch.zeros(1, 4), "int4", 4)
