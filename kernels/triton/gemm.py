@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import factor, plane, scale_value, twice, zero_pair
+from .decode import dot, factor, narrow, plane, scale_value, twice, wide, zero_pair
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def epilogue(acc, rn, rm, row, bias, y, M, N, LATE: tl.constexpr, BIAS: tl.const
     """acc [BN, BM] * row + bias, silu(even) * odd where PAIRED, to y [M, N or N / 2]."""
     v = acc * (tl.load(row + rn) * LATE)[:, None]
     if BIAS:
-        v += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+        v += wide(tl.load(bias + rn, mask=rn < N, other=0.0))[:, None]
     if PAIRED:
         gate, up = tl.split(tl.permute(tl.reshape(v, [v.shape[0] // 2, 2, v.shape[1]]), (0, 2, 1)))
         # exp(-gate) may overflow to infinity: the quotient is then the 0 it should be.
@@ -25,7 +25,7 @@ def epilogue(acc, rn, rm, row, bias, y, M, N, LATE: tl.constexpr, BIAS: tl.const
         rn = tl.min(tl.reshape(rn, [v.shape[0], 2]), 1) // 2
         N = N // 2
     mask = (rm < M)[:, None] & (rn < N)[None, :]
-    tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], tl.trans(v).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], narrow(tl.trans(v), y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -57,14 +57,11 @@ def gemm_kernel(
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
     blocks = (K + BLOCK - 1) // BLOCK
-    first = 0
-    last = blocks
-    if SPLIT > 1:
-        share = (blocks + SPLIT - 1) // SPLIT
-        first = tl.program_id(2) * share
-        last = tl.minimum(first + share, blocks)
+    share = (blocks + SPLIT - 1) // SPLIT
+    first = tl.program_id(2) * share
+    last = tl.minimum(first + share, blocks)
     rp = tl.arange(0, PLANE)
-    wp = words + first.to(tl.int64) * (PADDED_N * WORDS) + rn[:, None] * WORDS + tl.arange(0, WORDS)[None, :] if SPLIT > 1 else words + rn[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    wp = words + first.to(tl.int64) * (PADDED_N * WORDS) + rn[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     xp = x + (rm % M).to(tl.int64)[:, None] * STRIDE_X + rp[None, :] + first * BLOCK
     if KIND == "nf4" or KIND == "fp4":
         table += 0 if DTYPE == tl.float16 else 256
@@ -82,8 +79,6 @@ def gemm_kernel(
             if ZERO:
                 z2 = zero_pair(tl.load(zero + g * PADDED_N + rn)[:, None], BITS, DTYPE)
             t = tl.zeros([BN, BM], tl.float32)
-        if UNDO:
-            s2 = twice(tl.full([1, 1], UP, tl.float32), DTYPE)
         if GROUP == 0 and ZERO:
             z2 = zero_pair(tl.load(zero + rn)[:, None], BITS, DTYPE)
         for j in tl.static_range(PLANES):
@@ -98,14 +93,14 @@ def gemm_kernel(
                     s2 = twice(s * (UP / SPARE), DTYPE)
                 if ZERO:
                     z2 = zero_pair(tl.load(zero + g * PADDED_N + rn)[:, None], BITS, DTYPE)
-            v = plane(w, z2, s2, table, j, KIND, BITS, DTYPE, ZERO, WEIGHT_SCALE or UNDO, ASM)
+            v = plane(w, z2, s2, table, j, KIND, BITS, DTYPE, ZERO, WEIGHT_SCALE, ASM, UNDO)
             if GROUP > 0 and SCALE_SUM:
                 if BY_BLOCK:
-                    t = tl.dot(v, tl.trans(xj), t)
+                    t = dot(v, tl.trans(xj), t)
                 else:
-                    acc += tl.dot(v, tl.trans(xj)) * s
+                    acc += dot(v, tl.trans(xj), tl.zeros([BN, BM], tl.float32)) * s
             else:
-                acc = tl.dot(v, tl.trans(xj), acc)
+                acc = dot(v, tl.trans(xj), acc)
         if GROUP > 0 and SCALE_SUM and BY_BLOCK:
             acc += t * s
         wp += PADDED_N * WORDS

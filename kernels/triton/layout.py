@@ -30,8 +30,8 @@ class Packed:
     """A weight as the Triton kernels take it: value(code) * scale * row.
 
     words   int32 [blocks, padded_n, words]
-    scale   [groups, padded_n]: float16, at most 1; "mxfp4": uint8, the exponent over the row's, biased by 127;
-            "nvfp4": uint8, the bits of e4m3. None: one scale a row, held by `row`
+    scale   [groups, padded_n], the padding of the inputs included: float16, at most 1; "mxfp4": uint8, the exponent
+            over the row's, biased by 127; "nvfp4": uint8, the bits of e4m3. None: one scale a row, held by `row`
     zero    uint8 [groups, padded_n], or None (2**(bits-1))
     row     float32 [padded_n]
     table   int32 [2, 256], the values of a byte's two codes as float16 and as bfloat16 (`pair_table`); None but for
@@ -104,10 +104,14 @@ def prepack(weight: Weight | Sequence[Weight], paired: bool = False) -> Packed:
     scale, row = _scales(first.kind, join([_raw_scale(w) for w in weights]), multiplier)
     out = row.shape[0]
     rows = -(-out // N_MULTIPLE) * N_MULTIPLE
+    words = _words(first.kind, first.bits, join([w.packed for w in weights]), first.in_features, rows)
+    groups = -(-words.shape[0] * plane_of(first.kind) * 16 // first.bits // first.group_size)
     return Packed(
-        words=_words(first.kind, first.bits, join([w.packed for w in weights]), first.in_features, rows),
-        scale=None if scale is None else _columns(scale, rows),
-        zero=None if first.zero is None else _columns(join([w.zero for w in weights if w.zero is not None]), rows),
+        words=words,
+        scale=None if scale is None else _columns(scale, rows, groups),
+        zero=None
+        if first.zero is None
+        else _columns(join([w.zero for w in weights if w.zero is not None]), rows, groups),
         row=torch.nn.functional.pad(row, (0, rows - out)),
         table=pair_table(first.kind).to(first.device) if first.kind in BY_BYTES else None,
         kind=first.kind,
@@ -128,6 +132,20 @@ def codes(p: Packed) -> torch.Tensor:
             bit = _bit(p.kind, p.bits, j, h)
             out[:, :, j, :, h] = ((p.words >> bit) & ((1 << p.bits) - 1)).transpose(0, 1)
     return out.view(rows, -1)[: p.out_features, : p.in_features]
+
+
+def restore_scale(p: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """The scales [out, groups] as they were stored, if `dtype` was their type; compare them to be sure."""
+    groups = p.in_features // p.group_size
+    if p.scale is None:
+        return p.row[: p.out_features, None].to(dtype)
+    scale = p.scale[:groups, : p.out_features].t().contiguous()
+    if p.kind == "nvfp4":
+        return scale.view(dtype)
+    row = p.row[: p.out_features, None]
+    if p.kind == "mxfp4":
+        return (scale.int() + torch.frexp(row).exponent - 1).to(dtype)
+    return (scale.float() * row).to(dtype)
 
 
 def pair_table(kind: str) -> torch.Tensor:
@@ -179,6 +197,6 @@ def _scales(kind: str, scale: torch.Tensor, multiplier: torch.Tensor) -> tuple[t
     return torch.ldexp(scale, -exponent.unsqueeze(1)).half(), torch.ldexp(torch.ones_like(multiplier), exponent)
 
 
-def _columns(t: torch.Tensor, rows: int) -> torch.Tensor:
-    """[out, groups] -> contiguous [groups, rows], zero padded."""
-    return torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[0])).t().contiguous()
+def _columns(t: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """[out, groups] -> contiguous [groups, rows], zero padded: the inputs that fill the last block have groups too."""
+    return torch.nn.functional.pad(t, (0, groups - t.shape[1], 0, rows - t.shape[0])).t().contiguous()
