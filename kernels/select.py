@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import reference, triton
 from .cpu import matmul as cpu
 from .weight import Weight
 
@@ -82,6 +82,13 @@ def _reference_matmul(x: torch.Tensor, state: tuple[Weight, str | None], bias: t
 
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        "triton",
+        triton.supports,
+        lambda w, activations: triton.layer(w),
+        lambda x, state, bias: triton.linear(x, state.packed, bias),
+        triton.restore,
+    ),
     Kernel("cpu", cpu.supports, cpu.prepack, cpu.matmul, cpu.restore),
     Kernel(
         "reference", lambda p: None, lambda w, activations: (w, activations), _reference_matmul, lambda state: state[0]
