@@ -39,6 +39,7 @@ def show(row: table.Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a row fails a gate")
+    parser.add_argument("--sample", action="store_true", help="only what the test suite compiles")
     parser.add_argument("--peers", action="store_true", help="compile other packages' kernels, too")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--targets", default="", help="comma-separated; default: all")
@@ -57,11 +58,11 @@ def main() -> int:
         from triton_gates.peers import peer_cases
 
         chosen += [case for case in peer_cases() if args.only in case.kernel or args.only in case.package]
-    whole = not args.only and not args.targets
+    whole = not (args.only or args.targets or args.sample)
     seen = set()
     for case in chosen:
         for on in targets:
-            if case.only and on.name not in case.only:
+            if (case.only and on.name not in case.only) or (args.sample and on.name not in case.sample):
                 continue
             for row in table.rows_of(case, on):
                 print(show(row), flush=True)

@@ -80,6 +80,7 @@ def pretend(target: Target) -> Iterator[list[Launch]]:
         "get_device_name": lambda *_: target.card,
         "current_device": lambda: 0,
         "is_available": lambda: True,
+        "device_of": lambda *_: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
     }
     kept = {name: getattr(torch.cuda, name) for name in stand_ins}

@@ -173,7 +173,7 @@ def config(m: int, n: int, k: int, group_size: int, as_half: bool, units: int) -
     block_m, block_n = (16, 64) if m <= 16 else (64, 64)
     programs = n // block_n * (-(-m // block_m))
     split = 1
-    # About two programs a unit keep memory busy; a part keeps at least four steps, or its start costs more than it saves.
+    # About two programs a unit keep memory busy; a part of fewer than four steps costs more to start than it saves.
     while split < 16 and 2 * programs * split < 3 * units and k // block_k // (2 * split) >= 4:
         split *= 2
     return Config(block_m, block_n, block_k, split, 4, 4)
