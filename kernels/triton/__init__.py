@@ -33,7 +33,7 @@ def supports(p: Problem) -> str | None:
     """None where `linear` computes the problem, else why not."""
     if p.activations is not None:
         return "takes unquantized activations"
-    if p.device.type != "cuda" and not (p.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if p.device.type != "cuda":
         return f"runs on CUDA and ROCm devices, not on {p.device.type}"
     if p.act_dtype not in DTYPES:
         return f"takes float16 or bfloat16 activations, not {p.act_dtype}"

@@ -74,11 +74,9 @@ def gemv_kernel(
             x0, x1 = tl.split(tl.reshape(wide(xj), [WORDS, 2]))
             x0 = x0[None, :]
             x1 = x1[None, :]
-            low: tl.constexpr = j
-            high: tl.constexpr = j + PLANES
-            t += widened(w, low, BITS, ASM) * x0
-            t += widened(w, high, BITS, ASM) * x1
-            less += x0 * (added(low, BITS) + MIDDLE) + x1 * (added(high, BITS) + MIDDLE)
+            t += widened(w, j, BITS, ASM) * x0
+            t += widened(w, j + PLANES, BITS, ASM) * x1
+            less += x0 * (added(j, BITS) + MIDDLE) + x1 * (added(j + PLANES, BITS) + MIDDLE)
             total += x0 + x1
             if not BY_BLOCK or j == PLANES - 1:
                 if GROUP > 0:

@@ -105,7 +105,7 @@ def run(
         "EVEN_K": even_k,
         "ASM": ASM,
     }
-    tiles = padded_n // c.bn
+    tiles = triton.cdiv(n, c.bn)
     with torch.cuda.device_of(x):
         if c.route == "gemv":
             gemv_kernel[(tiles, 1, c.split)](
@@ -119,7 +119,7 @@ def run(
                 BM=c.bm, BN=c.bn, num_warps=c.warps, num_stages=c.stages,
             )  # fmt: skip
         if c.split > 1:
-            reduce_kernel[(padded_n // N_MULTIPLE, m)](
+            reduce_kernel[(triton.cdiv(n, N_MULTIPLE), m)](
                 partial, row, bias_, y, m, n, padded_n, SPLIT=c.split, **shared, BN=N_MULTIPLE, num_warps=4
             )
     return y
@@ -142,7 +142,7 @@ def _dequantize(
     blocks, padded_n, width = words.shape
     scale_, zero_, table_ = (row if t is None else t for t in (scale, zero, table))
     with torch.cuda.device_of(words):
-        dequantize_kernel[(padded_n // 64, blocks)](
+        dequantize_kernel[(triton.cdiv(out_features, 64), blocks)](
             words, scale_, zero_, row, table_, y, out_features, in_features, padded_n, KIND=kind, BITS=bits,
             WORDS=width, GROUP=0 if scale is None else group_size, ZERO=zero is not None, ASM=ASM, BN=64, num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,270 @@
+"""Weight-only products in Triton's interpreter, against the oracle and within the error of a product in x's type."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qkit.kernels import reference, triton
+from qkit.kernels.select import KERNELS, Weight, problem
+from qkit.kernels.triton import config, layout, ops
+from qkit.kernels.triton.config import Config
+
+DTYPES = (torch.float16, torch.bfloat16)
+# kind, bits, group size (0: one scale a row), zero points, type of the stored scales
+WEIGHTS = [
+    ("int", 4, 32, False, torch.bfloat16),
+    ("int", 4, 32, True, torch.float16),
+    ("int", 4, 64, True, torch.bfloat16),
+    ("int", 4, 96, False, torch.float16),
+    ("int", 4, 128, False, torch.bfloat16),
+    ("int", 4, 128, True, torch.float32),
+    ("int", 4, 384, True, torch.float16),
+    ("int", 4, 0, False, torch.float32),
+    ("int", 4, 0, True, torch.float32),
+    ("int", 8, 32, True, torch.bfloat16),
+    ("int", 8, 128, False, torch.float16),
+    ("int", 8, 0, True, torch.float32),
+    ("nf4", 4, 64, False, torch.float32),
+    ("fp4", 4, 32, False, torch.float32),
+    ("mxfp4", 4, 32, False, torch.uint8),
+    ("nvfp4", 4, 16, False, torch.float8_e4m3fn),
+    ("fp8", 8, 0, False, torch.float32),
+    ("fp8", 8, 128, False, torch.bfloat16),
+]
+IDS = [f"{k}{b}-g{g}{'-zero' if z else ''}" for k, b, g, z, _ in WEIGHTS]
+SMALL = Config("gemm", 8, 32, 4, 2, 1)
+SPLIT = Config("gemm", 16, 64, 4, 2, 3)
+LARGE = Config("gemm", 64, 128, 8, 2, 1)
+GEMV = Config("gemv", 1, 32, 4, 2, 3)
+DEQUANTIZE = Config("dequantize", 0, 0, 0, 0, 1)
+
+
+def make(kind: str, bits: int, group: int, zero: bool, scale_dtype: torch.dtype, out: int, in_: int) -> Weight:
+    g = torch.Generator().manual_seed(out * in_ + bits)
+    codes = torch.randint(0, 1 << bits, (out, in_), generator=g, dtype=torch.uint8)
+    if kind == "fp8":
+        codes[codes & 0x7F == 0x7F] = 0x7E  # the two NaNs
+    groups = in_ // group if group else 1
+    if kind == "mxfp4":
+        scale = torch.randint(110, 124, (out, groups), generator=g, dtype=torch.uint8)
+    elif kind == "nvfp4":
+        scale = (torch.rand(out, groups, generator=g) * 440).to(scale_dtype)
+    else:
+        # Scales that float16 could not hold without the row's power of two.
+        scale = (torch.rand(out, groups, generator=g) * 0.01 + 1e-4).to(scale_dtype)
+    zeros = torch.randint(0, 1 << bits, (out, groups), generator=g, dtype=torch.uint8) if zero else None
+    return Weight(reference.pack(codes, bits), scale, zeros, bits, in_, kind, 0.001 if kind == "nvfp4" else 1.0)
+
+
+def run(c: Config, x: torch.Tensor, p: layout.Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return ops.run(
+        c, x, p.words, p.scale, p.zero, p.row, p.table, bias, p.kind, p.bits, p.group_size, p.out_features,
+        p.in_features, p.paired,
+    )  # fmt: skip
+
+
+def close(y: torch.Tensor, x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None) -> None:
+    exact = reference.dequantize_weight(w, torch.float32).double()
+    truth = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
+    low = torch.nn.functional.linear(x, exact.to(x.dtype), bias).double()
+    error, allowed = float((y.double() - truth).norm()), float((low - truth).norm())
+    # Scales are rounded to float16 at most, besides the weights: within twice the error of a plain product.
+    assert error <= 2 * allowed + 1e-6 * float(truth.norm()), error / allowed
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=IDS)
+def test_prepack_loses_nothing(weight: tuple) -> None:
+    for out, in_ in ((1, 384), (33, 384), (130, 768)):
+        w = make(*weight, out, in_)
+        state = triton.layer(w)
+        assert torch.equal(layout.codes(state.packed), reference.unpack(w.packed, w.bits, in_))
+        back = triton.restore(state)
+        for name in ("packed", "scale", "zero"):
+            a, b = getattr(back, name), getattr(w, name)
+            assert (a is None) == (b is None) and (a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8)))
+        assert dataclasses.replace(back, packed=w.packed, scale=w.scale, zero=w.zero) == w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", WEIGHTS, ids=IDS)
+def test_products(weight: tuple, dtype: torch.dtype) -> None:
+    w = make(*weight, 33, 384)
+    p = layout.prepack(w)
+    for c, m in ((SMALL, 3), (SPLIT, 5), (LARGE, 17), (DEQUANTIZE, 2), (GEMV, 1)):
+        if c.route == "gemv" and w.kind != "int":
+            continue
+        x = torch.randn(m, 384, generator=torch.Generator().manual_seed(m)).to(dtype)
+        bias = torch.randn(33, generator=torch.Generator().manual_seed(m)).to(dtype) if m % 2 else None
+        close(run(c, x, p, bias), x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "weight", [("int", 4, 0, True), ("int", 8, 0, False), ("fp8", 8, 0, False), ("int", 4, 32, True)]
+)
+def test_ragged_shapes(weight: tuple, dtype: torch.dtype) -> None:
+    for out, in_, m in ((1, 96, 1), (3, 160, 33), (131, 32, 2), (17, 352, 5)):
+        if weight[2] == 0:
+            in_ += 3
+        w = make(*weight, torch.float16, out, in_)
+        x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m)).to(dtype)
+        for c in (SMALL, SPLIT, GEMV if m == 1 and w.kind == "int" else DEQUANTIZE):
+            close(run(c, x, layout.prepack(w)), x, w)
+
+
+def test_many_rows_choose_their_own_kernel_and_shape() -> None:
+    w = make("int", 4, 128, True, torch.float16, 24, 256)
+    state = triton.layer(w)
+    for lead in ((), (1,), (2, 3), (3, 1, 2), (65,), (0, 2)):
+        x = torch.randn(*lead, 256).half()
+        y = triton.linear(x, state.packed)
+        assert y.shape == (*lead, 24) and y.dtype == x.dtype
+        if x.numel():
+            close(y, x, w)
+    x = torch.randn(512, 5).half().t()[:, 100:356]  # strides (1, 5)
+    close(triton.linear(x, state.packed), x, w)
+    x = torch.randn(5, 300).half()[:, 3:259]  # rows 300 apart, misaligned
+    close(triton.linear(x, state.packed), x, w)
+
+
+def test_split_sums_repeat_bit_by_bit_and_equal_the_kernel_entry() -> None:
+    w = make("int", 4, 128, False, torch.bfloat16, 24, 768)
+    p = layout.prepack(w)
+    x = torch.randn(4, 768).bfloat16()
+    assert torch.equal(run(SPLIT, x, p), run(SPLIT, x, p))
+    entry = next(k for k in KERNELS if k.name == "triton")
+    state = entry.prepack(w, None)
+    assert torch.equal(entry.matmul(x, state, None), triton.linear(x, p))
+    assert torch.equal(entry.restore(state).packed, w.packed)
+
+
+@pytest.mark.parametrize("c", [SMALL, SPLIT, DEQUANTIZE], ids=lambda c: f"{c.route}{c.split}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_weights_and_silu(c: Config, dtype: torch.dtype) -> None:
+    parts = [make("nvfp4", 4, 16, False, torch.float8_e4m3fn, n, 192) for n in (40, 24, 24)]
+    parts[1] = dataclasses.replace(parts[1], multiplier=0.002)
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    merged = run(c, x, layout.prepack(parts))
+    for y, w in zip(merged.split([40, 24, 24], 1), parts, strict=True):
+        close(y, x, w)
+    gate, up = parts[1:]
+    bias = torch.randn(48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = run(c, x, layout.prepack([gate, up], paired=True), bias)
+    products = [reference.matmul(x.float(), w, b) for w, b in ((gate, bias[0::2].float()), (up, bias[1::2].float()))]
+    expected = torch.nn.functional.silu(products[0]) * products[1]
+    assert y.shape == (3, 24) and (y.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_rounds_once(dtype: torch.dtype) -> None:
+    for weight in WEIGHTS:
+        w = make(*weight, 9, 384)
+        plain, expected = triton.dequantize(layout.prepack(w), dtype), reference.dequantize_weight(w, dtype)
+        if (w.scale.dtype == torch.float32 and w.scale.shape[1] > 1) or w.kind in layout.BY_BYTES:
+            assert (plain - expected).float().norm() <= 2.0**-7 * expected.float().norm()
+        else:
+            assert torch.equal(plain, expected), weight
+
+
+def test_gradients_reach_activations_and_bias() -> None:
+    w = make("int", 4, 64, True, torch.float16, 24, 128)
+    x = torch.randn(2, 128).half().requires_grad_()
+    bias = torch.randn(24).half().requires_grad_()
+    triton.linear(x, layout.prepack(w), bias).sum().backward()
+    expected = reference.dequantize_weight(w, torch.float16).float().sum(0).expand(2, -1)
+    assert torch.allclose(x.grad.float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(bias.grad, torch.full((24,), 2.0).half())
+
+
+def test_operators_have_fakes() -> None:
+    p = layout.prepack(make("int", 4, 64, True, torch.float16, 24, 128))
+    arguments = (p.words, p.scale, p.zero, p.row, p.table)
+    sizes = (p.kind, p.bits, p.group_size, 24, 128)
+    x = torch.randn(2, 3, 128).half()
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.qkit.triton_linear, (x, *arguments, None, *sizes, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.qkit.triton_dequantize, (*arguments, *sizes, torch.float16), test_utils=checks[:2])
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        paired = torch.ops.qkit.triton_linear(torch.empty(4, 128).half(), *arguments, None, *sizes, True)
+        assert paired.shape == (4, 12)
+
+
+def test_traced_as_one_opaque_call() -> None:
+    p = layout.prepack(make("int", 4, 64, False, torch.float16, 24, 128))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: triton.linear(x, p) + 1, backend=backend, dynamic=True, fullgraph=True)
+    x = torch.randn(3, 128).half()
+    assert torch.equal(compiled(x), triton.linear(x, p) + 1)
+    assert compiled(torch.randn(70, 128).half()).shape == (70, 24)  # other rows, another kernel, the same graph
+    assert len(graphs) == 1 and "triton_linear" in graphs[0].code
+
+
+def test_refusals() -> None:
+    w = make("int", 4, 64, False, torch.float16, 24, 128)
+    p = layout.prepack(w)
+    with pytest.raises(TypeError, match=r"float32, expected torch\.float16"):
+        triton.linear(torch.randn(1, 128), p)
+    with pytest.raises(ValueError, match=r"\(1, 64\), the weight takes 128"):
+        triton.linear(torch.randn(1, 64).half(), p)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
+        triton.linear(torch.randn(1, 128).half(), p, torch.zeros(3))
+    with pytest.raises(ValueError, match="x is on meta"):
+        triton.linear(torch.empty(1, 128, device="meta").half(), p)
+    with pytest.raises(ValueError, match="multiple of 32 or one scale a row, not 24 of 48"):
+        layout.prepack(make("int", 4, 24, False, torch.float16, 4, 48))
+    with pytest.raises(ValueError, match="differ in kind"):
+        layout.prepack([w, make("int", 8, 64, False, torch.float16, 24, 128)])
+    with pytest.raises(ValueError, match=r"one shape, not \[24, 23\]"):
+        layout.prepack([w, make("int", 4, 64, False, torch.float16, 23, 128)], paired=True)
+    asked = dataclasses.replace(problem(w, torch.float16), device=torch.device("cuda", 0))
+    assert triton.supports(asked) is None
+    for change, reason in (
+        ({"device": torch.device("cpu")}, "not on cpu"),
+        ({"act_dtype": torch.float32}, "not torch.float32"),
+        ({"activations": "int8"}, "unquantized"),
+        ({"group_size": 24}, "not 24 of 128"),
+    ):
+        assert reason in triton.supports(dataclasses.replace(asked, **change))
+
+
+def test_configurations(tmp_path) -> None:
+    key = config.Key("int", 4, 128, False, torch.float16, 4096, 4096)
+    assert [config.bucket(m) for m in (1, 2, 3, 8, 9, 64, 65, 10**6)] == [1, 2, 4, 8, 16, 64, 128, 8192]
+    for m in (1, 2, 16, 64, 128, 256, 512, 8192):
+        for amd in (False, True):
+            c = config.rule(key, m, 132, amd)
+            assert c.route == "dequantize" or key.padded_n % c.bn == 0
+            assert c.split >= 1 and c.route == ("dequantize" if m >= 512 else c.route)
+    path = config.path_of("NVIDIA H100 80GB HBM3", tmp_path)
+    assert path.name == "nvidia-h100-80gb-hbm3.json" and config.load(path) == {}
+    tuned = {key.text(): {"1": GEMV, "16": SPLIT}}
+    config.save(path, "NVIDIA H100 80GB HBM3", "sm_90", tuned)
+    assert config.load(path) == {"int4 g128 float16 4096x4096": {1: GEMV, 16: SPLIT}}
+    document = json.loads(path.read_text())
+    document["configs"][key.text()]["1"][0] = "fast"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="fast"):
+        config.load(path)
+
+
+def test_candidates_fit_and_tuning_needs_a_device() -> None:
+    from qkit.kernels.triton import tune
+
+    key = config.Key("int", 4, 128, False, torch.float16, 4096, 4096)
+    for m in (1, 16, 256, 2048):
+        found = tune.candidates(key, m, 132)
+        assert 1 <= len(found) <= 24 and len(set(found)) == len(found)
+        assert found[0] == config.rule(key, m, 132)
+    with pytest.raises(ValueError, match="not on cpu"):
+        tune.tune(layout.prepack(make("int", 4, 128, False, torch.float16, 8, 128)), torch.float16)
