@@ -10,6 +10,7 @@ import torch
 
 from . import reference, triton
 from .cpu import matmul as cpu
+from .triton import dynamic
 from .weight import Weight
 
 __all__ = ["KERNELS", "Kernel", "Problem", "Weight", "problem", "select"]
@@ -89,6 +90,7 @@ KERNELS: tuple[Kernel, ...] = (
         lambda x, state, bias: triton.linear(x, state.packed, bias),
         triton.restore,
     ),
+    Kernel("triton-w8a8", dynamic.supports, dynamic.prepack, dynamic.matmul, dynamic.restore),
     Kernel("cpu", cpu.supports, cpu.prepack, cpu.matmul, cpu.restore),
     Kernel(
         "reference", lambda p: None, lambda w, activations: (w, activations), _reference_matmul, lambda state: state[0]

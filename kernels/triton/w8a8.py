@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..weight import Weight
+from ..weight import FLOATS, Weight
 from .activations import quantize_rows
+from .dynamic import why_not
 
 _MULTIPLE = 128  # both dimensions of a weight are padded to it, so that no load of it is masked
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -115,19 +115,8 @@ class Packed8:
     group_size: int  # 0: one scale a row
 
 
-def why_not(kind: str, bits: int, group_size: int, in_features: int, symmetric: bool, activations: str) -> str | None:
-    """None where such a weight can be multiplied by such activations, or why not."""
-    if (kind, bits, activations) not in (("int", 8, "int8"), ("fp8", 8, "fp8")):
-        return f"multiplies 8-bit integers by int8 and fp8 by fp8, not {bits}-bit {kind} by {activations}"
-    if group_size != in_features and group_size % 64:
-        return f"needs one scale a row or groups that are multiples of 64, not {group_size} of {in_features}"
-    if group_size != in_features and not symmetric:
-        return f"takes zero points with one scale a row only, not groups of {group_size}"
-    return None
-
-
 def prepack(w: Weight, activations: str) -> Packed8:
-    """`Weight` -> `Packed8`. Raises ValueError for what `why_not` names."""
+    """`Weight` -> `Packed8`. Raises ValueError for what `dynamic.why_not` names."""
     reason = why_not(w.kind, w.bits, w.group_size, w.in_features, w.zero is None, activations)
     if reason is not None:
         raise ValueError(f"w8a8 {reason}")
@@ -271,8 +260,8 @@ def matmul(x: torch.Tensor, w: Packed8, bias: torch.Tensor | None = None) -> tor
     x float32, float16 or bfloat16 on the weight's device; bias [out]. Raises TypeError for another dtype and ValueError
     for a shape or a device that does not fit, with the values.
     """
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x is {x.dtype}, expected " + " or ".join(str(d) for d in _FLOATS))
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x is {x.dtype}, expected " + " or ".join(str(d) for d in FLOATS))
     if x.dim() < 1 or x.shape[-1] != w.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes {w.in_features} inputs")
     if bias is not None and tuple(bias.shape) != (w.out_features,):

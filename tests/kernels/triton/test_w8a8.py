@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from qkit.kernels import reference
-from qkit.kernels.triton import activations, w8a8
+from qkit.kernels.select import KERNELS, problem
+from qkit.kernels.triton import activations, dynamic, w8a8
 from qkit.kernels.weight import Weight
 
 
@@ -90,6 +93,21 @@ def test_op_is_opaque_and_differentiable():
     assert x.grad is not None and torch.allclose(x.grad, straight_through.expand(3, -1), rtol=1e-5, atol=1e-5)
     about = (packed.codes, packed.scale, packed.shift, None, packed.kind, 48, 96, packed.group_size)
     torch.library.opcheck(w8a8._op, (x.detach(), *about), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_entry_of_select():
+    (entry,) = (k for k in KERNELS if k.name == "triton-w8a8")
+    for w, kind in ((make("int", 48, 96, 1, True), "int8"), (make("fp8", 40, 128, 2), "fp8")):
+        state = entry.prepack(w, kind)
+        x = torch.randn(2, w.in_features)
+        assert torch.allclose(entry.matmul(x, state, None), reference.matmul(x, w, None, kind), rtol=1e-4, atol=1e-4)
+        back = entry.restore(state)
+        assert torch.equal(back.packed, w.packed) and torch.equal(back.scale, w.scale) and back.kind == w.kind
+        assert back.zero is w.zero
+        p = problem(w, torch.float16, kind)
+        assert "not on cpu" in str(entry.supports(p))
+        assert dynamic.supports(replace(p, device=torch.device("cuda"))) is None
+        assert "int8 or fp8" in str(dynamic.supports(replace(p, activations=None)))
 
 
 def test_wrong_inputs_are_refused():

@@ -1,0 +1,76 @@
+"""`w8a8` as an entry of `select.KERNELS`. Importing this imports neither triton nor a driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import reference
+from ..weight import FLOATS, Weight
+
+if TYPE_CHECKING:
+    from ..select import Problem
+    from .w8a8 import Packed8
+
+
+def why_not(kind: str, bits: int, group_size: int, in_features: int, symmetric: bool, activations: str) -> str | None:
+    """None where such a weight can be multiplied by such activations, or why not."""
+    if (kind, bits, activations) not in (("int", 8, "int8"), ("fp8", 8, "fp8")):
+        return f"multiplies 8-bit integers by int8 and fp8 by fp8, not {bits}-bit {kind} by {activations}"
+    if group_size != in_features and group_size % 64:
+        return f"needs one scale a row or groups that are multiples of 64, not {group_size} of {in_features}"
+    if group_size != in_features and not symmetric:
+        return f"takes zero points with one scale a row only, not groups of {group_size}"
+    return None
+
+
+def supports(p: Problem) -> str | None:
+    """None where `matmul` computes the problem, else why not."""
+    if p.activations is None:
+        return "takes activations quantized to int8 or fp8"
+    if p.device.type != "cuda":
+        return f"runs on CUDA and ROCm devices, not on {p.device.type}"
+    if p.act_dtype not in FLOATS:
+        return f"takes float32, float16 or bfloat16 activations, not {p.act_dtype}"
+    if os.environ.get("QKIT_REFERENCE") == "1":
+        return "QKIT_REFERENCE=1"
+    reason = why_not(p.kind, p.bits, p.group_size, p.shape[1], p.symmetric, p.activations)
+    if reason is not None:
+        return reason
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A packed weight, and the scales and zero points as they were, to give the `Weight` back."""
+
+    packed: Packed8
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    multiplier: float
+
+
+def prepack(w: Weight, activations: str | None) -> Layer:
+    """Raises ValueError for a weight that `why_not` refuses."""
+    from . import w8a8
+
+    return Layer(w8a8.prepack(w, str(activations)), w.scale, w.zero, w.multiplier)
+
+
+def matmul(x: torch.Tensor, state: Layer, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`w8a8.matmul`."""
+    from . import w8a8
+
+    return w8a8.matmul(x, state.packed, bias)
+
+
+def restore(state: Layer) -> Weight:
+    """The weight that `prepack` took, bit for bit."""
+    p = state.packed
+    codes = p.codes[: p.out_features, : p.in_features]
+    codes = codes.view(torch.uint8) ^ 128 if p.kind == "int" else codes
+    return Weight(reference.pack(codes, 8), state.scale, state.zero, 8, p.in_features, p.kind, state.multiplier)
