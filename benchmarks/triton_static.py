@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does by default; 3.10 would not
@@ -34,6 +35,11 @@ def show(row: table.Row) -> str:
         f"{row.shared:6} B {row.instructions:5} instr {row.matrix:3} matrix {row.loads_128:2}/{row.loads:2} wide "
         f"{row.int_to_float:2} i2f {cost}"
     )
+
+
+def write(rows: dict[tuple[Any, ...], table.Row], out: Path) -> None:
+    """Ours first, the rest by package."""
+    table.save((rows[key] for key in sorted(rows, key=lambda k: (k[0] != "qkit", k))), out)
 
 
 def main() -> int:
@@ -60,7 +66,10 @@ def main() -> int:
         chosen += [case for case in peer_cases() if args.only in case.kernel or args.only in case.package]
     whole = not (args.only or args.targets or args.sample)
     seen = set()
+    writes = not args.check and not args.print
     for case in chosen:
+        if writes and seen:  # a run that is interrupted keeps what it has
+            write(rows, args.out)
         for on in targets:
             if (case.only and on.name not in case.only) or (args.sample and on.name not in case.sample):
                 continue
@@ -77,8 +86,8 @@ def main() -> int:
             faults += [f"committed, but no longer compiled: {key}" for key in gone]
         for key in gone:
             del rows[key]
-    if not args.check and not args.print:
-        table.save((rows[key] for key in sorted(rows, key=lambda k: (k[0] != "qkit", k))), args.out)
+    if writes:
+        write(rows, args.out)
         print(f"{len(rows)} rows in {args.out}", file=sys.stderr)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

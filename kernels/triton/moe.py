@@ -196,9 +196,9 @@ def launch(
     even = w.in_features % (32 * width // w.bits) == 0
     generation = _generation(x.device.index if x.device.type == "cuda" else None)
     block_m = ids.shape[0] // expert_of.shape[0]
-    # A scale for every plane takes more registers than sm_8x gives 128 outputs of four warps without spilling.
+    # A scale for every plane takes registers: with 128 outputs sm_8x spills at four warps, and RDNA at any number.
     by_plane = group > 0 and group % (32 * width // w.bits) > 0
-    block_n = 64 if by_plane and generation < 9 and block_m == 16 else 128
+    block_n = 64 if by_plane and (generation == 0 or (generation < 9 and block_m == 16)) else 128
     _experts[(padded_n // block_n, expert_of.shape[0])](
         x, w.words, w.scale, w.zero, w.row, w.table, ids, expert_of, y,
         total, w.out_features, w.in_features, padded_n, x.stride(0), experts, groups,
