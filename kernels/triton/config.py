@@ -23,8 +23,11 @@ LARGEST_BUCKET = 8192
 
 
 class Config(NamedTuple):
-    """route "gemv" (one row, integer weights), "gemm" or "dequantize"; tokens and outputs a tile; warps; pipeline
-    stages; parts that K is split into."""
+    """A launch.
+
+    route   "gemv" (one row, integer weights, no matrix units), "gemm" or "dequantize"
+    bm, bn  tokens and outputs a tile; split: parts that K is split into
+    """
 
     route: str
     bm: int
@@ -67,14 +70,15 @@ def scale_sums(kind: str, dtype: torch.dtype, bm: int) -> bool:
 def rule(key: Key, rows: int, processors: int, amd: bool = False) -> Config:
     """What to launch on a device nobody has tuned for, with that many processors (SMs, CUs)."""
     blocks = -(-key.in_features // (512 // key.bits))
-    if rows == 1 and key.kind == "int" and key.bits == 4 and not amd:
-        return Config("gemv", 1, 32, 4, 3, _split(key.padded_n // 32, blocks, 4 * processors))
     if rows >= 512:
         return Config("dequantize", 0, 0, 0, 0, 1)
+    if rows == 1 and key.kind == "int" and amd:  # no eight-token matrix instruction there: most of sixteen is wasted
+        return Config("gemv", 1, 128, 4, 2, _split(key.padded_n // 128, blocks, 4 * processors))
     if rows <= 64:
         bm = max(16 if amd else 8, bucket(rows))
-        tiles = key.padded_n // 64
-        return Config("gemm", bm, 64, 4, 2 if amd else 4, _split(tiles, blocks, 3 * processors))
+        # A wide tile spreads what a turn of the loop costs beside its weights; 64 tokens leave registers for half.
+        bn = 128 if bm <= 32 else 64
+        return Config("gemm", bm, bn, 4, 2 if amd else 4, _split(key.padded_n // bn, blocks, 3 * processors))
     bm = 64 if rows <= 64 * 3 else 128
     tiles = key.padded_n // 128 * -(-rows // bm)
     return Config("gemm", bm, 128, 8, 2 if amd else 3, _split(tiles, blocks, processors))

@@ -123,5 +123,6 @@ def reduce_kernel(
     rm = tl.program_id(1) + tl.arange(0, 1)
     acc = tl.zeros([BN, 1], tl.float32)
     for s in tl.static_range(SPLIT):
-        acc += tl.load(partial + (s * M + rm).to(tl.int64)[None, :] * PADDED_N + rn[:, None])
+        part = partial + (s * M + rm).to(tl.int64)[None, :] * PADDED_N + rn[:, None]
+        acc += tl.load(part, mask=(rn < N)[:, None], other=0.0)
     epilogue(acc, rn, rm, row, bias, y, M, N, 1.0, BIAS, PAIRED)

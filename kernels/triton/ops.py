@@ -16,7 +16,7 @@ import triton
 
 from . import config as configs
 from .config import Config
-from .dequantize import dequantize_kernel
+from .expand import dequantize_kernel
 from .gemm import gemm_kernel, reduce_kernel
 from .gemv import gemv_kernel
 from .layout import N_MULTIPLE

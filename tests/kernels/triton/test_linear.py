@@ -39,8 +39,8 @@ WEIGHTS = [
 ]
 IDS = [f"{k}{b}-g{g}{'-zero' if z else ''}" for k, b, g, z, _ in WEIGHTS]
 SMALL = Config("gemm", 8, 32, 4, 2, 1)
-SPLIT = Config("gemm", 16, 64, 4, 2, 3)
-LARGE = Config("gemm", 64, 128, 8, 2, 1)
+SPLIT = Config("gemm", 16, 32, 4, 2, 3)
+LARGE = Config("gemm", 64, 32, 8, 2, 1)  # scales weights, not sums
 GEMV = Config("gemv", 1, 32, 4, 2, 3)
 DEQUANTIZE = Config("dequantize", 0, 0, 0, 0, 1)
 
@@ -94,13 +94,14 @@ def test_prepack_loses_nothing(weight: tuple) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight", WEIGHTS, ids=IDS)
 def test_products(weight: tuple, dtype: torch.dtype) -> None:
-    w = make(*weight, 33, 384)
+    in_ = 384 if weight[2] in (96, 384) else 256
+    w = make(*weight, 17, in_)
     p = layout.prepack(w)
-    for c, m in ((SMALL, 3), (SPLIT, 5), (LARGE, 17), (DEQUANTIZE, 2), (GEMV, 1)):
+    for c, m in ((SPLIT, 5), (LARGE, 3), (GEMV, 1)):
         if c.route == "gemv" and w.kind != "int":
             continue
-        x = torch.randn(m, 384, generator=torch.Generator().manual_seed(m)).to(dtype)
-        bias = torch.randn(33, generator=torch.Generator().manual_seed(m)).to(dtype) if m % 2 else None
+        x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m)).to(dtype)
+        bias = torch.randn(17, generator=torch.Generator().manual_seed(m)).to(dtype) if m == 3 else None
         close(run(c, x, p, bias), x, w, bias)
 
 
@@ -109,25 +110,25 @@ def test_products(weight: tuple, dtype: torch.dtype) -> None:
     "weight", [("int", 4, 0, True), ("int", 8, 0, False), ("fp8", 8, 0, False), ("int", 4, 32, True)]
 )
 def test_ragged_shapes(weight: tuple, dtype: torch.dtype) -> None:
-    for out, in_, m in ((1, 96, 1), (3, 160, 33), (131, 32, 2), (17, 352, 5)):
+    for out, in_, m in ((1, 96, 1), (3, 160, 33), (40, 32, 2)):
         if weight[2] == 0:
             in_ += 3
         w = make(*weight, torch.float16, out, in_)
         x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m)).to(dtype)
-        for c in (SMALL, SPLIT, GEMV if m == 1 and w.kind == "int" else DEQUANTIZE):
+        for c in (SMALL, GEMV if m == 1 and w.kind == "int" else SPLIT):
             close(run(c, x, layout.prepack(w)), x, w)
 
 
 def test_many_rows_choose_their_own_kernel_and_shape() -> None:
     w = make("int", 4, 128, True, torch.float16, 24, 256)
     state = triton.layer(w)
-    for lead in ((), (1,), (2, 3), (3, 1, 2), (65,), (0, 2)):
+    for lead in ((), (2, 3), (65,), (0, 2)):
         x = torch.randn(*lead, 256).half()
         y = triton.linear(x, state.packed)
         assert y.shape == (*lead, 24) and y.dtype == x.dtype
         if x.numel():
             close(y, x, w)
-    x = torch.randn(512, 5).half().t()[:, 100:356]  # strides (1, 5)
+    x = torch.randn(512, 5).half().t()[:, 100:356]  # strides 1 and 5
     close(triton.linear(x, state.packed), x, w)
     x = torch.randn(5, 300).half()[:, 3:259]  # rows 300 apart, misaligned
     close(triton.linear(x, state.packed), x, w)
@@ -144,27 +145,27 @@ def test_split_sums_repeat_bit_by_bit_and_equal_the_kernel_entry() -> None:
     assert torch.equal(entry.restore(state).packed, w.packed)
 
 
-@pytest.mark.parametrize("c", [SMALL, SPLIT, DEQUANTIZE], ids=lambda c: f"{c.route}{c.split}")
+@pytest.mark.parametrize("c", [SPLIT._replace(split=2), DEQUANTIZE, SMALL], ids=lambda c: f"{c.route}{c.split}")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_weights_and_silu(c: Config, dtype: torch.dtype) -> None:
-    parts = [make("nvfp4", 4, 16, False, torch.float8_e4m3fn, n, 192) for n in (40, 24, 24)]
+    parts = [make("nvfp4", 4, 16, False, torch.float8_e4m3fn, n, 128) for n in (20, 12, 12)]
     parts[1] = dataclasses.replace(parts[1], multiplier=0.002)
-    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     merged = run(c, x, layout.prepack(parts))
-    for y, w in zip(merged.split([40, 24, 24], 1), parts, strict=True):
+    for y, w in zip(merged.split([20, 12, 12], 1), parts, strict=True):
         close(y, x, w)
     gate, up = parts[1:]
-    bias = torch.randn(48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = run(c, x, layout.prepack([gate, up], paired=True), bias)
     products = [reference.matmul(x.float(), w, b) for w, b in ((gate, bias[0::2].float()), (up, bias[1::2].float()))]
     expected = torch.nn.functional.silu(products[0]) * products[1]
-    assert y.shape == (3, 24) and (y.float() - expected).norm() <= 0.02 * expected.norm()
+    assert y.shape == (3, 12) and (y.float() - expected).norm() <= 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_rounds_once(dtype: torch.dtype) -> None:
     for weight in WEIGHTS:
-        w = make(*weight, 9, 384)
+        w = make(*weight, 9, 384 if weight[2] in (96, 384) else 128)
         plain, expected = triton.dequantize(layout.prepack(w), dtype), reference.dequantize_weight(w, dtype)
         if (w.scale.dtype == torch.float32 and w.scale.shape[1] > 1) or w.kind in layout.BY_BYTES:
             assert (plain - expected).float().norm() <= 2.0**-7 * expected.float().norm()
