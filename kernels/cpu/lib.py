@@ -115,7 +115,7 @@ def _ptr(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     lib = load()
     if isinstance(lib, str):
         raise RuntimeError(f"no CPU library: {lib}")
@@ -123,7 +123,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(function: str, *args: object) -> None:
-    if status := getattr(_library(), function)(*args):
+    if status := getattr(library(), function)(*args):
         _raise(status, function)
 
 
@@ -208,7 +208,7 @@ class QkWeight(ctypes.Structure):
 
 def prepack(packed: torch.Tensor, cols: int, bits: int) -> torch.Tensor:
     """int32 [out, words] -> the matmul's layout, int32 [n]."""
-    size = _library().qk_prepacked_bytes(packed.shape[0], cols, bits)
+    size = library().qk_prepacked_bytes(packed.shape[0], cols, bits)
     codes = torch.empty(size // 4, dtype=torch.int32)
     _call("qk_prepack", _ptr(packed), _ptr(codes), packed.shape[0], cols, bits, _threads())
     return codes
@@ -226,7 +226,7 @@ def matmul(
 ) -> torch.Tensor:
     """x [m, in] @ weight.T + bias [out], all of x's dtype; returns [m, out]."""
     out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype)
-    status = _library().qk_matmul(
+    status = library().qk_matmul(
         ctypes.addressof(weight), x.data_ptr(), DTYPES[x.dtype], None if bias is None else bias.data_ptr(),
         out.data_ptr(), x.shape[0], int8, _isa(isa), _threads(),
     )  # fmt: skip

@@ -13,11 +13,19 @@
 namespace qkit {
 namespace {
 
+// Tells the processor that this is a waiting loop.
+inline void rest() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 struct Job {
-    RangeFn fn;
-    void* context;
-    int64_t n, piece;
-    int seats;  // workers that may still join
+    RangeFn fn = nullptr;
+    void* context = nullptr;
+    int64_t n = 0, piece = 1;
     std::atomic<int64_t> next{0};
 
     void work() {
@@ -29,24 +37,39 @@ struct Job {
     }
 };
 
+// About as long as the work between two products of a small model: a worker that is still looking for work takes it within
+// a fraction of a microsecond, one that sleeps needs some fifty to wake.
+constexpr int SPINS = 2000;
+
 struct Pool {
     std::mutex busy;  // held by the caller whose job runs
-    std::mutex mutex;
-    std::condition_variable wake, done;
-    Job* job = nullptr;
-    int active = 0, workers = 0;
+    Job job;
+    std::atomic<int> seats{0};     // workers that may still join the job
+    std::atomic<int> finished{0};  // of those that joined
+    std::mutex mutex;              // for sleeping only
+    std::condition_variable wake;
+    std::atomic<int> sleepers{0};
+    int workers = 0;
+
+    bool join() {
+        int left = seats.load();
+        while (left > 0)
+            if (seats.compare_exchange_weak(left, left - 1)) return true;
+        return false;
+    }
 
     void loop() {
-        std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            wake.wait(lock, [this] { return job && job->seats > 0; });
-            Job* mine = job;
-            --mine->seats;
-            ++active;
-            lock.unlock();
-            mine->work();
-            lock.lock();
-            if (--active == 0) done.notify_one();
+            bool joined = false;
+            for (int i = 0; i < SPINS && !(joined = join()); ++i) rest();
+            if (!joined) {
+                std::unique_lock<std::mutex> lock(mutex);
+                sleepers.fetch_add(1);
+                wake.wait(lock, [this, &joined] { return joined = join(); });
+                sleepers.fetch_sub(1);
+            }
+            job.work();
+            finished.fetch_add(1);
         }
     }
 
@@ -58,6 +81,28 @@ struct Pool {
                 return;  // a limit on threads: go on with those there are
             }
             ++workers;
+        }
+    }
+
+    // Nobody is waited for who has not joined: a worker that the machine has no time for costs nothing.
+    void run(int64_t n, int64_t piece, int helpers, RangeFn fn, void* context) {
+        grow(helpers);
+        job.fn = fn;
+        job.context = context;
+        job.n = n;
+        job.piece = piece;
+        job.next.store(0);
+        finished.store(0);
+        seats.store(helpers);
+        if (sleepers.load() > 0) {
+            std::lock_guard<std::mutex> lock(mutex);
+            wake.notify_all();
+        }
+        job.work();
+        const int joined = helpers - seats.exchange(0);
+        for (int i = 0; finished.load() < joined; ++i) {
+            if (i < SPINS) rest();
+            else std::this_thread::yield();
         }
     }
 };
@@ -120,22 +165,7 @@ void parallel_for(int64_t n, int64_t piece, int nthreads, RangeFn fn, void* cont
     if (p) mine = std::unique_lock<std::mutex>(p->busy, std::try_to_lock);
     if (!mine.owns_lock()) return fn(context, 0, n);
 
-    p->grow(helpers);
-    Job job;
-    job.fn = fn;
-    job.context = context;
-    job.n = n;
-    job.piece = piece;
-    job.seats = helpers;
-    {
-        std::lock_guard<std::mutex> lock(p->mutex);
-        p->job = &job;
-    }
-    p->wake.notify_all();
-    job.work();
-    std::unique_lock<std::mutex> lock(p->mutex);
-    p->job = nullptr;  // nobody joins from here on
-    p->done.wait(lock, [p] { return p->active == 0; });
+    p->run(n, piece, helpers, fn, context);
 }
 
 }  // namespace qkit

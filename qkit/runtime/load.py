@@ -53,6 +53,7 @@ def load(
 
     from ..checkpoint import open_source
     from ..skeleton import build, materialize
+    from . import decoder
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
     target = _device(device)
@@ -77,7 +78,10 @@ def load(
     _say_kernels(kernels, target)
     with torch.no_grad():
         _generation_config(model, opened)
-    return model.eval()
+    model.eval()
+    if target.type == "cpu" and (reason := decoder.attach(model)) is not None:
+        _log.info("decoding runs the model's own steps: %s", reason)
+    return model
 
 
 def _device(name: str) -> torch.device:

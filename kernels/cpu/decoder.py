@@ -1,0 +1,189 @@
+"""`qk_decode`: one decoding step of a whole model in one call. See qkit_decoder.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import lib
+from .matmul import CpuWeight
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # position = QkActivation
+
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("quantized", lib.QkWeight), ("dense", _P), ("bias", _P), ("rows", _N), ("cols", _N))
+
+
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_NORMS = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Linear) for name in _LINEARS),
+        *((name, _P) for name in (*_NORMS, "cosine", "sine")),
+        ("window", _N),
+    )  # fmt: skip
+
+
+_SIZES = ("n_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("layers", _P), *((name, _N) for name in _SIZES), ("embedding", _P), ("final_norm", _P), ("head", _Linear),
+        ("embedding_scale", _F), ("attention_scale", _F), ("epsilon", _F), ("activation", _I),
+    )  # fmt: skip
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", _P), ("values", _P))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x @ weight.T + bias. weight: a `CpuWeight`, or dense bfloat16 [out, in]; bias bfloat16 [out] or None."""
+
+    weight: CpuWeight | torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder block. Norms are float32 with what is added to the stored weight included, or None.
+
+    cosine, sine  float32 [positions, head_dim / 2]; window: positions a query sees, its own included; 0: all
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    attention_norm: torch.Tensor
+    attention_post_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    mlp_post_norm: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    cosine: torch.Tensor
+    sine: torch.Tensor
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as `decode` runs it. embedding bfloat16 [vocabulary, hidden]; final_norm float32 [hidden]."""
+
+    layers: tuple[Layer, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    embedding: torch.Tensor
+    final_norm: torch.Tensor
+    head: Linear
+    embedding_scale: float
+    attention_scale: float
+    epsilon: float
+    activation: str
+    _c: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def struct(self) -> _Decoder:
+        """The C structure; it points into this object's tensors."""
+        if "decoder" not in self._c:
+            layers = (_Layer * len(self.layers))(*map(_layer, self.layers))
+            vocabulary, hidden = self.embedding.shape
+            intermediate = _linear(self.layers[0].gate).rows
+            self._c["layers"] = layers
+            self._c["decoder"] = _Decoder(
+                ctypes.addressof(layers), len(self.layers), hidden, intermediate, self.heads, self.kv_heads,
+                self.head_dim, vocabulary, _pointer(self.embedding, torch.bfloat16),
+                _pointer(self.final_norm, torch.float32), _linear(self.head), self.embedding_scale,
+                self.attention_scale, self.epsilon, ACTIVATIONS.index(self.activation),
+            )  # fmt: skip
+        result: _Decoder = self._c["decoder"]
+        return result
+
+
+def _pointer(t: torch.Tensor | None, dtype: torch.dtype) -> int | None:
+    if t is None:
+        return None
+    if t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous():
+        raise TypeError(f"expected contiguous {dtype} on the CPU, not {t.dtype} {tuple(t.stride())} on {t.device}")
+    return t.data_ptr()
+
+
+def _linear(l: Linear) -> _Linear:
+    bias = _pointer(l.bias, torch.bfloat16)
+    if isinstance(l.weight, CpuWeight):
+        c = l.weight.c
+        return _Linear(c, None, bias, c.rows, c.cols)
+    rows, cols = l.weight.shape
+    return _Linear(lib.QkWeight(), _pointer(l.weight, torch.bfloat16), bias, rows, cols)
+
+
+def _layer(l: Layer) -> _Layer:
+    linears = [_linear(getattr(l, name)) for name in _LINEARS]
+    floats = [_pointer(getattr(l, name), torch.float32) for name in (*_NORMS, "cosine", "sine")]
+    return _Layer(*linears, *floats, l.window)
+
+
+@functools.cache
+def _function() -> Any:
+    function = lib.library().qk_decode
+    function.argtypes = [_P, _P, _N, _N, _N, _P, _P, _P, _P, _I, _I]
+    return function
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, each bfloat16 [batch, kv_heads, capacity, head_dim]."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    _c: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> Cache:
+        pairs = zip(keys, values, strict=True)
+        c = (_Cache * len(keys))(*((_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16)) for k, v in pairs))
+        return cls(keys, values, c)
+
+
+def decode(
+    decoder: Decoder,
+    cache: Cache,
+    length: int,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    first: torch.Tensor,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """Appends a token to each sequence and returns the next one's logits, bfloat16 [batch, vocabulary].
+
+    length     entries the cache already holds; it must have room for one more
+    tokens, positions, first   int64 [batch]: token ids, rotary positions, the first cache entry a sequence may see
+    Raises ValueError where the sizes do not fit or a token is not in the vocabulary.
+    """
+    batch = tokens.shape[0]
+    logits = torch.empty(batch, decoder.embedding.shape[0], dtype=torch.bfloat16)
+    if len(cache.keys) != len(decoder.layers) or cache.keys[0].shape[0] != batch:
+        raise ValueError(f"the cache is of {len(cache.keys)} layers and {cache.keys[0].shape[0]} sequences")
+    if int(positions.max()) >= min(layer.cosine.shape[0] for layer in decoder.layers):
+        raise ValueError(f"position {int(positions.max())} is beyond the rotary tables")
+    if status := _function()(
+        ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, cache.keys[0].shape[2], length,
+        _pointer(tokens, torch.int64), _pointer(positions, torch.int64), _pointer(first, torch.int64),
+        logits.data_ptr(), lib._isa(isa), lib._threads(),
+    ):  # fmt: skip
+        lib._raise(status, "qk_decode")
+    return logits

@@ -1,0 +1,53 @@
+// One decoding step of a whole decoder-only transformer in one call. What separates the matmuls from tokens per second
+// on a small model is not arithmetic but the hundreds of small operations between them, each dispatched from Python.
+//
+// The architecture is the common one: RMS norm, grouped-query attention with rotary embeddings (halves rotated), a gated
+// MLP; optional biases, norms of queries and keys, norms after attention and MLP, sliding windows. Activations are float
+// between linears and bfloat16 going into and coming out of them, as the model would run in bfloat16.
+#pragma once
+#include "qkit_cpu.h"
+
+// y = x @ weight.T + bias. dense: bfloat16 [rows, cols], or null: `quantized`, in whose rows and cols the shape is too.
+struct QkLinear {
+    QkWeight quantized;
+    const uint16_t* dense;
+    const uint16_t* bias;  // bfloat16 [rows] or null
+    int64_t rows, cols;
+};
+
+// Norms are float, what is added to the stored weight included. Null: the architecture has none there.
+struct QkLayer {
+    QkLinear q, k, v, o, gate, up, down;
+    const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // [hidden]
+    const float *q_norm, *k_norm;                                                  // [head_dim]
+    const float *cosine, *sine;  // [positions][head_dim / 2]
+    int64_t window;              // positions a query sees, its own included; 0: all
+};
+
+enum QkActivation { QK_SILU = 0, QK_GELU_TANH = 1 };
+
+struct QkDecoder {
+    const QkLayer* layers;
+    int64_t n_layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary;
+    const uint16_t* embedding;  // bfloat16 [vocabulary, hidden]
+    const float* final_norm;
+    QkLinear head;
+    float embedding_scale, attention_scale, epsilon;
+    int activation;  // QkActivation
+};
+
+// Keys and values of one layer: bfloat16 [batch][kv_heads][capacity][head_dim].
+struct QkCache {
+    uint16_t *keys, *values;
+};
+
+// Appends tokens[b] of each of `batch` sequences at `length` of the caches (length < capacity) and writes the logits of
+// the next token, bfloat16 [batch, vocabulary]. positions[b]: where the rotary tables are read. first[b]: the first
+// cached entry that sequence b may see (padding lies before it).
+QK_API int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, int64_t capacity, int64_t length,
+                     const int64_t* tokens, const int64_t* positions, const int64_t* first, uint16_t* logits, int isa,
+                     int nthreads);
+
+// out [m, rows] = x [m, cols] @ w [rows, cols].T, all bfloat16, float accumulation: the dense linears of qk_decode.
+QK_API int qk_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t m, int64_t rows,
+                    int64_t cols, int nthreads);

@@ -1,0 +1,357 @@
+"""Decoding steps of a loaded model in one call of the C++ library instead of hundreds of operations from Python.
+
+`attach(model)` gives the model a forward that takes this path for a single new token per sequence over a
+transformers DynamicCache, without gradients and without outputs nobody needs, and the model's own forward for
+everything else. Results are those of the model up to rounding: activations are bfloat16 between linears either way.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from .linear import QuantLinear
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..kernels.cpu.decoder import Cache, Decoder, Linear
+
+_log = logging.getLogger("qkit")
+
+_GEMMA = ("gemma3_text",)
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *_GEMMA)
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length so far
+_FIRST_POSITIONS = 1024
+_HEADROOM = 256  # tokens a cache has room for when it is first copied; it doubles when they are used up
+_KNOWN = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "token_type_ids"}
+_MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
+
+
+def attach(model: Any) -> str | None:
+    """Gives `model` the fast decoding step; returns None, or why it keeps its own (logged nowhere: it still works)."""
+    reason = _unsupported(model)
+    if reason is None:
+        runner = _Runner(model)
+        original = model.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = None if args else runner.step(kwargs)
+            if output is None:
+                runner.checked = False
+                output = original(*args, **kwargs)
+            return output
+
+        model.forward = forward
+    return reason
+
+
+def _unsupported(model: Any) -> str | None:
+    import torch
+
+    from ..kernels import backend
+
+    config = model.config
+    if backend().startswith("torch"):
+        return backend()
+    if config.model_type not in MODEL_TYPES:
+        return f"model type {config.model_type!r} is none of {', '.join(MODEL_TYPES)}"
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+        return f"runs in bfloat16 on the CPU, not {model.dtype} on {model.device}"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in _ACTIVATIONS:
+        return f"activation {activation!r}"
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            return name
+    for parameters in _rope_parameters(config).values():
+        if parameters.get("rope_type", "default") not in _ROPE_TYPES or parameters.get("partial_rotary_factor", 1) != 1:
+            return f"rotary embedding {parameters}"
+    try:
+        _linears(model)
+    except (AttributeError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
+    """Per layer type; "" where all layers share one."""
+    given = config.rope_parameters or {}
+    nested = {k: v for k, v in given.items() if isinstance(v, dict)}
+    return nested or {"": given}
+
+
+def _kinds(config: Any) -> list[str]:
+    """Each layer's key in `_rope_parameters`."""
+    return [""] * config.num_hidden_layers if "" in _rope_parameters(config) else list(config.layer_types)
+
+
+def _linear(module: nn.Module) -> Linear:
+    """Raises TypeError for a module that is neither a packed nor a plain linear (an adapter, a hooked one)."""
+    import torch
+    from torch import nn
+
+    from ..kernels.cpu.decoder import Linear
+    from ..kernels.cpu.matmul import CpuWeight
+
+    if type(module) is QuantLinear:
+        _, state = module._prepared(torch.bfloat16)
+        if not isinstance(state, CpuWeight):
+            raise TypeError("a linear is not on the C++ kernels")
+        bias = None if module.bias is None else module.bias.to(torch.bfloat16)
+        return Linear(state, bias)
+    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16:
+        raise TypeError(f"a linear is a {type(module).__name__}")
+    return Linear(module.weight.detach().contiguous(), None if module.bias is None else module.bias.detach())
+
+
+def _linears(model: Any) -> list[Linear]:
+    found = [_linear(model.lm_head)]
+    for layer in model.model.layers:
+        a, m = layer.self_attn, layer.mlp
+        found += map(_linear, (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj))
+    return found
+
+
+def _fingerprint(model: Any) -> tuple[int, ...]:
+    """Changes when a linear, a norm or the embedding is replaced."""
+    weights = [x.weight if hasattr(x.weight, "data_ptr") else x.weight.codes for x in _linears(model)]
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    return tuple(t.data_ptr() for t in (*weights, *norms, model.get_input_embeddings().weight))
+
+
+def _build(model: Any, positions: int) -> Decoder:
+    import torch
+
+    from ..kernels.cpu.decoder import Decoder, Layer
+
+    config, inner = model.config, model.model
+    offset = 1.0 if config.model_type in _GEMMA else 0.0
+    linears = iter(_linears(model))
+    head = next(linears)
+
+    def norm(module: Any) -> torch.Tensor | None:
+        return None if module is None else (module.weight.detach().float() + offset).contiguous()
+
+    kinds = _kinds(config)
+    tables = {kind: _rotary(inner.rotary_emb, kind, positions) for kind in set(kinds)}
+    layers = []
+    for i, layer in enumerate(inner.layers):
+        a = layer.self_attn
+        gemma = config.model_type in _GEMMA
+        cosine, sine = tables[kinds[i]]
+        layers.append(
+            Layer(
+                *(next(linears) for _ in range(7)),
+                attention_norm=norm(layer.input_layernorm),
+                attention_post_norm=norm(layer.post_attention_layernorm) if gemma else None,
+                mlp_norm=norm(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm),
+                mlp_post_norm=norm(layer.post_feedforward_layernorm) if gemma else None,
+                q_norm=norm(getattr(a, "q_norm", None)),
+                k_norm=norm(getattr(a, "k_norm", None)),
+                cosine=cosine,
+                sine=sine,
+                window=_window(config, i) or 0,
+            )  # type: ignore[arg-type]
+        )
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", None)
+    final = norm(inner.norm)
+    assert final is not None
+    first = inner.layers[0]
+    return Decoder(
+        layers=tuple(layers),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=first.self_attn.head_dim,
+        embedding=embedding.weight.detach().contiguous(),
+        final_norm=final,
+        head=head,
+        embedding_scale=1.0 if scale is None else float(scale.to(torch.bfloat16)),
+        attention_scale=first.self_attn.scaling,
+        epsilon=config.rms_norm_eps,
+        activation=_ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act],
+    )
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """Positions a query of this layer sees, or None for all."""
+    if getattr(config, "layer_types", None):
+        return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+
+
+def _rotary(module: Any, kind: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [positions, head_dim / 2]: the model's own tables, before they are rounded to its type."""
+    import torch
+
+    ids = torch.arange(positions)[None]
+    like = torch.zeros(1)
+    with torch.no_grad():
+        cosine, sine = module(like, ids, kind) if kind else module(like, ids)
+    half = cosine.shape[-1] // 2
+    return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+
+class _Store:
+    """Keys and values of every layer, with room to grow: entries [0, length), of a sliding layer only the last."""
+
+    def __init__(self, layers: list[Any], length: int, capacity: int):
+        import torch
+
+        from ..kernels.cpu.decoder import Cache
+
+        self.length, self.capacity = length, capacity
+        both = []
+        for name in ("keys", "values"):
+            grown = []
+            for layer in layers:
+                old = getattr(layer, name)
+                new = torch.empty(*old.shape[:2], capacity, old.shape[3], dtype=torch.bfloat16)
+                new[:, :, length - old.shape[2] : length] = old
+                grown.append(new)
+            both.append(tuple(grown))
+        self.cache: Cache = Cache.of(*both)
+
+
+@functools.cache
+def _grown_class(base: type) -> type:
+    """`base` (a DynamicLayer) whose keys and values are views of a `_Store` until something assigns them."""
+
+    def view(name: str) -> property:
+        plain = f"_plain_{name}"
+
+        def get(self: Any) -> Any:
+            store = self.__dict__.get("store")
+            if plain in self.__dict__ or store is None:
+                return self.__dict__.get(plain)
+            window = getattr(self, "sliding_window", None)
+            begin = max(0, store.length - window + 1) if window else 0
+            return getattr(store.cache, name)[self.index][:, :, begin : store.length]
+
+        def put(self: Any, value: Any) -> None:
+            self.__dict__[plain] = value
+
+        return property(get, put)
+
+    def cumulative(self: Any) -> int:
+        store = self.__dict__.get("store")
+        return self.__dict__["_cumulative"] if store is None or "_plain_keys" in self.__dict__ else store.length
+
+    def set_cumulative(self: Any, value: int) -> None:
+        # update() counts new entries before it assigns the keys: from then on the layer is on its own
+        if self.__dict__.get("store") is not None and "_plain_keys" not in self.__dict__:
+            keys, values = self.keys, self.values
+            self.__dict__["_plain_keys"], self.__dict__["_plain_values"] = keys, values
+        self.__dict__["_cumulative"] = value
+
+    members: dict[str, Any] = {"keys": view("keys"), "values": view("values")}
+    if hasattr(base, "sliding_window") or "Sliding" in base.__name__:
+        members["cumulative_length"] = property(cumulative, set_cumulative)
+    return type(f"Grown{base.__name__}", (base,), members)
+
+
+def _grow(cache: Any, length: int) -> _Store:
+    """The cache's store, made or enlarged so that one more entry fits. The cache stays a cache of its own type."""
+    layers = cache.layers
+    store = getattr(layers[0], "store", None)
+    kept = store is not None and all(
+        getattr(layer, "store", None) is store and not {"_plain_keys", "_plain_values"} & layer.__dict__.keys()
+        for layer in layers
+    )
+    if kept and store.length == length < store.capacity:
+        return store  # type: ignore[no-any-return]
+    capacity = max(length + _HEADROOM, 2 * length if kept else 0)
+    fresh = _Store(layers, length, capacity)
+    for i, layer in enumerate(layers):
+        base = type(layer) if not type(layer).__name__.startswith("Grown") else type(layer).__mro__[1]
+        state = {k: v for k, v in layer.__dict__.items() if k not in ("keys", "values", "_plain_keys", "_plain_values")}
+        if "cumulative_length" in state:
+            state["_cumulative"] = state.pop("cumulative_length")
+        grown = _grown_class(base).__new__(_grown_class(base))
+        grown.__dict__.update(state, store=fresh, index=i)
+        layers[i] = grown
+    return fresh
+
+
+class _Runner:
+    def __init__(self, model: Any):
+        self.model = model
+        self.decoder: Decoder | None = None
+        self.fingerprint: tuple[int, ...] = ()
+        self.positions = 0
+        self.checked = False  # since the model's own forward last ran: between steps nobody replaces a weight
+
+    def _ready(self, positions: int) -> bool:
+        """Whether the C structures describe the model as it is now, for that many positions."""
+        if not self.checked:
+            if _unsupported(self.model) is not None:
+                return False
+            now = _fingerprint(self.model)
+            if now != self.fingerprint:
+                self.decoder, self.fingerprint = None, now
+            self.checked = True
+        if self.decoder is None or positions > self.positions:
+            self.positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
+            self.decoder = _build(self.model, self.positions)
+        return True
+
+    def step(self, given: dict[str, Any]) -> Any:
+        """The model's output for one new token a sequence, or None where the model's own forward is needed."""
+        import torch
+        from transformers import DynamicCache
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        from ..kernels.cpu.decoder import decode
+
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or type(cache) is not DynamicCache:
+            return None
+        if torch.is_grad_enabled() or self.model.training or ids.shape[0] > _MAX_BATCH:
+            return None
+        rest = given.keys() - {"input_ids", "past_key_values", "attention_mask", "position_ids", "logits_to_keep"}
+        if any(given[k] is not None for k in rest - _KNOWN - {"use_cache"}) or given.get("use_cache") is False:
+            return None
+        config = self.model.config
+        if given.get("output_attentions") or given.get("output_hidden_states") or given.get("return_dict") is False:
+            return None
+        if config.output_attentions or config.output_hidden_states or config.return_dict is False:
+            return None
+        length = cache.get_seq_length()
+        layers = cache.layers
+        if length == 0 or len(layers) != config.num_hidden_layers or getattr(layers[0], "record_past", False):
+            return None
+        batch = ids.shape[0]
+        first = _first(given.get("attention_mask"), batch, length + 1)
+        if first is None:
+            return None
+        position_ids = given.get("position_ids")
+        positions = torch.full((batch,), length) if position_ids is None else position_ids.reshape(-1).long()
+        if positions.numel() != batch or layers[0].keys.shape[0] != batch or layers[0].keys.dtype != torch.bfloat16:
+            return None
+        if not self._ready(int(positions.max()) + 1):
+            return None
+        assert self.decoder is not None
+        store = _grow(cache, length)
+        tokens = ids.reshape(-1).long().contiguous()
+        logits = decode(self.decoder, store.cache, length, tokens, positions.contiguous(), first)
+        store.length += 1
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+
+def _first(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """The first entry each sequence sees, int64 [batch]; None for a mask that is not padding on the left."""
+    import torch
+
+    if mask is None or (mask.dim() == 2 and mask.shape == (batch, length) and bool(mask.all())):
+        return torch.zeros(batch, dtype=torch.int64)
+    if mask.dim() != 2 or mask.shape != (batch, length):
+        return None
+    seen = mask != 0
+    if not bool((seen[:, 1:] >= seen[:, :-1]).all()) or not bool(seen[:, -1].all()):
+        return None
+    return (~seen).sum(1)

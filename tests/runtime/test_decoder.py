@@ -1,0 +1,194 @@
+"""The decoding step in one call: as close to the exact model as the model's own step, on any cache it is handed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import make_model
+
+from qkit.kernels import backend
+from qkit.runtime import QuantLinear, decoder, load
+
+pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="no C++ library")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_model(tmp_path_factory.mktemp("models") / family, family)
+        return made[family]
+
+    return get
+
+
+def packed(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model with packed 4-bit linears, from plain weights."""
+    from qkit.formats.base import Packed
+    from qkit.kernels import pack, quantize_rtn
+    from qkit.scheme import Scheme
+
+    model = load(folder, device="cpu", dtype=dtype)
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and ".layers." in name:
+            codes, scale, zero, *_ = quantize_rtn(module.weight.detach(), 4, 32, False, "BF16")
+            weight = Packed(pack(codes, 4), scale, zero, module.in_features, Scheme(4, 32, False))
+            model.set_submodule(name, QuantLinear(weight, None if module.bias is None else module.bias.detach()))
+    return model
+
+
+def own(model: Any) -> Any:
+    """The model's own forward, whatever `attach` has put in its place."""
+    return type(model).forward.__get__(model)
+
+
+def tokens(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def steps(forward: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits after each of ids' columns, fed one by one: float32 [rows, steps, vocabulary]."""
+    found = []
+    for i in range(ids.shape[1]):
+        given: dict[str, Any] = {"input_ids": ids[:, i : i + 1], "past_key_values": cache}
+        if mask is not None:
+            seen = mask[:, : mask.shape[1] - ids.shape[1] + i + 1]
+            given |= {"attention_mask": seen, "position_ids": (seen.cumsum(-1) - 1)[:, -1:]}
+        found.append(forward(**given).logits[:, -1].float())
+    return torch.stack(found, 1)
+
+
+def error(a: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((a - truth).norm() / truth.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_as_close_as_the_models_own_step(
+    folders: Any, family: str, rows: int, quantized: bool, monkeypatch: Any
+) -> None:
+    make = packed if quantized else (lambda folder, dtype=torch.bfloat16: load(folder, device="cpu", dtype=dtype))
+    model, exact = make(folders(family)), make(folders(family), torch.float32)
+    calls = []
+    original = decoder._Runner.step
+    monkeypatch.setattr(decoder._Runner, "step", lambda self, given: calls.append(original(self, given)) or calls[-1])
+    # 75 and more entries: beyond the sliding windows of 64
+    prompt, more = tokens(model, rows, 70), tokens(model, rows, 8, 1)
+    truth = steps(own(exact), own(exact)(prompt, use_cache=True).past_key_values, more)
+    plain_cache = own(model)(prompt, use_cache=True).past_key_values
+    fast_cache = copy.deepcopy(plain_cache)
+    plain = steps(own(model), plain_cache, more)
+    fast = steps(model, fast_cache, more)
+    assert len(calls) == 8 and all(c is not None for c in calls)
+    assert error(fast, truth) <= 1.2 * error(plain, truth) + 1e-3
+    assert fast_cache.get_seq_length() == plain_cache.get_seq_length() == 78
+    for ours, theirs in zip(fast_cache.layers, plain_cache.layers, strict=True):
+        assert ours.keys.shape == theirs.keys.shape and isinstance(ours, type(theirs))
+        assert error(ours.keys.float(), theirs.keys.float()) < 0.03
+        assert error(ours.values.float(), theirs.values.float()) < 0.03
+    # The cache goes on in the model's own forward, several tokens at once, and comes back.
+    third = tokens(model, rows, 5, 2)
+    a, b = (
+        model(third, past_key_values=fast_cache).logits.float(),
+        own(model)(third, past_key_values=plain_cache).logits,
+    )
+    assert error(a, b.float()) < 0.05
+    again = tokens(model, rows, 2, 3)
+    assert error(steps(model, fast_cache, again), steps(own(model), plain_cache, again)) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_padding_on_the_left_is_not_seen(folders: Any, family: str) -> None:
+    model = packed(folders(family))
+    prompt, more = tokens(model, 2, 70), tokens(model, 2, 6, 1)
+    mask = torch.ones(2, 76, dtype=torch.long)
+    mask[1, :9] = 0
+    begin = {"attention_mask": mask[:, :70], "position_ids": (mask[:, :70].cumsum(-1) - 1).clamp(min=0)}
+    cache = own(model)(prompt, use_cache=True, **begin).past_key_values
+    fast = steps(model, copy.deepcopy(cache), more, mask)
+    plain = steps(own(model), cache, more, mask)
+    assert error(fast, plain) < 0.05
+    alone = own(model)(prompt[1:, 9:], use_cache=True).past_key_values
+    assert error(fast[1:], steps(model, alone, more[1:])) < 0.05
+
+
+@torch.no_grad()
+def test_generate_whatever_the_strategy(folders: Any) -> None:
+    """Greedy, sampled and beam search run through; where the two forwards agree on every token, so does the text."""
+    model = packed(folders("llama"))
+    prompt = tokens(model, 2, 12)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0}
+    fast = model.generate(prompt, do_sample=False, **options)
+    assert fast.shape == (2, 32)
+    # What it chose is, by the model's own forward, within rounding of the best choice.
+    scores = own(model)(fast).logits[:, 11:-1].float()
+    chosen = scores.gather(-1, fast[:, 12:, None])[..., 0]
+    assert (scores.amax(-1) - chosen).max() <= 0.05 * scores.std()
+    assert model.generate(prompt, num_beams=3, do_sample=False, **options).shape == (2, 32)
+    torch.manual_seed(0)
+    assert model.generate(prompt, do_sample=True, top_k=5, **options).shape == (2, 32)
+
+
+@torch.no_grad()
+def test_a_cache_grows_past_its_headroom(folders: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(decoder, "_HEADROOM", 2)
+    monkeypatch.setattr(decoder, "_FIRST_POSITIONS", 16)
+    model = packed(folders("llama"))
+    prompt, more = tokens(model, 1, 10), tokens(model, 1, 30, 1)
+    cache = own(model)(prompt, use_cache=True).past_key_values
+    fast = steps(model, copy.deepcopy(cache), more)
+    assert error(fast, steps(own(model), cache, more)) < 0.05
+
+
+@torch.no_grad()
+def test_a_replaced_weight_is_noticed(folders: Any) -> None:
+    model = packed(folders("llama"))
+    prompt, more = tokens(model, 1, 10), tokens(model, 1, 1, 1)
+    before = steps(model, model(prompt, use_cache=True).past_key_values, more)
+    other = packed(folders("llama")).model.layers[1].mlp.down_proj
+    other.load_state_dict({**other.state_dict(), "packed": torch.zeros_like(other.state_dict()["packed"])})
+    model.model.layers[1].mlp.down_proj = other
+    cache = model(prompt, use_cache=True).past_key_values
+    after = steps(model, copy.deepcopy(cache), more)
+    assert error(after, before) > 0.05 and error(after, steps(own(model), cache, more)) < 0.05
+
+
+def test_everything_else_is_left_to_the_model(folders: Any) -> None:
+    model = packed(folders("llama"))
+    prompt, one = tokens(model, 1, 10), tokens(model, 1, 1, 1)
+    assert "input_ids" in inspect.signature(model.forward).parameters  # generate() looks
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        states = model(input_ids=one, past_key_values=copy.deepcopy(cache), output_hidden_states=True)
+        assert len(states.hidden_states) == model.config.num_hidden_layers + 1
+        assert isinstance(model(input_ids=one, past_key_values=copy.deepcopy(cache), return_dict=False), tuple)
+        embeds = model.get_input_embeddings()(one)
+        assert model(inputs_embeds=embeds, past_key_values=copy.deepcopy(cache)).logits.shape[1] == 1
+        hole = torch.ones(1, 11, dtype=torch.long)
+        hole[0, 4] = 0
+        masked = model(input_ids=one, past_key_values=copy.deepcopy(cache), attention_mask=hole).logits
+        assert (
+            error(masked.float(), own(model)(input_ids=one, past_key_values=cache, attention_mask=hole).logits) < 1e-6
+        )
+    assert model(input_ids=one, past_key_values=None).logits.requires_grad
+
+
+def test_what_it_does_not_know_it_says(folders: Any) -> None:
+    model = packed(folders("llama"))
+    assert decoder._unsupported(model) is None
+    assert "float32" in str(decoder._unsupported(load(folders("llama"), device="cpu", dtype="float32")))
+    model.config.model_type = "olmo"
+    assert "olmo" in str(decoder._unsupported(model))
+    model = packed(folders("llama"))
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    assert "Sequential" in str(decoder._unsupported(model))
