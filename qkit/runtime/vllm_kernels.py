@@ -51,10 +51,10 @@ class _Loading:
             self.made, self.kernels = 0, Counter()  # a draft model may follow
 
 
-_loading = _Loading()
+loading = _Loading()
 
 
-def _first(problem: Problem) -> str | None:
+def first_reason(problem: Problem) -> str | None:
     """None where one of qkit's kernels beside the reference supports `problem`, else why they do not."""
     reasons = []
     for kernel in KERNELS:
@@ -87,7 +87,7 @@ class QkitLinearKernel(MPLinearKernel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _loading.made += 1
+        loading.made += 1
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -106,7 +106,7 @@ class QkitLinearKernel(MPLinearKernel):
         group_size = in_features if c.group_size == -1 else c.group_size
         if group_size < 1 or in_features % group_size or in_features * bits % 32:
             return False, f"{in_features} inputs in groups of {group_size}"
-        reason = _first(
+        reason = first_reason(
             Problem(
                 kind="int",
                 bits=bits,
@@ -120,7 +120,7 @@ class QkitLinearKernel(MPLinearKernel):
         )
         return reason is None, reason
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_afterloading(self, layer: torch.nn.Module) -> None:
         """Three layouts arrive here: compressed-tensors' [out, in / 8], GPTQ's [in / 8, out], and AWQ's, which vLLM
         has turned into GPTQ's with compressed-tensors' zero points. The parameters say which dimension is which."""
         bits, symmetric = _TYPES[self.config.weight_type]
@@ -136,7 +136,7 @@ class QkitLinearKernel(MPLinearKernel):
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if name is not None and hasattr(layer, name):
                 setattr(layer, name, None)
-        _loading.done(_attach(layer, weight, self.config.act_type, None))
+        loading.done(_attach(layer, weight, self.config.act_type, None))
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return _apply(layer, x, bias)
@@ -163,7 +163,7 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _loading.made += 1
+        loading.made += 1
         self._other: Int8ScaledMMLinearKernel | None = None
 
     @classmethod
@@ -189,18 +189,18 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
             device=torch.device(current_platform.device_type),
             shape=(4096, 4096),
         )
-        reason = _first(shape)
+        reason = first_reason(shape)
         return reason is None, reason
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_afterloading(self, layer: torch.nn.Module) -> None:
         codes, scale, *_ = self._get_layer_params(layer)
         out_features, in_features = codes.shape
         dtype = getattr(layer, "params_dtype", None) or torch.get_default_dtype()
         problem = Problem("int", 8, in_features, True, dtype, "int8", codes.device, (out_features, in_features))
-        if _first(problem) is not None:
+        if first_reason(problem) is not None:
             self._other = self._next()
-            self._other.process_weights_after_loading(layer)
-            _loading.done(f"vLLM's {type(self._other).__name__}")
+            self._other.process_weights_afterloading(layer)
+            loading.done(f"vLLM's {type(self._other).__name__}")
             return
         if not self.config.is_channelwise:  # one scale for each of the merged layers
             widths = torch.tensor(layer.logical_widths, device=scale.device)
@@ -209,7 +209,7 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
         weight = Weight(pack(unsigned, 8), scale.data.reshape(out_features, 1).contiguous(), None, 8, in_features)
         for name in self.layer_param_names[:2]:
             setattr(layer, name, None)
-        _loading.done(_attach(layer, weight, dtype, "int8"))
+        loading.done(_attach(layer, weight, dtype, "int8"))
 
     def _next(self) -> Int8ScaledMMLinearKernel:
         """The kernel that vLLM would take if ours were not in its table. Raises ValueError where there is none."""
