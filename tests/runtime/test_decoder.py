@@ -180,7 +180,8 @@ def test_everything_else_is_left_to_the_model(folders: Any) -> None:
         assert (
             error(masked.float(), own(model)(input_ids=one, past_key_values=cache, attention_mask=hole).logits) < 1e-6
         )
-    assert model(input_ids=one, past_key_values=None).logits.requires_grad
+    model.get_input_embeddings().weight.requires_grad_()
+    assert model(input_ids=one, past_key_values=copy.deepcopy(cache)).logits.requires_grad
 
 
 def test_what_it_does_not_know_it_says(folders: Any) -> None:

@@ -119,8 +119,9 @@ def test_packed_weights_are_the_files_bytes(sources, tmp_path):
     stored = load_file(folder / "model.safetensors")
     for name, module in load(folder, "cpu").named_modules():
         if isinstance(module, QuantLinear):
-            assert torch.equal(module.weight_parts().packed, stored[f"{name}.weight_packed"])
-            assert torch.equal(module.scale, stored[f"{name}.weight_scale"])
+            weight = module.weight_parts()
+            assert torch.equal(weight.packed, stored[f"{name}.weight_packed"])
+            assert torch.equal(weight.scale, stored[f"{name}.weight_scale"])
 
 
 def test_generate_eval_mode_and_kernel_line(sources, tmp_path, caplog):
