@@ -48,13 +48,13 @@ def _weight_only() -> list[Case]:
         ("w4a16 g128", "int", 4, 128, False, half, (1, 16, 64, 256, 512)),
         ("w4a16 g128 bf16", "int", 4, 128, False, brain, (1, 16)),
         ("w4a16 g128 zero", "int", 4, 128, True, half, (1, 16)),
-        ("w4a16 g32 zero", "int", 4, 32, True, half, (1, 16)),
-        ("w4a16 channel", "int", 4, 0, False, half, (1, 16)),
+        ("w4a16 g32 zero", "int", 4, 32, True, half, (16,)),
+        ("w4a16 channel", "int", 4, 0, False, half, (16,)),
         ("w8a16 channel", "int", 8, 0, False, half, (1, 16, 256)),
         ("nf4 g64", "nf4", 4, 64, False, half, (1, 16)),
         ("mxfp4", "mxfp4", 4, 32, False, half, (1, 16)),
-        ("nvfp4", "nvfp4", 4, 16, False, half, (1, 16)),
-        ("fp8 channel", "fp8", 8, 0, False, half, (1, 16)),
+        ("nvfp4", "nvfp4", 4, 16, False, half, (16,)),
+        ("fp8 channel", "fp8", 8, 0, False, half, (16,)),
     ]
     return [case(name, kind, bits, group, m, zero, t) for name, kind, bits, group, zero, t, ms in kinds for m in ms]
 
@@ -73,8 +73,9 @@ def _w8a8() -> list[Case]:
         sample = {("int", 0, 16): ("sm_80",), ("fp8", 0, 16): ("sm_80", "sm_90")}.get((kind, group, m), ())
         return Case("qkit", name, m, N, K, 8, call, _tile("_w8a8"), budget=m <= 16, sample=sample)
 
-    kinds = (("w8a8 int8", "int", 0), ("w8a8 fp8", "fp8", 0), ("w8a8 fp8 g128", "fp8", 128))
-    return [case(*kind, m) for kind in kinds for m in (1, 16, 512)]
+    int8, fp8, grouped = ("w8a8 int8", "int", 0), ("w8a8 fp8", "fp8", 0), ("w8a8 fp8 g128", "fp8", 128)
+    rows = [(int8, 1), (int8, 16), (int8, 512), (fp8, 16), (fp8, 512), (grouped, 16)]
+    return [case(*kind, m) for kind, m in rows]
 
 
 def _moe() -> list[Case]:

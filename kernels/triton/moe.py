@@ -189,7 +189,7 @@ def _generation(index: int | None) -> int:
 def launch(
     x: torch.Tensor, w: Experts, ids: torch.Tensor, expert_of: torch.Tensor, top_k: int, total: int
 ) -> torch.Tensor:
-    """`matmul`, its arguments checked. Rows of dropped pairs are zero."""
+    """`matmul`, its arguments checked and on the current device. Rows of dropped pairs are zero."""
     y = torch.zeros(total, w.out_features // 2 if w.paired else w.out_features, dtype=x.dtype, device=x.device)
     experts, _, padded_n, width = w.words.shape
     group, groups = (0, 0) if w.scale is None else (w.group_size, w.scale.shape[1])
@@ -228,7 +228,8 @@ def _matmul(
     total: int,
 ) -> torch.Tensor:
     w = Experts(words, scale, zero, row, table, kind, bits, out_features, in_features, group_size, paired)
-    return launch(x, w, ids, expert_of, top_k, total)
+    with torch.cuda.device_of(x):
+        return launch(x, w, ids, expert_of, top_k, total)
 
 
 @_matmul.register_fake
@@ -259,7 +260,8 @@ def _combine_op(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     (tokens, top_k), n = weights.shape, parts.shape[1]
     y = torch.empty(tokens, n, dtype=parts.dtype, device=parts.device)
     if tokens:
-        _combine[(tokens, triton.cdiv(n, 1024))](parts, weights, y, n, top_k, 1024, num_warps=4)
+        with torch.cuda.device_of(parts):
+            _combine[(tokens, triton.cdiv(n, 1024))](parts, weights, y, n, top_k, 1024, num_warps=4)
     return y
 
 

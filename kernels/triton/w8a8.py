@@ -169,7 +169,7 @@ def config(m: int, n: int, k: int, group_size: int, as_half: bool, units: int) -
 
 
 def launch(x: torch.Tensor, w: Packed8, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [rows, in], checked -> [rows, out] in x's dtype."""
+    """x [rows, in], checked and on the current device -> [rows, out] in x's dtype."""
     index = x.device.index if x.device.type == "cuda" else None
     native, units = _card(index)
     as_half = w.kind == "fp8" and not native
@@ -210,7 +210,8 @@ def _op(
     in_features: int,
     group_size: int,
 ) -> torch.Tensor:
-    return launch(x, Packed8(codes, scale, shift, kind, out_features, in_features, group_size), bias)
+    with torch.cuda.device_of(x):
+        return launch(x, Packed8(codes, scale, shift, kind, out_features, in_features, group_size), bias)
 
 
 @_op.register_fake

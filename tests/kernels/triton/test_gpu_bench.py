@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import gpu
 from gpu_parts import checks
 
-CHECKED = ("int4 g128 (128, 128) float16", "w8a8 fp8 g128 (128, 128)", "moe w4a16 g128")
+CHECKED = ("int4 g128 (128, 128) float16", "w8a8 fp8 g128 (128, 128)")
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

