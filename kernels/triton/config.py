@@ -79,7 +79,7 @@ def rule(key: Key, rows: int, processors: int, amd: bool = False) -> Config:
         # A wide tile spreads what a turn of the loop costs beside its weights; 64 tokens leave registers for half.
         bn = 128 if bm <= 32 else 64
         return Config("gemm", bm, bn, 4, 2 if amd else 4, _split(key.padded_n // bn, blocks, 3 * processors))
-    bm = 64 if rows <= 64 * 3 else 128
+    bm = 64 if amd or rows <= 64 * 3 else 128  # 128 x 128 fills RDNA's registers
     tiles = key.padded_n // 128 * -(-rows // bm)
     return Config("gemm", bm, 128, 8, 2 if amd else 3, _split(tiles, blocks, processors))
 
