@@ -120,7 +120,7 @@ class QkitLinearKernel(MPLinearKernel):
         )
         return reason is None, reason
 
-    def process_weights_afterloading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Three layouts arrive here: compressed-tensors' [out, in / 8], GPTQ's [in / 8, out], and AWQ's, which vLLM
         has turned into GPTQ's with compressed-tensors' zero points. The parameters say which dimension is which."""
         bits, symmetric = _TYPES[self.config.weight_type]
@@ -192,14 +192,14 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
         reason = first_reason(shape)
         return reason is None, reason
 
-    def process_weights_afterloading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         codes, scale, *_ = self._get_layer_params(layer)
         out_features, in_features = codes.shape
         dtype = getattr(layer, "params_dtype", None) or torch.get_default_dtype()
         problem = Problem("int", 8, in_features, True, dtype, "int8", codes.device, (out_features, in_features))
         if first_reason(problem) is not None:
             self._other = self._next()
-            self._other.process_weights_afterloading(layer)
+            self._other.process_weights_after_loading(layer)
             loading.done(f"vLLM's {type(self._other).__name__}")
             return
         if not self.config.is_channelwise:  # one scale for each of the merged layers
