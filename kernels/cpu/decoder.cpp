@@ -382,6 +382,7 @@ int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, in
     for (int64_t b = 0; b < batch; ++b)
         if (tokens[b] < 0 || tokens[b] >= decoder->vocabulary || positions[b] < 0 || first[b] < 0 || first[b] > length)
             return QK_BAD_SHAPE;
+    const OwnThreads threads;
     try {
         Step step{*decoder, batch, capacity, length, positions, first, isa, nthreads, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
         return step.run(caches, tokens, logits);

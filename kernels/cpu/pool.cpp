@@ -134,6 +134,11 @@ std::atomic<bool> forked{false};  // OpenMP's threads do not survive a fork, and
 
 }  // namespace
 
+static thread_local bool own = false;
+
+OwnThreads::OwnThreads() : before(own) { own = true; }
+OwnThreads::~OwnThreads() { own = before; }
+
 bool use_openmp(const char* library) {
     void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
     if (!handle) return false;
@@ -150,7 +155,7 @@ void parallel_for(int64_t n, int64_t piece, int nthreads, RangeFn fn, void* cont
     const int64_t pieces = (n + piece - 1) / piece;
     const int helpers = (int)(pieces < nthreads ? pieces : nthreads) - 1;
     const Parallel parallel = openmp.load(std::memory_order_relaxed);
-    if (helpers > 0 && parallel && !forked.load(std::memory_order_relaxed)) {
+    if (helpers > 0 && parallel && !own && !forked.load(std::memory_order_relaxed)) {
         Job job;
         job.fn = fn;
         job.context = context;

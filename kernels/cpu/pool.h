@@ -9,6 +9,15 @@ namespace qkit {
 // library: file name of a runtime this process has loaded. False where it is not loaded or has no GOMP_parallel.
 bool use_openmp(const char* library);
 
+// While one lives, its thread's work goes to the pool of our own. For many short jobs in a row with nothing of torch's between
+// them: OpenMP waits at the end of each for every thread of its team, for milliseconds where another process has its core.
+struct OwnThreads {
+    OwnThreads();
+    ~OwnThreads();
+    OwnThreads(const OwnThreads&) = delete;
+    bool before;
+};
+
 typedef void (*RangeFn)(void* context, int64_t begin, int64_t end);
 
 // Calls fn over [0, n) in pieces of `piece`, on at most `nthreads` threads, the caller's among them. Runs in the
