@@ -95,7 +95,7 @@ def _moe() -> list[Case]:
                 words, scale, None, fake(experts, out, dtype=torch.float32), None, kind, 4, out, hidden, group, True
             )
             ids = fake(blocks * block_m, dtype=torch.int32), fake(blocks, dtype=torch.int32)
-            moe._generation.cache_clear()
+            moe._card.cache_clear()
             moe.launch(fake(m, hidden, dtype=torch.float16), w, *ids, top_k, m * top_k)
 
         sample = ("sm_90",) if (kind, m) == ("int", 16) else ()

@@ -73,7 +73,8 @@ def pretend(target: Target) -> Iterator[list[Launch]]:
         return compiled
 
     capability = (9, 4) if target.backend == "hip" else divmod(int(target.arch), 10)
-    properties = type("Properties", (), {"multi_processor_count": target.units, "name": target.card})()
+    about = {"multi_processor_count": target.units, "name": target.card, "warp_size": target.warp}
+    properties = type("Properties", (), about)()
     stand_ins = {
         "get_device_capability": lambda *_: capability,
         "get_device_properties": lambda *_: properties,

@@ -179,11 +179,12 @@ def block_rows(pairs: int, experts: int) -> int:
 
 
 @functools.lru_cache
-def _generation(index: int | None) -> int:
-    """CUDA's major compute capability; 0 for other devices."""
-    if index is None or torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_capability(index)[0]
+def _card(index: int | None) -> tuple[int, int]:
+    """CUDA's major compute capability, 0 on other devices, and the lanes of a warp."""
+    if index is None:  # Triton's interpreter, on CPU tensors
+        return 0, 32
+    lanes = getattr(torch.cuda.get_device_properties(index), "warp_size", 32)
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(index)[0], lanes
 
 
 def launch(
@@ -194,11 +195,12 @@ def launch(
     experts, _, padded_n, width = w.words.shape
     group, groups = (0, 0) if w.scale is None else (w.group_size, w.scale.shape[1])
     even = w.in_features % (32 * width // w.bits) == 0
-    generation = _generation(x.device.index if x.device.type == "cuda" else None)
+    generation, lanes = _card(x.device.index if x.device.type == "cuda" else None)
     block_m = ids.shape[0] // expert_of.shape[0]
     # A scale for every plane takes registers: with 128 outputs sm_8x spills at four warps, and RDNA at any number.
     by_plane = group > 0 and group % (32 * width // w.bits) > 0
-    block_n = 64 if by_plane and (generation == 0 or (generation < 9 and block_m == 16)) else 128
+    narrow = lanes == 32 and generation < 9 and (generation == 0 or block_m == 16)
+    block_n = 64 if by_plane and narrow else 128
     _experts[(padded_n // block_n, expert_of.shape[0])](
         x, w.words, w.scale, w.zero, w.row, w.table, ids, expert_of, y,
         total, w.out_features, w.in_features, padded_n, x.stride(0), experts, groups,
