@@ -43,10 +43,10 @@ class _Loading:
         self.made = 0
         self.kernels: Counter[str] = Counter()
 
-    def done(self, kernel: str) -> None:
-        self.kernels[kernel] += 1
+    def done(self, kernel: str, what: str = "linears") -> None:
+        self.kernels[f"{what} on {kernel}"] += 1
         if self.kernels.total() == self.made:
-            counts = ", ".join(f"{n} linears on {name}" for name, n in self.kernels.most_common())
+            counts = ", ".join(f"{n} {name}" for name, n in self.kernels.most_common())
             _log.info("qkit's kernels: %s", counts)
             self.made, self.kernels = 0, Counter()  # a draft model may follow
 

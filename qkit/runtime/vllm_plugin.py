@@ -6,9 +6,10 @@ not support go to vLLM's own kernels as before. It changes nothing else: model c
 the configs of the formats are vLLM's.
 
 What runs on them: integer weights of 4 and 8 bits, symmetric and asymmetric, per group and per channel
-(compressed-tensors, GPTQ without act-order, AWQ), and int8 weights with dynamic int8 activations.
-What does not: fused MoE layers. vLLM chooses their kernels from an enumeration in its own code
-(fused_moe/oracle/int_wna16.py, `WNA16MoEBackend`) that no plug-in can extend.
+(compressed-tensors, symmetric GPTQ without act-order, AWQ), int8 weights with dynamic int8 activations, and on CPUs
+the experts of compressed-tensors mixtures (`vllm_moe`).
+What does not: what vLLM refuses before it looks for a kernel (asymmetric GPTQ, act-order, on CPUs GPTQ's 8 bits), and
+other experts, whose kernels vLLM chooses from an enumeration in its own code.
 
 To turn it off: `QKIT_VLLM=0`, or leave "qkit" out of vLLM's own `VLLM_PLUGINS`. One kind of layer alone:
 `VLLM_DISABLED_KERNELS=QkitLinearKernel` or `QkitInt8LinearKernel`.
@@ -28,7 +29,8 @@ def register() -> None:
         return
     from vllm.logger import init_logger
 
-    log = init_logger("vllm.plugins.qkit")  # below "vllm": shown, and formatted, as vLLM's own lines are
+    # vLLM's own name is the prefix: shown, and formatted, as vLLM's own lines are.
+    log = init_logger("vllm.plugins.qkit")
     try:
         from vllm.model_executor.kernels import linear
         from vllm.platforms import PlatformEnum
@@ -45,3 +47,12 @@ def register() -> None:
                     table[platform].insert(0, table[platform].pop())  # vLLM takes the first that can
     except (ImportError, AttributeError) as error:
         log.warning("qkit's kernels are not used: this vLLM offers no place for them (%s)", error)
+        return
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
+        from .vllm_moe import QkitCompressedTensorsConfig
+
+        register_quantization_config("compressed-tensors")(QkitCompressedTensorsConfig)
+    except (ImportError, AttributeError) as error:
+        log.warning("qkit's kernels do not serve experts: this vLLM offers no place for them (%s)", error)
