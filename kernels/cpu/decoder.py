@@ -113,6 +113,10 @@ class Decoder:
         result: _Decoder = self._c["decoder"]
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies (deepcopy, pickle) make their own structure."""
+        return {**self.__dict__, "_c": {}}
+
 
 def _pointer(t: torch.Tensor | None, dtype: torch.dtype) -> int | None:
     if t is None:
@@ -138,10 +142,27 @@ def _layer(l: Layer) -> _Layer:
 
 
 @functools.cache
-def _function() -> Any:
-    function = lib.library().qk_decode
-    function.argtypes = [_P, _P, _N, _N, _N, _P, _P, _P, _P, _I, _I]
-    return function
+def _functions() -> tuple[Any, Any]:
+    library = lib.library()
+    library.qk_decode.argtypes = [_P, _P, _N, _N, _N, _P, _P, _P, _P, _I, _I]
+    library.qk_dense.argtypes = [_P, _P, _P, _P, _N, _N, _N, _I]
+    return library.qk_decode, library.qk_dense
+
+
+def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [m, in] @ weight [out, in].T + bias [out], contiguous bfloat16, summed in float32: `decode`'s own.
+
+    Raises TypeError for another type or layout and ValueError for sizes that do not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weight {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(weight.shape[0],)}")
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
+    pointers = [_pointer(t, torch.bfloat16) for t in (weight, x, bias, out)]
+    if status := _functions()[1](*pointers, x.shape[0], *weight.shape, lib._threads()):
+        lib._raise(status, "qk_dense")
+    return out
 
 
 @dataclass(frozen=True)
@@ -155,8 +176,13 @@ class Cache:
     @classmethod
     def of(cls, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> Cache:
         pairs = zip(keys, values, strict=True)
-        c = (_Cache * len(keys))(*((_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16)) for k, v in pairs))
+        each = [_Cache(_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16)) for k, v in pairs]
+        c = (_Cache * len(keys))(*each)
         return cls(keys, values, c)
+
+    def __reduce__(self) -> Any:
+        """Copies (deepcopy, pickle) point into their own tensors."""
+        return Cache.of, (self.keys, self.values)
 
 
 def decode(
@@ -180,7 +206,7 @@ def decode(
         raise ValueError(f"the cache is of {len(cache.keys)} layers and {cache.keys[0].shape[0]} sequences")
     if int(positions.max()) >= min(layer.cosine.shape[0] for layer in decoder.layers):
         raise ValueError(f"position {int(positions.max())} is beyond the rotary tables")
-    if status := _function()(
+    if status := _functions()[0](
         ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, cache.keys[0].shape[2], length,
         _pointer(tokens, torch.int64), _pointer(positions, torch.int64), _pointer(first, torch.int64),
         logits.data_ptr(), lib._isa(isa), lib._threads(),

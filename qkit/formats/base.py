@@ -32,9 +32,9 @@ class Packed:
     scheme: Scheme
 
     def unpack(self) -> QTensor:
-        from .. import kernels
+        from ..kernels import unpack
 
-        codes = kernels.unpack(self.packed, self.scheme.bits, self.in_features)
+        codes = unpack(self.packed, self.scheme.bits, self.in_features)
         return QTensor(codes, self.scale, self.zero, self.scheme)
 
 

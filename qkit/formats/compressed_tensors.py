@@ -57,22 +57,22 @@ class CompressedTensors:
     def pack(self, q: QTensor) -> dict[str, torch.Tensor]:
         import torch
 
-        from .. import kernels
+        from ..kernels import pack
 
         bits = q.scheme.bits
         tensors = {
-            "weight_packed": kernels.pack(q.codes, bits),
+            "weight_packed": pack(q.codes, bits),
             "weight_scale": q.scale,
             "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
         }
         if q.zero is not None:
-            tensors["weight_zero_point"] = kernels.pack(q.zero.t().contiguous(), bits).t().contiguous()
+            tensors["weight_zero_point"] = pack(q.zero.t().contiguous(), bits).t().contiguous()
         return tensors
 
     def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
         import torch
 
-        from .. import kernels
+        from ..kernels import unpack
 
         if "weight_g_idx" in tensors:
             check_trivial_g_idx(tensors["weight_g_idx"], scheme)
@@ -93,7 +93,7 @@ class CompressedTensors:
         elif zero.dtype == torch.int8:
             zero = (zero.to(torch.int16) + scheme.mid).to(torch.uint8)
         else:
-            zero = kernels.unpack(zero.t().contiguous(), scheme.bits, out).t().contiguous()
+            zero = unpack(zero.t().contiguous(), scheme.bits, out).t().contiguous()
         return Packed(tensors["weight_packed"], tensors["weight_scale"], zero, in_, scheme)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:

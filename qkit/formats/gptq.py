@@ -66,7 +66,7 @@ class GPTQ:
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 
-        from .. import kernels
+        from ..kernels import pack, pack_transposed
 
         out, in_ = q.codes.shape
         scheme = q.scheme
@@ -81,14 +81,14 @@ class GPTQ:
             zero = zero - 1
         group_size = in_ if scheme.group_size == CHANNEL else scheme.group_size
         return {
-            "qweight": kernels.pack_transposed(q.codes, scheme.bits),
-            "qzeros": kernels.pack(zero.t().contiguous(), scheme.bits),
+            "qweight": pack_transposed(q.codes, scheme.bits),
+            "qzeros": pack(zero.t().contiguous(), scheme.bits),
             "scales": q.scale.t().contiguous(),
             "g_idx": torch.arange(in_, dtype=torch.int32) // group_size,
         }
 
     def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
-        from .. import kernels
+        from ..kernels import unpack
 
         qweight = tensors["qweight"]
         if qweight.dim() != 2:
@@ -105,7 +105,7 @@ class GPTQ:
             check_trivial_g_idx(tensors["g_idx"], scheme)
         # On whole words, as GPTQModel does it: the borrow of a zero of 0 written by others comes back right.
         words = tensors["qzeros"] + _ONES[scheme.bits] if self.v1 else tensors["qzeros"]
-        zero = kernels.unpack(words, scheme.bits, shape[0])
+        zero = unpack(words, scheme.bits, shape[0])
         if scheme.symmetric:
             if bool((zero != scheme.mid).any()):
                 raise QkitError(

@@ -258,21 +258,21 @@ def _grown_class(base: type) -> type:
 def _grow(cache: Any, length: int) -> _Store:
     """The cache's store, made or enlarged so that one more entry fits. The cache stays a cache of its own type."""
     layers = cache.layers
-    store = getattr(layers[0], "store", None)
-    kept = store is not None and all(
+    store: _Store | None = getattr(layers[0], "store", None)
+    kept = all(
         getattr(layer, "store", None) is store and not {"_plain_keys", "_plain_values"} & layer.__dict__.keys()
         for layer in layers
     )
-    if kept and store.length == length < store.capacity:
-        return store  # type: ignore[no-any-return]
-    capacity = max(length + _HEADROOM, 2 * length if kept else 0)
+    if store is not None and kept and store.length == length < store.capacity:
+        return store
+    capacity = max(length + _HEADROOM, 2 * length if store is not None else 0)
     fresh = _Store(layers, length, capacity)
     for i, layer in enumerate(layers):
         base = type(layer) if not type(layer).__name__.startswith("Grown") else type(layer).__mro__[1]
         state = {k: v for k, v in layer.__dict__.items() if k not in ("keys", "values", "_plain_keys", "_plain_values")}
         if "cumulative_length" in state:
             state["_cumulative"] = state.pop("cumulative_length")
-        grown = _grown_class(base).__new__(_grown_class(base))
+        grown: Any = object.__new__(_grown_class(base))
         grown.__dict__.update(state, store=fresh, index=i)
         layers[i] = grown
     return fresh
@@ -322,7 +322,7 @@ class _Runner:
         if config.output_attentions or config.output_hidden_states or config.return_dict is False:
             return None
         length = cache.get_seq_length()
-        layers = cache.layers
+        layers: list[Any] = cache.layers
         if length == 0 or len(layers) != config.num_hidden_layers or getattr(layers[0], "record_past", False):
             return None
         batch = ids.shape[0]

@@ -12,6 +12,7 @@ import torch
 from models import make_model
 
 from qkit.kernels import backend
+from qkit.kernels.cpu.decoder import Cache, decode, dense
 from qkit.runtime import QuantLinear, decoder, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="no C++ library")
@@ -95,6 +96,11 @@ def test_as_close_as_the_models_own_step(
         assert ours.keys.shape == theirs.keys.shape and isinstance(ours, type(theirs))
         assert error(ours.keys.float(), theirs.keys.float()) < 0.03
         assert error(ours.values.float(), theirs.values.float()) < 0.03
+    # Copies of a cache are caches of their own.
+    copied, other = copy.deepcopy(fast_cache), tokens(model, rows, 2, 9)
+    alone = copy.deepcopy(plain_cache)
+    assert error(steps(model, copied, other), steps(own(model), alone, other)) < 0.05
+    assert fast_cache.get_seq_length() == 78 and copied.get_seq_length() == 80
     # The cache goes on in the model's own forward, several tokens at once, and comes back.
     third = tokens(model, rows, 5, 2)
     a, b = (
@@ -193,3 +199,40 @@ def test_what_it_does_not_know_it_says(folders: Any) -> None:
     model = packed(folders("llama"))
     model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
     assert "Sequential" in str(decoder._unsupported(model))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (33, 64), (130, 200)])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_dense_rounds_once(shape: tuple[int, int], rows: int) -> None:
+    weight, bias, x = (
+        torch.randn(shape).bfloat16(),
+        torch.randn(shape[0]).bfloat16(),
+        torch.randn(rows, shape[1]).bfloat16(),
+    )
+    exact = x.double() @ weight.double().T + bias.double()
+    y = dense(x, weight, bias)
+    assert (y.double() - exact).norm() <= (exact.bfloat16().double() - exact).norm() + 1e-5 * exact.norm()
+    with pytest.raises(ValueError, match="the weight"):
+        dense(x[:, :-1].contiguous(), weight)
+    with pytest.raises(TypeError, match="float32"):
+        dense(x.float(), weight)
+    with pytest.raises(TypeError, match="contiguous"):
+        dense(torch.empty(shape[1], rows + 1).bfloat16().t(), weight)
+
+
+@torch.no_grad()
+def test_decode_refuses_what_does_not_fit(folders: Any) -> None:
+    model = packed(folders("llama"))
+    built = decoder._build(model, 16)
+    empty = tuple(torch.zeros(1, 2, 4, 32).bfloat16() for _ in range(2))
+    cache = Cache.of(empty, empty)
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    assert decode(built, cache, 3, one, one, zero).shape == (1, model.config.vocab_size)
+    with pytest.raises(ValueError, match="sizes do not fit"):
+        decode(built, cache, 4, one, one, zero)  # no room
+    with pytest.raises(ValueError, match="sizes do not fit"):
+        decode(built, cache, 1, one * model.config.vocab_size, one, zero)
+    with pytest.raises(ValueError, match="beyond the rotary tables"):
+        decode(built, cache, 1, one, one * 16, zero)
+    with pytest.raises(ValueError, match="2 layers and 1 sequences"):
+        decode(built, cache, 1, one.repeat(2), one.repeat(2), zero.repeat(2))
