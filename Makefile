@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test interop bench lint clean
+.PHONY: demo test interop bench bench-gpu static lint clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	for b in benchmarks/cpu_kernels.py benchmarks/convert_speed.py; do $(BIN)/python $$b || exit 1; done
+	for b in benchmarks/cpu_kernels.py benchmarks/cpu_matmul.py benchmarks/convert_speed.py; do $(BIN)/python $$b || exit 1; done
 
 clean:
 	rm -rf $(VENV) build demo-out
