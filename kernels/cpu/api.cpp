@@ -3,40 +3,11 @@
 
 #include <atomic>
 #include <cstring>
-#include <new>
 
-#include "matmul_types.h"
 #include "pool.h"
 #include "rows.h"
 
-#ifdef QKIT_X86
-#include <cpuid.h>
-#endif
-
 using namespace qkit;
-
-const RowKernels* qkit::kernels_for(int isa) {
-    if (!qk_has_isa(isa)) return nullptr;
-#ifdef QKIT_X86
-    if (isa >= QK_AVX512) return avx512_kernels();
-    if (isa >= QK_AVX2) return avx2_kernels();
-#endif
-    return scalar_kernels();
-}
-
-const MatmulKernels* qkit::matmul_for(int isa) {
-    if (!qk_has_isa(isa)) return nullptr;
-    switch (isa) {
-#ifdef QKIT_X86
-        case QK_AVX512BF16: return avx512bf16_matmul();
-        case QK_AVX512VNNI: return avx512vnni_matmul();
-        case QK_AVX512: return avx512_matmul();
-        case QK_AVXVNNI: return avxvnni_matmul();
-        case QK_AVX2: return avx2_matmul();
-#endif
-        default: return scalar_matmul();
-    }
-}
 
 namespace {
 
@@ -59,7 +30,7 @@ void note(std::atomic<int>& status, int code) {
 int check_packing(const void* a, const void* b, int64_t rows, int64_t n, int bits, const RowKernels* k) {
     if (!k) return QK_BAD_ISA;
     if (bits != 4 && bits != 8) return QK_BAD_BITS;
-    if (rows < 0 || n < 0) return QK_BAD_SHAPE;
+    if (rows < 0 || n < 0 || too_large(rows, n)) return QK_BAD_SHAPE;
     return (a && b) || rows == 0 || n == 0 ? QK_OK : QK_NULL;
 }
 
@@ -79,33 +50,6 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int qk_abi(void) { return 3; }
 
 int qk_use_openmp(const char* library) { return library && use_openmp(library); }
-
-int qk_has_isa(int isa) {
-    if (isa == QK_SCALAR) return 1;
-#ifdef QKIT_X86
-    static const bool avx2 = [] {
-        unsigned a, b, c, d;
-        // F16C has no name in older compilers' __builtin_cpu_supports: leaf 1, ECX bit 29.
-        const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
-        return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    }();
-    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    // Leaf 7, subleaf 1, EAX: bit 4 AVX-VNNI, bit 5 AVX-512 BF16. The system saves the registers: AVX2 and AVX-512 were
-    // there.
-    static const unsigned more = [] {
-        unsigned a = 0, b, c, d;
-        return __get_cpuid_count(7, 1, &a, &b, &c, &d) ? a : 0u;
-    }();
-    if (isa == QK_AVXVNNI) return avx2 && (more & (1u << 4));
-    if (isa == QK_AVX512VNNI) return vnni;
-    if (isa == QK_AVX512BF16) return vnni && (more & (1u << 5));
-    if (isa == QK_AVX2) return avx2;
-    if (isa == QK_AVX512) return avx512;
-#endif
-    return 0;
-}
 
 int qk_pack(const uint8_t* codes, uint32_t* packed, int64_t rows, int64_t n, int bits, int isa, int nthreads) {
     const RowKernels* k = kernels_for(isa);

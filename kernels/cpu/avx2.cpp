@@ -1,7 +1,9 @@
-// AVX2 + FMA + F16C; the flags are set in CMakeLists.txt.
+// AVX2 + FMA + F16C; the flags of all these files are set in CMakeLists.txt.
+#include "levels.h"
+#include "matmul.h"
 #include "table.h"
 
 namespace qkit {
 const RowKernels* avx2_kernels() { return &TABLE; }
-const MatmulKernels* avx2_matmul() { return &MATMUL; }
+Tile avx2_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

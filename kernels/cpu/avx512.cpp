@@ -1,7 +1,9 @@
-// AVX-512 F, BW, DQ, VL (and what avx2.cpp needs); the flags are set in CMakeLists.txt.
+// AVX-512 F, BW, DQ, VL (and what avx2.cpp needs).
+#include "levels.h"
+#include "matmul.h"
 #include "table.h"
 
 namespace qkit {
 const RowKernels* avx512_kernels() { return &TABLE; }
-const MatmulKernels* avx512_matmul() { return &MATMUL; }
+Tile avx512_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

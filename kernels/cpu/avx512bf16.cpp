@@ -1,6 +1,7 @@
-// AVX-512 BF16 on top of avx512vnni.cpp. Only the matmul gains; flags in CMakeLists.txt.
+// AVX-512 BF16 on top of avx512vnni.cpp. Only the matmul gains.
+#include "levels.h"
 #include "matmul.h"
 
 namespace qkit {
-const MatmulKernels* avx512bf16_matmul() { return &MATMUL; }
+Tile avx512bf16_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

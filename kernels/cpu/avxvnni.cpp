@@ -1,6 +1,7 @@
-// AVX-VNNI on top of avx2.cpp: byte dot products of 256 bits. Only the matmul gains; flags in CMakeLists.txt.
+// AVX-VNNI on top of avx2.cpp: byte dot products of 256 bits. Only the matmul gains.
+#include "levels.h"
 #include "matmul.h"
 
 namespace qkit {
-const MatmulKernels* avxvnni_matmul() { return &MATMUL; }
+Tile avxvnni_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

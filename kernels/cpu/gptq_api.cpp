@@ -26,6 +26,7 @@ int over_channels(const ColumnArgs& args, void (*kernel)(const ColumnArgs&, int6
 int check_columns(const ColumnArgs& a, const RowKernels* k) {
     if (!k) return QK_BAD_ISA;
     if (a.columns < 0 || a.columns > MAX_COLUMNS || a.out < 0 || a.stride < a.columns) return QK_BAD_SHAPE;
+    if (too_large(MAX_COLUMNS, a.out) || too_large(MAX_COLUMNS, a.stride)) return QK_BAD_SHAPE;
     if (a.columns == 0 || a.out == 0) return QK_OK;
     return a.target && a.matrix && a.scale && a.codes && a.errors ? QK_OK : QK_NULL;
 }
@@ -39,8 +40,8 @@ int qk_gptq_search(const void* w, int w_dtype, const float* cost, void* scale, i
     if (!k) return QK_BAD_ISA;
     if (bits != 4 && bits != 8) return QK_BAD_BITS;
     if (!is_dtype(w_dtype) || !is_dtype(scale_dtype)) return QK_BAD_DTYPE;
-    if (rows < 0 || cols < 1 || groups < 1 || cols % groups || min_zero < 0 || min_zero > 1 || n_multipliers < 1)
-        return QK_BAD_SHAPE;
+    if (rows < 0 || cols < 1 || too_large(rows, cols) || groups < 1 || cols % groups) return QK_BAD_SHAPE;
+    if (min_zero < 0 || min_zero > 1 || n_multipliers < 1) return QK_BAD_SHAPE;
     if (rows && (!w || !cost || !scale || !multipliers)) return QK_NULL;
     const QuantizeArgs args{w_dtype,  scale_dtype,     cols,        groups,       bits,
                             min_zero, zero == nullptr, multipliers, n_multipliers};

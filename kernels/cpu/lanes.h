@@ -9,7 +9,9 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -65,6 +67,7 @@ QK_INLINE I load(const uint32_t* x) {
     return r;
 }
 QK_INLINE void store(float* to, F x) { QK_EACH std::memcpy(to + p * WIDTH, &x.v[p], REGISTER_BYTES); }
+QK_INLINE void store(uint32_t* to, I x) { QK_EACH std::memcpy(to + p * WIDTH, &x.v[p], REGISTER_BYTES); }
 
 QK_INLINE F operator+(F a, F b) { QK_EACH a.v[p] += b.v[p]; return a; }
 QK_INLINE F operator-(F a, F b) { QK_EACH a.v[p] -= b.v[p]; return a; }
@@ -74,6 +77,7 @@ QK_INLINE I operator+(I a, I b) { QK_EACH a.v[p] += b.v[p]; return a; }
 QK_INLINE I operator-(I a, I b) { QK_EACH a.v[p] -= b.v[p]; return a; }
 QK_INLINE I operator&(I a, I b) { QK_EACH a.v[p] &= b.v[p]; return a; }
 QK_INLINE I operator|(I a, I b) { QK_EACH a.v[p] |= b.v[p]; return a; }
+QK_INLINE I without(I a, I b) { QK_EACH a.v[p] &= ~b.v[p]; return a; }
 QK_INLINE I operator<<(I a, int n) { QK_EACH a.v[p] <<= n; return a; }
 QK_INLINE I operator>>(I a, int n) { QK_EACH a.v[p] >>= n; return a; }
 QK_INLINE F min(F a, F b) { QK_EACH a.v[p] = a.v[p] < b.v[p] ? a.v[p] : b.v[p]; return a; }
@@ -91,19 +95,44 @@ QK_INLINE F fused(F a, F b, F c) {
     QK_EACH c.v[p] = (RawF)_mm512_fmadd_ps((__m512)a.v[p], (__m512)b.v[p], (__m512)c.v[p]);
 #elif defined(__FMA__)
     QK_EACH c.v[p] = (RawF)_mm256_fmadd_ps((__m256)a.v[p], (__m256)b.v[p], (__m256)c.v[p]);
+#elif defined(__aarch64__)
+    QK_EACH c.v[p] = (RawF)vfmaq_f32((float32x4_t)c.v[p], (float32x4_t)a.v[p], (float32x4_t)b.v[p]);
 #else
     QK_EACH c.v[p] += a.v[p] * b.v[p];
 #endif
     return c;
 }
 
+// AVX-VNNI's instruction, or, for tests on machines that lack it, what it computes.
+#if defined(QKIT_EMULATE_AVXVNNI)
+QK_INLINE __m256i dpbusd(__m256i acc, __m256i u, __m256i s) {
+    int32_t sum[8];
+    uint8_t a[32];
+    int8_t b[32];
+    std::memcpy(sum, &acc, 32);
+    std::memcpy(a, &u, 32);
+    std::memcpy(b, &s, 32);
+    for (int i = 0; i < 32; ++i) sum[i / 4] += a[i] * b[i];
+    return _mm256_loadu_si256((const __m256i*)sum);
+}
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+QK_INLINE __m256i dpbusd(__m256i acc, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
+#endif
+
 // acc + the sum over a lane's four bytes of u * s, u unsigned, s signed; u is at most 15 where BITS is 4. Exact.
 template <int BITS>
 QK_INLINE I dot4(I acc, I u, I s) {
 #if defined(__AVX512VNNI__)
     acc.v[0] = (RawI)_mm512_dpbusd_epi32((__m512i)acc.v[0], (__m512i)u.v[0], (__m512i)s.v[0]);
-#elif defined(__AVXVNNI__)
-    QK_EACH acc.v[p] = (RawI)_mm256_dpbusd_avx_epi32((__m256i)acc.v[p], (__m256i)u.v[p], (__m256i)s.v[p]);
+#elif defined(QKIT_EMULATE_AVXVNNI) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+    QK_EACH acc.v[p] = (RawI)dpbusd((__m256i)acc.v[p], (__m256i)u.v[p], (__m256i)s.v[p]);
+#elif defined(__SSE2__) && !defined(__AVX2__)
+    QK_EACH {  // even and odd bytes as 16 bits
+        const __m128i a = (__m128i)u.v[p], b = (__m128i)s.v[p];
+        const __m128i even = _mm_madd_epi16(_mm_and_si128(a, _mm_set1_epi16(255)), _mm_srai_epi16(_mm_slli_epi16(b, 8), 8));
+        const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(a, 8), _mm_srai_epi16(b, 8));
+        acc.v[p] += (RawI)even + (RawI)odd;
+    }
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
     QK_EACH acc.v[p] = (RawI)vusdotq_s32((int32x4_t)acc.v[p], (uint8x16_t)u.v[p], (int8x16_t)s.v[p]);
 #else
@@ -121,6 +150,12 @@ QK_INLINE I dot4(I acc, I u, I s) {
     }
 #elif defined(__ARM_FEATURE_DOTPROD)
     QK_EACH acc.v[p] = (RawI)vdotq_s32((int32x4_t)acc.v[p], (int8x16_t)u.v[p], (int8x16_t)s.v[p]);
+#elif defined(__aarch64__)
+    QK_EACH {  // two products of at most 15 * 128 fit 16 bits
+        const int8x16_t a = (int8x16_t)u.v[p], b = (int8x16_t)s.v[p];
+        const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+        acc.v[p] = (RawI)vpadalq_s16((int32x4_t)acc.v[p], pairs);
+    }
 #else
     for (int k = 0; k < 4; ++k) QK_EACH {
         acc.v[p] += ((u.v[p] >> (8 * k)) & 255) * ((s.v[p] << (24 - 8 * k)) >> 24);
@@ -130,7 +165,7 @@ QK_INLINE I dot4(I acc, I u, I s) {
     return acc;
 }
 
-// Widening and narrowing are spelled out on x86: GCC 12 takes __builtin_convertvector between 8- and 32-bit lanes apart
+// Widening and narrowing are spelled out: GCC 12 takes __builtin_convertvector between 8- and 32-bit lanes apart
 // into scalars. Narrowing keeps the low bits.
 QK_INLINE I load_u16(const uint16_t* x) {
     I r;
@@ -138,6 +173,13 @@ QK_INLINE I load_u16(const uint16_t* x) {
     r.v[0] = (RawI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
 #elif defined(__AVX2__)
     QK_EACH r.v[p] = (RawI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(x + p * WIDTH)));
+#elif defined(__SSE2__)
+    QK_EACH {
+        const __m128i four = _mm_loadl_epi64((const __m128i*)(x + p * WIDTH));
+        r.v[p] = (RawI)_mm_unpacklo_epi16(four, _mm_setzero_si128());
+    }
+#elif defined(__aarch64__)
+    QK_EACH r.v[p] = (RawI)vmovl_u16(vld1_u16(x + p * WIDTH));
 #else
     int32_t wide[LANES];
     for (int i = 0; i < LANES; ++i) wide[i] = x[i];
@@ -151,6 +193,13 @@ QK_INLINE I load_u8(const uint8_t* x) {
     r.v[0] = (RawI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
 #elif defined(__AVX2__)
     QK_EACH r.v[p] = (RawI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(x + p * WIDTH)));
+#elif defined(__aarch64__)
+    const uint8x16_t bytes = vld1q_u8(x);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+    r.v[0] = (RawI)vmovl_u16(vget_low_u16(low));
+    r.v[1] = (RawI)vmovl_high_u16(low);
+    r.v[2] = (RawI)vmovl_u16(vget_low_u16(high));
+    r.v[3] = (RawI)vmovl_high_u16(high);
 #else
     int32_t wide[LANES];
     for (int i = 0; i < LANES; ++i) wide[i] = x[i];
@@ -171,6 +220,8 @@ QK_INLINE void store_u16(uint16_t* to, I x) {
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)x.v[0]));
 #elif defined(__AVX2__)
     _mm256_storeu_si256((__m256i*)to, halves(x));
+#elif defined(__aarch64__)
+    QK_EACH vst1_u16(to + p * WIDTH, vmovn_u32((uint32x4_t)x.v[p]));
 #else
     int32_t wide[LANES];
     std::memcpy(wide, &x, sizeof x);
@@ -183,6 +234,10 @@ QK_INLINE void store_u8(uint8_t* to, I x) {
 #elif defined(__AVX2__)
     const __m256i h = _mm256_and_si256(halves(x), _mm256_set1_epi16(0xff));
     _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+#elif defined(__aarch64__)
+    uint16_t half[LANES];
+    store_u16(half, x);
+    vst1q_u8(to, vcombine_u8(vmovn_u16(vld1q_u16(half)), vmovn_u16(vld1q_u16(half + 8))));
 #else
     int32_t wide[LANES];
     std::memcpy(wide, &x, sizeof x);
@@ -227,6 +282,15 @@ QK_INLINE float from_f16(uint16_t h) {
     return sign ? -subnormal : subnormal;
 }
 
+#if !defined(__F16C__) && !defined(__aarch64__)
+__attribute__((noinline)) void each_from_f16(const uint16_t* x, float* to) {
+    for (int i = 0; i < LANES; ++i) to[i] = from_f16(x[i]);
+}
+__attribute__((noinline)) void each_to_f16(const float* x, uint16_t* to) {
+    for (int i = 0; i < LANES; ++i) to[i] = to_f16(x[i]);
+}
+#endif
+
 // ---- sixteen values of a dtype -----------------------------------------------------------------------------------
 
 struct F32 {
@@ -239,11 +303,11 @@ struct F32 {
 struct BF16 {
     typedef uint16_t T;
     QK_INLINE F load16(const T* x) { return from_bits(load_u16(x) << 16); }
-    // For values that are not NaN.
     QK_INLINE void store16(T* to, F x) {
-        const I b = bits_of(x);
+        const I b = bits_of(x), nan = greater(b & splat(0x7fffffff), splat(0x7f800000));
         // The shift is arithmetic: store_u16 drops the upper half, sign copies included.
-        store_u16(to, (b + splat(0x7fff) + ((b >> 16) & splat(1))) >> 16);
+        const I rounded = (b + splat(0x7fff) + ((b >> 16) & splat(1))) >> 16;
+        store_u16(to, without(rounded, nan) | (splat(0x7fc0) & nan));
     }
     QK_INLINE float get(const T* x) { return as_float((uint32_t)*x << 16); }
     QK_INLINE T put(float x) { return to_bf16(x); }
@@ -254,11 +318,13 @@ struct F16 {
         F r;
 #if defined(__AVX512F__)
         r.v[0] = (RawF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__AVX2__)
         QK_EACH r.v[p] = (RawF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + p * WIDTH)));
+#elif defined(__aarch64__)
+        QK_EACH r.v[p] = (RawF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + p * WIDTH)));
 #else
         float f[LANES];
-        for (int i = 0; i < LANES; ++i) f[i] = from_f16(x[i]);
+        each_from_f16(x, f);
         r = load(f);
 #endif
         return r;
@@ -266,12 +332,14 @@ struct F16 {
     QK_INLINE void store16(T* to, F x) {
 #if defined(__AVX512F__)
         _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x.v[0], 0));
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__AVX2__)
         QK_EACH _mm_storeu_si128((__m128i*)(to + p * WIDTH), _mm256_cvtps_ph((__m256)x.v[p], 0));
+#elif defined(__aarch64__)
+        QK_EACH vst1_u16(to + p * WIDTH, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x.v[p])));
 #else
         float f[LANES];
         store(f, x);
-        for (int i = 0; i < LANES; ++i) to[i] = to_f16(f[i]);
+        each_to_f16(f, to);
 #endif
     }
     QK_INLINE float get(const T* x) { return from_f16(*x); }
@@ -284,10 +352,14 @@ constexpr float MAGIC = 12582912.0f;  // 1.5 * 2**23
 // Values i .. i + 15 of n, zero padded.
 template <class W>
 QK_INLINE F load_padded(const typename W::T* x, int64_t i, int64_t n) {
-    if (i + LANES <= n) return W::load16(x + i);
-    typename W::T tail[LANES] = {};
-    std::memcpy(tail, x + i, (size_t)(n - i) * sizeof(tail[0]));
-    return W::load16(tail);
+    typename W::T tail[LANES];
+    const typename W::T* from = x + i;
+    if (i + LANES > n) {
+        std::memset(tail, 0, sizeof tail);
+        std::memcpy(tail, from, (size_t)(n - i) * sizeof(tail[0]));
+        from = tail;
+    }
+    return W::load16(from);
 }
 
 }  // namespace

@@ -14,7 +14,8 @@ import torch
 from ..errors import NonFiniteError, ScaleOverflowError
 
 ABI = 3
-ISAS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")  # position = QkIsa; later is faster
+# position = QkIsa; of those a machine has, a later one is faster
+ISAS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "dotprod", "i8mm")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
 
 _STATUS = {

@@ -4,28 +4,22 @@
 //   4 bits: byte b of a word holds input b in its low and input 4 + b in its high nibble
 //   8 bits: byte b of the first 32 words holds input b, of the second 32 words input 4 + b
 //
-// Integer weights: activations become fixed point, per row and block of at most 128 inputs (never more than a group):
-// a scale and one, two or three signed bytes ("limbs") an input. A limb times four codes is one dot4, the sums are exact
-// integers, and scales are applied once a block. Two limbs (error 2**-16 of the block's largest input) carry bfloat16
-// and float16 inputs, three (2**-24) float32; one is int8 activations, whose scale is that of the whole row.
-// A tile is MB rows of activations; MB * LIMBS "virtual rows" share one pass over the codes.
+// Integer weights: activations are fixed point, per row and block of at most 128 inputs (never more than a group):
+// a scale and one, two or three signed bytes ("limbs") an input (activations.h). A limb times four codes is one dot4, the
+// sums are exact integers (at most 255 * 128 * 128, and 257 times that for two limbs: below 2**31), and scales are
+// applied once a block. A tile is MB rows of activations; MB * LIMBS "virtual rows" share one pass over the codes.
 //
 // Codebooks (16 floats): values are looked up lane by lane and multiplied in float, with AVX-512 BF16 in pairs of bfloat16.
 #pragma once
-#include <cmath>
-
 #include "lanes.h"
 #include "matmul_types.h"
-#include "qkit_cpu.h"
+#include "scales.h"
 
 namespace {
 
 using qkit::Block;
-using qkit::PrepareArgs;
-using qkit::TileArgs;
-using qkit::WIDE;
-
-constexpr int N16 = REGISTER_BYTES == 64 ? 2 : 1;  // vectors of sixteen outputs in flight
+using qkit::Layout;
+using qkit::Tile;
 
 QK_INLINE I splat32(const void* x) {
     int32_t word;
@@ -33,13 +27,6 @@ QK_INLINE I splat32(const void* x) {
     return splat(word);
 }
 
-QK_INLINE F load_scale(const void* scale, int64_t i, int dtype) {
-    if (dtype == QK_F32) return load((const float*)scale + i);
-    const uint16_t* h = (const uint16_t*)scale + i;
-    return dtype == QK_BF16 ? BF16::load16(h) : F16::load16(h);
-}
-
-// total[m][32] += this tile's products over blocks first .. last.
 template <int BITS, int LIMBS, int MB>
 void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
     constexpr int V = MB * LIMBS;
@@ -82,29 +69,20 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                     }
                 }
             }
+            Scales scales;
+            scales_of(a, b, half * LANES, scales);
+#pragma GCC unroll 12
+            for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 2
-            for (int n = 0; n < N16; ++n) {
-                const int64_t at = block.group * WIDE + half * LANES + n * LANES;
-                const F s = load_scale(a.scale, at, a.scale_dtype);
-                const F sz = a.zero ? s * to_float(load_u8(a.zero + at)) : s;
-#pragma GCC unroll 16
-                for (int m = 0; m < MB; ++m) {
+                for (int n = 0; n < N16; ++n) {
                     I sum[LIMBS];
 #pragma GCC unroll 3
                     for (int l = 0; l < LIMBS; ++l) {
                         sum[l] = acc[0][m * LIMBS + l][n];
                         if (SETS == 2) sum[l] = sum[l] + acc[SETS - 1][m * LIMBS + l][n];
                     }
-                    I fixed = sum[0];
-                    if (LIMBS > 1) fixed = fixed + (sum[LIMBS > 1] << 8);
-                    F value = to_float(fixed);
-                    if (LIMBS > 2) value = fused(to_float(sum[LIMBS - 1]), splat(65536.0f), value);
-                    float* to = total + m * WIDE + half * LANES + n * LANES;
-                    F t = fused(value, s * splat(a.x_scale[b * MB + m]), load(to));
-                    if (a.zero) t = fused(sz, splat(-a.x_sum[b * MB + m]), t);
-                    store(to, t);
+                    add<LIMBS>(a, scales, n, b * MB + m, sum, total + m * WIDE + (half + n) * LANES);
                 }
-            }
         }
 }
 
@@ -144,8 +122,7 @@ struct Table {
 };
 #endif
 
-// The same for a codebook. x: float [inputs][MB], or, in pairs, bfloat16 [inputs / 8][4][MB][2]: pair j of eight inputs is
-// what nibbles j of a word's two halves meet, inputs 0 2, 4 6, 1 3, 5 7.
+// The same for a codebook. x: Layout::FLOATS, or with AVX-512 BF16 Layout::PAIRS.
 template <int MB>
 void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
 #if defined(__AVX512BF16__)
@@ -187,7 +164,9 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                     }
                 }
 #else
+#if defined(__AVX2__)
 #pragma GCC unroll 8
+#endif
                 for (int k = 0; k < 8; ++k) {
                     const int nibble = k < 4 ? 2 * k : 2 * k - 7;
                     F value[N16];
@@ -212,162 +191,23 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
         }
 }
 
-// ---- activations ---------------------------------------------------------------------------------------------------
-
-QK_INLINE F magnitude(F x) { return from_bits(bits_of(x) & splat(0x7fffffff)); }
-
-template <class W>
-QK_INLINE F input16(const typename W::T* x, int64_t i, int64_t n) {
-    return i >= n ? splat(0.0f) : load_padded<W>(x, i, n);
-}
-
-// The largest magnitude of x[0 .. n); infinity where one is NaN or infinite.
-template <class W>
-QK_INLINE float largest(const typename W::T* x, int64_t n) {
-    F most = splat(0.0f);
-    I bad = splat(0);
-    for (int64_t i = 0; i < n; i += LANES) {
-        const F v = magnitude(input16<W>(x, i, n));
-        most = max(v, most);
-        bad = bad | greater(bits_of(v), splat(0x7f7fffff));
-    }
-    float f[LANES];
-    int32_t any[LANES];
-    store(f, most);
-    std::memcpy(any, &bad, sizeof any);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) {
-            f[i] = f[i + half] > f[i] ? f[i + half] : f[i];
-            any[i] |= any[i + half];
-        }
-    return any[0] ? INFINITY : f[0];
-}
-
-QK_INLINE int32_t sum(I x) {
-    int32_t v[LANES];
-    std::memcpy(v, &x, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
-}
-
-// Four bytes of each of four quads of inputs, `stride` apart.
-QK_INLINE void scatter(int8_t* to, I x, int64_t stride, int64_t quads) {
-    uint8_t bytes[LANES];
-    store_u8(bytes, x);
-    for (int64_t q = 0; q < quads; ++q) std::memcpy(to + q * stride, bytes + 4 * q, 4);
-}
-
-// Row m of a tile as fixed point. cols may end within the last block: the rest is zero.
-template <class W, int LIMBS>
-void fix(const PrepareArgs& a, const typename W::T* x, int64_t m) {
-    constexpr float STEPS = LIMBS == 1 ? 127.0f : LIMBS == 2 ? 32512.0f : 8323072.0f;  // 127 * 256**(LIMBS - 1)
-    const int64_t v0 = m * LIMBS, width = a.rows * LIMBS;
-    const float whole = LIMBS == 1 ? largest<W>(x, a.cols) : 0.0f;
-    for (int64_t b = 0; b < a.n_blocks; ++b) {
-        const int64_t begin = a.blocks[b].start * 8, size = a.blocks[b].steps * 8;
-        const int64_t here = begin + size <= a.cols ? size : a.cols - begin;
-        const typename W::T* from = x + begin;
-        const float most = LIMBS == 1 ? whole : largest<W>(from, here);
-        const bool finite = most < INFINITY;
-        float scale = finite ? most / STEPS : 1.0f;
-        if (scale < 1e-30f) scale = LIMBS == 1 && scale > 0.0f ? scale : 1.0f;  // nothing: never divide by a subnormal
-        const F s = splat(scale), magic = splat(MAGIC);
-        I total[LIMBS];
-        for (int l = 0; l < LIMBS; ++l) total[l] = splat(0);
-        int8_t* to = (int8_t*)a.x + begin * width + 4 * v0;
-        for (int64_t i = 0; i < size; i += LANES) {
-            F t = input16<W>(from, i, here) / s;
-            if (!finite) t = splat(0.0f);
-            const int64_t quads = size - i < LANES ? (size - i) / 4 : 4;
-            I fixed;
-            if (LIMBS == 3) {  // beyond the magic number's 22 bits: first the upper part
-                const F upper = (t * splat(0x1p-8f) + magic) - magic;
-                fixed = ((bits_of(upper + magic) - splat((int)as_bits(MAGIC))) << 8) +
-                        (bits_of((t - upper * splat(256.0f)) + magic) - splat((int)as_bits(MAGIC)));
-            } else {
-                fixed = bits_of(t + magic) - splat((int)as_bits(MAGIC));
-            }
-#pragma GCC unroll 3
-            for (int l = 0; l < LIMBS; ++l) {
-                const I limb = l == LIMBS - 1 ? fixed : (fixed << 24) >> 24;
-                fixed = (fixed - limb) >> 8;
-                total[l] = total[l] + limb;
-                scatter(to + i * width + 4 * l, limb, 4 * width, quads);
-            }
-        }
-        double value = 0.0, unit = 1.0;
-        for (int l = 0; l < LIMBS; ++l, unit *= 256.0) {
-            const int32_t limb_sum = sum(total[l]);
-            a.start[b * width + v0 + l] = a.symmetric ? -a.middle * limb_sum : 0;
-            value += unit * limb_sum;
-        }
-        const float bad = finite ? 0.0f : NAN;
-        a.x_scale[b * a.rows + m] = scale + bad;
-        a.x_sum[b * a.rows + m] = (float)(value * scale) + bad;
-    }
-}
-
-// Row m of a tile for a codebook: as it is, at the place where its codes will be.
-template <class W>
-void spread(const PrepareArgs& a, const typename W::T* x, int64_t m) {
-    const int64_t padded = a.blocks[a.n_blocks - 1].start * 8 + a.blocks[a.n_blocks - 1].steps * 8;
-    for (int64_t i = 0; i < padded; ++i) {
-        const float value = i < a.cols ? W::get(x + i) : 0.0f;
-#if defined(__AVX512BF16__)
-        const int64_t k = i % 8, pair = (k & 1) * 2 + (k >> 2), side = (k >> 1) & 1;
-        ((uint16_t*)a.x)[((i / 8 * 4 + pair) * a.rows + m) * 2 + side] = to_bf16(value);
-#else
-        ((float*)a.x)[i * a.rows + m] = value;
-#endif
-    }
-}
-
-template <class W>
-void prepare_row(const PrepareArgs& a, const typename W::T* x, int64_t m) {
-    switch (a.limbs) {
-        case 0: return spread<W>(a, x, m);
-        case 1: return fix<W, 1>(a, x, m);
-        case 2: return fix<W, 2>(a, x, m);
-        default: return fix<W, 3>(a, x, m);
-    }
-}
-
-void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
-    switch (x_dtype) {
-        case QK_F32: return prepare_row<F32>(a, (const float*)x, m);
-        case QK_F16: return prepare_row<F16>(a, (const uint16_t*)x, m);
-        default: return prepare_row<BF16>(a, (const uint16_t*)x, m);
-    }
-}
-
-// y[0 .. n) = total + bias, rounded once; n <= 32.
-template <class W>
-QK_INLINE void finish_row(const float* total, const typename W::T* bias, typename W::T* y, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) y[i] = W::put(total[i] + (bias ? W::get(bias + i) : 0.0f));
-}
-
-void finish(const float* total, const void* bias, void* y, int dtype, int64_t n) {
-    switch (dtype) {
-        case QK_F32: return finish_row<F32>(total, (const float*)bias, (float*)y, n);
-        case QK_F16: return finish_row<F16>(total, (const uint16_t*)bias, (uint16_t*)y, n);
-        default: return finish_row<BF16>(total, (const uint16_t*)bias, (uint16_t*)y, n);
-    }
-}
-
 // ---- which tile ----------------------------------------------------------------------------------------------------
 
-typedef qkit::TileFn TileFn;
+// Virtual rows whose accumulators fit in registers: 32 of them with AVX-512 and on aarch64, 16 elsewhere.
+#if defined(__SSE2__) && !defined(__AVX2__)
+constexpr int MOST = 2;
+#else
+constexpr int MOST = N16 == 2 ? 12 : 4;
+#endif
 
-// Null where the accumulators would not fit in registers.
 template <int BITS, int LIMBS, int MB>
-TileFn tile_if() {
-    if constexpr (MB * LIMBS <= (N16 == 2 ? 12 : 4)) return tile<BITS, LIMBS, MB>;
-    else return nullptr;
+constexpr Tile tile_if() {
+    if constexpr (MB == 1 || MB * LIMBS <= MOST) return {tile<BITS, LIMBS, MB>, Layout::QUADS};
+    else return {nullptr, Layout::QUADS};
 }
 
 template <int BITS, int LIMBS>
-TileFn tile_of(int64_t rows) {
+Tile tile_of(int64_t rows) {
     switch (rows) {
         case 1: return tile_if<BITS, LIMBS, 1>();
         case 2: return tile_if<BITS, LIMBS, 2>();
@@ -376,17 +216,23 @@ TileFn tile_of(int64_t rows) {
         case 6: return tile_if<BITS, LIMBS, 6>();
         case 8: return tile_if<BITS, LIMBS, 8>();
         case 12: return tile_if<BITS, LIMBS, 12>();
-        default: return nullptr;
     }
+    return {nullptr, Layout::QUADS};
 }
+
+#if defined(__AVX512BF16__)
+constexpr Layout CODEBOOK = Layout::PAIRS;
+#else
+constexpr Layout CODEBOOK = Layout::FLOATS;
+#endif
 
 template <int MB>
-TileFn table_tile_if() {
-    if constexpr (MB <= (N16 == 2 ? 8 : 4)) return table_tile<MB>;
-    else return nullptr;
+constexpr Tile table_tile_if() {
+    if constexpr (MB <= (MOST < 8 ? MOST : 8)) return {table_tile<MB>, CODEBOOK};
+    else return {nullptr, CODEBOOK};
 }
 
-TileFn pick(int bits, int limbs, int64_t rows) {
+Tile pick(int bits, int limbs, int64_t rows) {
     switch (limbs * 16 + bits) {
         case 16 + 4: return tile_of<4, 1>(rows);
         case 16 + 8: return tile_of<8, 1>(rows);
@@ -401,15 +247,7 @@ TileFn pick(int bits, int limbs, int64_t rows) {
         case 4: return table_tile_if<4>();
         case 8: return table_tile_if<8>();
     }
-    return nullptr;
+    return {nullptr, CODEBOOK};
 }
-
-#if defined(__AVX512BF16__)
-constexpr bool PAIRS = true;
-#else
-constexpr bool PAIRS = false;
-#endif
-
-const qkit::MatmulKernels MATMUL = {pick, prepare, finish, PAIRS};
 
 }  // namespace

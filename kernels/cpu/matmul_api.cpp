@@ -1,11 +1,13 @@
 // qk_prepack, qk_restore, qk_matmul: checks, lays activations out, and spreads blocks of outputs over threads.
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "matmul_types.h"
 #include "pool.h"
 #include "qkit_cpu.h"
+#include "rows.h"
 
 using namespace qkit;
 
@@ -13,9 +15,11 @@ namespace {
 
 constexpr int64_t BLOCK = 16;  // eights of inputs under one activation scale, at most: 128 inputs
 constexpr int64_t CHUNK = 48;  // rows of activations a pass over the weights serves: they stay in the second-level cache
+constexpr int64_t SLAB = 32 << 20;  // bytes of laid out activations at a time, unless a single chunk takes more
 constexpr int64_t PANEL = 4;   // blocks of inputs a tile takes at a time: 8 KiB of 4-bit codes, in the first-level cache
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t eights(int64_t cols) { return up(cols, 8); }
 int64_t itemsize(int dtype) { return dtype == QK_F32 ? 4 : 2; }
@@ -34,10 +38,11 @@ uint32_t unshuffle(uint32_t word) { return gather(word & 0x0f0f0f0fu) | gather(w
 
 int check(int64_t rows, int64_t cols, int bits) {
     if (bits != 4 && bits != 8) return QK_BAD_BITS;
-    return rows < 1 || cols < 1 ? QK_BAD_SHAPE : QK_OK;
+    return rows < 1 || cols < 1 || too_large(rows, cols) ? QK_BAD_SHAPE : QK_OK;
 }
 
-// A scratch buffer of this thread, aligned to a cache line, kept for the next call. Null when memory is short.
+// A scratch buffer of this thread, aligned to a page, kept for the next call unless it is large. Null when memory is
+// short.
 struct Scratch {
     char* data = nullptr;
     size_t size = 0;
@@ -51,16 +56,22 @@ struct Scratch {
         }
         return data;
     }
+    void trim(size_t most) {
+        if (size <= most) return;
+        std::free(data);
+        data = nullptr;
+        size = 0;
+    }
 };
 
-// Where the parts of a call's scratch lie.
+// How a call is cut into tiles, and what one of them takes of the scratch.
 struct Plan {
-    const MatmulKernels* kernels;
-    TileFn tile;
+    Tile tile;
     int limbs;
     int64_t rows, tiles, width;              // of a tile, their number, virtual rows of a tile
+    int64_t row_bytes;                       // Layout::ROWS
     int64_t x_bytes, start_items, row_items;  // of one tile
-    std::vector<Block> blocks;
+    int64_t bytes() const { return x_bytes + 4 * (start_items + 2 * row_items); }
 };
 
 std::vector<Block> blocks_of(const QkWeight& w) {
@@ -72,18 +83,35 @@ std::vector<Block> blocks_of(const QkWeight& w) {
 }
 
 // The tile that wastes least: as few passes as the largest allows, then as few rows as that takes.
-bool choose(Plan& p, int bits, int64_t m) {
-    static const int64_t SIZES[] = {1, 2, 3, 4, 6, 8, 12};
-    int64_t most = 1;
+bool choose(Plan& p, PickFn pick, int bits, int64_t m) {
+    static const int64_t SIZES[] = {1, 2, 3, 4, 6, 8, 12, 16, 32, 48};
+    int64_t largest = 1;
     for (const int64_t size : SIZES)
-        if (p.kernels->pick(bits, p.limbs, size)) most = size;
-    p.tiles = up(m, most);
+        if (pick(bits, p.limbs, size).run) largest = size;
+    p.tiles = up(m, largest);
     for (const int64_t size : SIZES)
-        if (size * p.tiles >= m && (p.tile = p.kernels->pick(bits, p.limbs, size))) {
+        if (size * p.tiles >= m && (p.tile = pick(bits, p.limbs, size)).run) {
             p.rows = size;
             return true;
         }
     return false;
+}
+
+void measure(Plan& p, const std::vector<Block>& blocks, int64_t inputs) {
+    const int64_t n_blocks = (int64_t)blocks.size();
+    int64_t longest = 0;
+    for (const Block& b : blocks) longest = b.steps > longest ? b.steps : longest;
+    p.width = p.rows * (p.limbs ? p.limbs : 1);
+    p.row_bytes = up(longest * 8, 64) * 64;
+    switch (p.tile.layout) {
+        case Layout::QUADS: p.x_bytes = inputs * p.width; break;
+        case Layout::ROWS: p.x_bytes = n_blocks * p.row_bytes * p.width; break;
+        case Layout::FLOATS: p.x_bytes = inputs * p.width * 4; break;
+        case Layout::PAIRS: p.x_bytes = inputs * p.width * 2; break;
+    }
+    p.x_bytes = up(p.x_bytes, 64) * 64;
+    p.start_items = up(n_blocks * p.width, 16) * 16;
+    p.row_items = up(n_blocks * p.rows, 16) * 16;
 }
 
 }  // namespace
@@ -126,34 +154,27 @@ int qk_restore(const uint32_t* codes, uint32_t* packed, int64_t rows, int64_t co
     return QK_OK;
 }
 
-int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bias, void* out, int64_t m, int int8,
-              int isa, int nthreads) {
-    if (!weight) return QK_NULL;
-    const QkWeight& w = *weight;
-    if (const int bad = check(w.rows, w.cols, w.bits)) return bad;
-    if (m < 0 || w.groups < 1 || w.cols % w.groups || (w.groups > 1 && w.cols / w.groups % 8)) return QK_BAD_SHAPE;
-    if (x_dtype < 0 || x_dtype > QK_BF16 || w.scale_dtype < 0 || w.scale_dtype > QK_BF16) return QK_BAD_DTYPE;
-    if (w.table && (w.bits != 4 || w.zero || int8)) return QK_BAD_BITS;
-    if (m == 0) return QK_OK;
-    if (!w.codes || !w.scale || !x || !out) return QK_NULL;
+namespace {
 
+int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, char* out, int64_t m, int int8, int isa,
+             int nthreads) {
+    const RowKernels* row_kernels = kernels_for(isa);
+    PickFn pick = matmul_for(isa);
+    if (!row_kernels || !pick) return QK_BAD_ISA;
     Plan p;
-    p.kernels = matmul_for(isa);
-    if (!p.kernels) return QK_BAD_ISA;
-    // Only bfloat16 inputs may be multiplied as bfloat16.
-    if (w.table && p.kernels->pairs && x_dtype != QK_BF16) p.kernels = matmul_for(QK_AVX512);
     p.limbs = w.table ? 0 : int8 ? 1 : x_dtype == QK_F32 ? 3 : 2;
-    if (!choose(p, w.bits, m)) return QK_BAD_SHAPE;
-    p.blocks = blocks_of(w);
+    if (!choose(p, pick, w.bits, m)) return QK_BAD_SHAPE;
+    // Only bfloat16 inputs may be multiplied as bfloat16.
+    if (p.tile.layout == Layout::PAIRS && x_dtype != QK_BF16 && !choose(p, matmul_for(QK_AVX512), w.bits, m))
+        return QK_BAD_SHAPE;
+    const std::vector<Block> blocks = blocks_of(w);
+    const int64_t n_blocks = (int64_t)blocks.size(), inputs = eights(w.cols) * 8, x_item = itemsize(x_dtype);
+    measure(p, blocks, inputs);
 
-    const int64_t n_blocks = (int64_t)p.blocks.size(), inputs = eights(w.cols) * 8;
-    p.width = p.rows * (p.limbs ? p.limbs : 1);
-    p.x_bytes = up(inputs * p.width * (p.limbs ? 1 : p.kernels->pairs ? 2 : 4), 64) * 64;
-    p.start_items = up(n_blocks * p.width, 16) * 16;
-    p.row_items = up(n_blocks * p.rows, 16) * 16;
-    const int64_t tile_bytes = p.x_bytes + 4 * (p.start_items + 2 * p.row_items);
+    const int64_t chunk = up(CHUNK, p.rows), tile_bytes = p.bytes();
+    const int64_t slab = least(p.tiles, most(SLAB / (chunk * tile_bytes), 1) * chunk);  // tiles, whole chunks
     static thread_local Scratch scratch;
-    char* base = scratch.get((size_t)(tile_bytes * p.tiles));
+    char* base = scratch.get((size_t)(tile_bytes * slab));
     if (!base) return QK_NO_MEMORY;
     auto part = [&](int64_t t, TileArgs& a) {
         char* at = base + t * tile_bytes;
@@ -163,50 +184,81 @@ int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bi
         a.x_sum = (const float*)(at += 4 * p.row_items);
     };
 
-    auto lay_out = [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            TileArgs a;
-            part(t, a);
-            const int64_t here = least(p.rows, m - t * p.rows);
-            if (here < p.rows) std::memset((void*)a.x, 0, (size_t)tile_bytes);
-            const PrepareArgs args{p.blocks.data(), n_blocks, w.cols, p.rows, p.limbs, w.zero == nullptr,
-                                   1 << (w.bits - 1), (void*)a.x, (int32_t*)a.start, (float*)a.x_scale, (float*)a.x_sum};
-            for (int64_t r = 0; r < here; ++r)
-                p.kernels->prepare(args, (const char*)x + (t * p.rows + r) * w.cols * itemsize(x_dtype), x_dtype, r);
-        }
-    };
-    over(p.tiles, up(32768, inputs * p.rows), nthreads, lay_out);
+    const int64_t across = up(w.rows, WIDE), code_words = inputs / 8 * w.bits / 4 * WIDE, scales = w.groups * WIDE;
+    for (int64_t done = 0; done < p.tiles; done += slab) {
+        const int64_t tiles = least(slab, p.tiles - done), first_row = done * p.rows;
+        const int64_t here = least(m - first_row, tiles * p.rows);
+        const char* from = x + first_row * w.cols * x_item;
+        char* to = out + first_row * w.rows * x_item;
+        if (here < tiles * p.rows) std::memset(base + (tiles - 1) * tile_bytes, 0, (size_t)tile_bytes);
 
-    const int64_t across = up(w.rows, WIDE), chunk = up(CHUNK, p.rows), chunks = up(p.tiles, chunk);
-    const int64_t code_words = inputs / 8 * w.bits / 4 * WIDE, scales = w.groups * WIDE;
-    auto multiply = [&](int64_t begin, int64_t end) {
-        alignas(64) float total[(CHUNK + 12) * WIDE];
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t c = item / across, n = item % across;
-            const int64_t first = c * chunk, last = least(first + chunk, p.tiles);
-            TileArgs a;
-            a.codes = w.codes + n * code_words;
-            a.scale = (const char*)w.scale + n * scales * itemsize(w.scale_dtype);
-            a.zero = w.zero ? w.zero + n * scales : nullptr;
-            a.table = w.table;
-            a.scale_dtype = w.scale_dtype;
-            a.blocks = p.blocks.data();
-            std::memset(total, 0, (size_t)((last - first) * p.rows * WIDE) * sizeof(float));
-            const int64_t panel = last - first == 1 ? n_blocks : PANEL;  // one tile reads the weights once anyway
-            for (int64_t b = 0; b < n_blocks; b += panel)
-                for (int64_t t = first; t < last; ++t) {
-                    part(t, a);
-                    p.tile(a, b, least(b + panel, n_blocks), total + (t - first) * p.rows * WIDE);
-                }
-            const int64_t columns = least(WIDE, w.rows - n * WIDE);
-            for (int64_t r = first * p.rows; r < least(last * p.rows, m); ++r)
-                p.kernels->finish(total + (r - first * p.rows) * WIDE,
-                                  bias ? (const char*)bias + n * WIDE * itemsize(x_dtype) : nullptr,
-                                  (char*)out + (r * w.rows + n * WIDE) * itemsize(x_dtype), x_dtype, columns);
-        }
-    };
-    // Pieces of some ten microseconds: handing one out is nothing beside it, and a thread that was held up leaves little.
-    const int64_t work = code_words * least(chunk * p.width, p.tiles * p.width);  // words times virtual rows, an item
-    over(chunks * across, up(49152, work), nthreads, multiply);
+        auto lay_out = [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                TileArgs a;
+                part(r / p.rows, a);
+                const PrepareArgs args{blocks.data(), n_blocks, w.cols, p.rows, p.row_bytes, p.limbs, p.tile.layout,
+                                       w.zero == nullptr, 1 << (w.bits - 1), (void*)a.x, (int32_t*)a.start,
+                                       (float*)a.x_scale, (float*)a.x_sum};
+                row_kernels->prepare(args, from + r * w.cols * x_item, x_dtype, r % p.rows);
+            }
+        };
+        // The rows of a tile are interleaved, byte by byte, but for Layout::ROWS: one thread then takes whole tiles.
+        const int64_t unit = p.tile.layout == Layout::ROWS ? 1 : p.rows;
+        over(here, up(32768, inputs * unit) * unit, nthreads, lay_out);
+
+        const int64_t chunks = up(tiles, chunk);
+        auto products = [&](int64_t begin, int64_t end) {
+            alignas(64) float total[(CHUNK + 12) * WIDE];
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t c = item / across, n = item % across;
+                const int64_t first = c * chunk, last = least(first + chunk, tiles);
+                TileArgs a;
+                a.codes = w.codes + n * code_words;
+                a.scale = (const char*)w.scale + n * scales * itemsize(w.scale_dtype);
+                a.zero = w.zero ? w.zero + n * scales : nullptr;
+                a.table = w.table;
+                a.scale_dtype = w.scale_dtype;
+                a.blocks = blocks.data();
+                a.rows = p.rows;
+                a.row_bytes = p.row_bytes;
+                std::memset(total, 0, (size_t)((last - first) * p.rows * WIDE) * sizeof(float));
+                const int64_t panel = last - first == 1 ? n_blocks : PANEL;  // one tile reads the weights once anyway
+                for (int64_t b = 0; b < n_blocks; b += panel)
+                    for (int64_t t = first; t < last; ++t) {
+                        part(t, a);
+                        p.tile.run(a, b, least(b + panel, n_blocks), total + (t - first) * p.rows * WIDE);
+                    }
+                const int64_t columns = least(WIDE, w.rows - n * WIDE);
+                for (int64_t r = first * p.rows; r < least(last * p.rows, here); ++r)
+                    row_kernels->finish(total + (r - first * p.rows) * WIDE, bias ? bias + n * WIDE * x_item : nullptr,
+                                        to + (r * w.rows + n * WIDE) * x_item, x_dtype, columns);
+            }
+        };
+        // Pieces of some ten microseconds: handing one out is nothing beside it, and a thread that was held up leaves
+        // little.
+        const int64_t work = code_words * p.width * least(chunk, tiles);  // words times virtual rows, an item
+        over(chunks * across, up(49152, work), nthreads, products);
+    }
+    scratch.trim(SLAB);
     return QK_OK;
+}
+
+}  // namespace
+
+int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bias, void* out, int64_t m, int int8,
+              int isa, int nthreads) {
+    if (!weight) return QK_NULL;
+    const QkWeight& w = *weight;
+    if (const int bad = check(w.rows, w.cols, w.bits)) return bad;
+    if (m < 0 || w.groups < 1 || w.cols % w.groups || (w.groups > 1 && w.cols / w.groups % 8)) return QK_BAD_SHAPE;
+    if (too_large(m, w.rows) || too_large(m, w.cols)) return QK_BAD_SHAPE;
+    if (x_dtype < 0 || x_dtype > QK_BF16 || w.scale_dtype < 0 || w.scale_dtype > QK_BF16) return QK_BAD_DTYPE;
+    if (w.table && (w.bits != 4 || w.zero || int8)) return QK_BAD_BITS;
+    if (m == 0) return QK_OK;
+    if (!w.codes || !w.scale || !x || !out) return QK_NULL;
+    try {
+        return multiply(w, (const char*)x, x_dtype, (const char*)bias, (char*)out, m, int8, isa, nthreads);
+    } catch (const std::bad_alloc&) {
+        return QK_NO_MEMORY;
+    }
 }

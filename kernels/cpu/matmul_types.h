@@ -1,4 +1,4 @@
-// What the driver (matmul_api.cpp) and the kernels of each ISA (matmul.h) share.
+// What the driver (matmul_api.cpp) and the kernels of each ISA (matmul.h, amx.h, activations.h) share.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +11,14 @@ struct Block {
     int64_t group, start, steps;
 };
 
+// How the inputs of a tile lie for its kernel. "Virtual rows" are rows times limbs (matmul.h).
+enum class Layout {
+    QUADS,   // fixed point: int8 [inputs / 4][virtual rows][4]
+    ROWS,    // fixed point: int8 [blocks][rows / 16][limbs][16][row_bytes], zero padded
+    FLOATS,  // codebook: float [inputs][rows]
+    PAIRS,   // codebook: bfloat16 [inputs / 8][4][rows][2], see activations.h
+};
+
 // One tile of activations and one block of outputs. x, start, x_scale, x_sum: what `prepare` wrote for the tile.
 struct TileArgs {
     const uint32_t* codes;  // of this block of outputs, in the layout of matmul.h
@@ -19,6 +27,7 @@ struct TileArgs {
     const float* table;     // sixteen values, or null for integers
     int scale_dtype;
     const Block* blocks;
+    int64_t rows, row_bytes;
     const void* x;
     const int32_t* start;  // [blocks][virtual rows]: what the sums begin with
     const float* x_scale;  // [blocks][rows]
@@ -28,8 +37,9 @@ struct TileArgs {
 struct PrepareArgs {
     const Block* blocks;
     int64_t n_blocks, cols;
-    int64_t rows;  // of the tile
-    int limbs;     // 0: codebook
+    int64_t rows, row_bytes;  // of the tile
+    int limbs;                // 0: codebook
+    Layout layout;
     bool symmetric;
     int32_t middle;  // 2**(bits-1)
     void* x;
@@ -37,26 +47,18 @@ struct PrepareArgs {
     float *x_scale, *x_sum;
 };
 
+// total[rows][32] += the products over these blocks.
 typedef void (*TileFn)(const TileArgs&, int64_t first_block, int64_t last_block, float* total);
 
-struct MatmulKernels {
-    // The kernel for tiles of `rows` rows, or null. limbs 0: codebook.
-    TileFn (*pick)(int bits, int limbs, int64_t rows);
-    void (*prepare)(const PrepareArgs&, const void* x, int x_dtype, int64_t row);
-    void (*finish)(const float* total, const void* bias, void* y, int dtype, int64_t n);
-    bool pairs;  // codebooks take their inputs as bfloat16
+struct Tile {
+    TileFn run;  // null: there is none
+    Layout layout;
 };
 
-// Null where this build or this machine lacks the ISA.
-const MatmulKernels* matmul_for(int isa);
+// The kernel for tiles of `rows` rows. limbs 0: codebook.
+typedef Tile (*PickFn)(int bits, int limbs, int64_t rows);
 
-const MatmulKernels* scalar_matmul();
-#ifdef QKIT_X86
-const MatmulKernels* avx2_matmul();
-const MatmulKernels* avxvnni_matmul();
-const MatmulKernels* avx512_matmul();
-const MatmulKernels* avx512vnni_matmul();
-const MatmulKernels* avx512bf16_matmul();
-#endif
+// Null where this build or this machine lacks the ISA.
+PickFn matmul_for(int isa);
 
 }  // namespace qkit

@@ -9,7 +9,7 @@
 namespace {
 
 // Pairs of codes are handled as 16-bit units, which every compiler vectorizes without shuffles.
-QK_INLINE void nibbles_to_codes(const uint8_t* bytes, uint8_t* codes, int64_t pairs) {
+__attribute__((noinline)) void nibbles_to_codes(const uint8_t* bytes, uint8_t* codes, int64_t pairs) {
     for (int64_t i = 0; i < pairs; ++i) {
         const uint16_t b = bytes[i];
         const uint16_t pair = (uint16_t)((b & 0x0fu) | ((b & 0xf0u) << 4));
@@ -52,7 +52,7 @@ void unpack(const uint32_t* packed, uint8_t* codes, int64_t n, int bits) {
 }
 
 template <class O>
-QK_INLINE void dequantize_codes(const uint8_t* codes, typename O::T* out, int64_t n, int z, float s) {
+__attribute__((noinline)) void dequantize_codes(const uint8_t* codes, typename O::T* out, int64_t n, int z, float s) {
     if (!finite(s)) {  // a damaged file; NaN and infinity round by rules of their own
         for (int64_t i = 0; i < n; ++i) out[i] = O::put((float)(codes[i] - z) * s);
         return;

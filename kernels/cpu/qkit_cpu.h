@@ -10,7 +10,7 @@
 enum QkStatus {
     QK_OK = 0,
     QK_BAD_BITS = 1,         // bits is neither 4 nor 8
-    QK_BAD_SHAPE = 2,        // a size is negative, or does not divide as the function needs
+    QK_BAD_SHAPE = 2,        // a size is negative, does not divide as the function needs, or a product is over 2**48
     QK_NULL = 3,             // a required pointer is null
     QK_BAD_DTYPE = 4,        // not one of QkDtype
     QK_BAD_ISA = 5,          // unknown, or this machine lacks it
@@ -21,15 +21,18 @@ enum QkStatus {
 };
 
 enum QkDtype { QK_F32 = 0, QK_F16 = 1, QK_BF16 = 2 };
-// Ordered: a later one is at least as fast.
+// Ordered: of those that a machine has, a later one is at least as fast.
 enum QkIsa {
-    QK_SCALAR = 0,
+    QK_SCALAR = 0,      // the platform's baseline: SSE2 on x86-64, NEON on aarch64
     QK_AVX2 = 1,
     QK_AVXVNNI = 2,     // 256-bit dot products of bytes
     QK_AVX512 = 3,      // F, BW, DQ, VL
     QK_AVX512VNNI = 4,
     QK_AVX512BF16 = 5,  // with VNNI
-    QK_ISA_COUNT = 6,
+    QK_AMX = 6,         // with AVX512BF16: tile products of bytes
+    QK_DOTPROD = 7,     // NEON dot products of bytes (Armv8.2)
+    QK_I8MM = 8,        // with DOTPROD: unsigned by signed bytes (Armv8.6)
+    QK_ISA_COUNT = 9,
 };
 
 // Version of this interface: raised whenever a signature or a meaning below changes.

@@ -2,7 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#include "matmul_types.h"
+
 namespace qkit {
+
+// Sizes whose product leaves no room for the arithmetic on it.
+static inline bool too_large(int64_t a, int64_t b) { return a > 0 && b > (int64_t{1} << 48) / a; }
 
 struct QuantizeArgs {
     int w_dtype, scale_dtype;
@@ -38,15 +43,12 @@ struct RowKernels {
     int (*search)(const QuantizeArgs&, const void* w, const float* cost, void* scale, uint8_t* zero);
     void (*feedback)(const ColumnArgs&, int64_t begin, int64_t n);
     void (*descend)(const ColumnArgs&, int64_t begin, int64_t n);
+    // The matmul's ends: row `row` of a tile of activations, and y[0 .. n) = total + bias, rounded once; n <= 32.
+    void (*prepare)(const PrepareArgs&, const void* x, int x_dtype, int64_t row);
+    void (*finish)(const float* total, const void* bias, void* y, int dtype, int64_t n);
 };
 
 // Null where this build or this machine lacks the ISA.
 const RowKernels* kernels_for(int isa);
-
-const RowKernels* scalar_kernels();
-#ifdef QKIT_X86
-const RowKernels* avx2_kernels();
-const RowKernels* avx512_kernels();
-#endif
 
 }  // namespace qkit

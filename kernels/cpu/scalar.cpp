@@ -1,7 +1,9 @@
 // The platform's baseline (SSE2 on x86-64, NEON on aarch64).
+#include "levels.h"
+#include "matmul.h"
 #include "table.h"
 
 namespace qkit {
 const RowKernels* scalar_kernels() { return &TABLE; }
-const MatmulKernels* scalar_matmul() { return &MATMUL; }
+Tile scalar_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

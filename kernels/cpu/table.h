@@ -1,13 +1,13 @@
 // All row kernels, compiled with the flags of the file that includes this.
 #pragma once
+#include "activations.h"
 #include "gptq.h"
-#include "matmul.h"
 #include "packing.h"
 #include "quantize.h"
 #include "rows.h"
 
 namespace {
 
-const qkit::RowKernels TABLE = {quantize, pack, unpack, dequantize, search, feedback, descend};
+const qkit::RowKernels TABLE = {quantize, pack, unpack, dequantize, search, feedback, descend, prepare, finish};
 
 }  // namespace

@@ -1,0 +1,184 @@
+// The ends of the matmul (matmul.h): a row of activations as its tile reads it, and a row of sums as an output.
+//
+// Fixed point: a block of at most 128 inputs gets a scale and one, two or three signed bytes ("limbs") an input.
+// Two limbs (error 2**-16 of the block's largest input) carry bfloat16 and float16, three (2**-24) float32; one is int8
+// activations, whose scale is that of the whole row.
+#pragma once
+#include <cmath>
+
+#include "lanes.h"
+#include "matmul_types.h"
+#include "qkit_cpu.h"
+#include "rows.h"
+
+namespace {
+
+using qkit::Layout;
+using qkit::PrepareArgs;
+
+constexpr int64_t BLOCK_INPUTS = 128;
+
+QK_INLINE F magnitude(F x) { return from_bits(bits_of(x) & splat(0x7fffffff)); }
+
+// The largest magnitude of x[0 .. n), n a multiple of sixteen; infinity where one is NaN or infinite.
+float largest(const float* x, int64_t n) {
+    F most = splat(0.0f);
+    I bad = splat(0);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F v = magnitude(load(x + i));
+        most = max(v, most);
+        bad = bad | greater(bits_of(v), splat(0x7f7fffff));
+    }
+    float f[LANES];
+    int32_t any[LANES];
+    store(f, most);
+    std::memcpy(any, &bad, sizeof any);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) {
+            f[i] = f[i + half] > f[i] ? f[i + half] : f[i];
+            any[i] |= any[i + half];
+        }
+    return any[0] ? INFINITY : f[0];
+}
+
+QK_INLINE int32_t sum(I x) {
+    int32_t v[LANES];
+    std::memcpy(v, &x, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+}
+
+// Inputs begin .. begin + size as float, zero beyond n and up to a multiple of sixteen.
+template <class W>
+void widen(const void* x, int64_t begin, int64_t size, int64_t n, float* to) {
+    const typename W::T* from = (const typename W::T*)x;
+    for (int64_t i = begin; i < begin + size; i += LANES) {
+        const int64_t end = begin + size < n ? begin + size : n;
+        store(to + (i - begin), i >= end ? splat(0.0f) : load_padded<W>(from, i, end));
+    }
+}
+
+void inputs(const void* x, int dtype, int64_t begin, int64_t size, int64_t n, float* to) {
+    switch (dtype) {
+        case QK_F32: return widen<F32>(x, begin, size, n, to);
+        case QK_F16: return widen<F16>(x, begin, size, n, to);
+        default: return widen<BF16>(x, begin, size, n, to);
+    }
+}
+
+// Block b of row m as fixed point, x float [up to 128, zero padded], `most` its largest magnitude (or the row's).
+template <int LIMBS>
+void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most) {
+    constexpr float STEPS = LIMBS == 1 ? 127.0f : LIMBS == 2 ? 32512.0f : 8323072.0f;  // 127 * 256**(LIMBS - 1)
+    const int64_t size = a.blocks[b].steps * 8, width = a.rows * LIMBS;
+    const bool finite = most < INFINITY;
+    float scale = finite ? most / STEPS : 1.0f;
+    if (scale < 1e-30f) scale = LIMBS == 1 && scale > 0.0f ? scale : 1.0f;  // nothing: never divide by a subnormal
+    const F s = splat(scale), magic = splat(MAGIC);
+    const I magic_bits = splat((int)as_bits(MAGIC));
+    I total[LIMBS];
+    for (int l = 0; l < LIMBS; ++l) total[l] = splat(0);
+
+    // Where the first limb's first bytes go, and how far apart limbs and quads of inputs are.
+    const bool rows = a.layout == Layout::ROWS;
+    int8_t* to = (int8_t*)a.x + (rows ? ((b * a.rows + m / 16 * 16) * LIMBS + m % 16) * a.row_bytes
+                                      : a.blocks[b].start * 8 * width + 4 * m * LIMBS);
+    const int64_t limb_step = rows ? 16 * a.row_bytes : 4, quad_step = rows ? 4 : 4 * width;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t quads = size - i < LANES ? (size - i) / 4 : 4;
+        F t = load(x + i) / s;
+        if (!finite) t = splat(0.0f);
+        I fixed;
+        if (LIMBS == 3) {  // beyond the magic number's 22 bits: first the upper part
+            const F upper = (t * splat(0x1p-8f) + magic) - magic;
+            fixed = ((bits_of(upper + magic) - magic_bits) << 8) + (bits_of((t - upper * splat(256.0f)) + magic) - magic_bits);
+        } else {
+            fixed = bits_of(t + magic) - magic_bits;
+        }
+#pragma GCC unroll 3
+        for (int l = 0; l < LIMBS; ++l) {
+            const I limb = l == LIMBS - 1 ? fixed : (fixed << 24) >> 24;
+            fixed = (fixed - limb) >> 8;
+            total[l] = total[l] + limb;
+            uint8_t bytes[LANES];
+            store_u8(bytes, limb);
+            for (int64_t q = 0; q < quads; ++q)
+                std::memcpy(to + (i / 4 + q) * quad_step + l * limb_step, bytes + 4 * q, 4);
+        }
+    }
+    if (rows)
+        for (int l = 0; l < LIMBS; ++l) std::memset(to + l * limb_step + size, 0, (size_t)(a.row_bytes - size));
+
+    double value = 0.0, unit = 1.0;
+    for (int l = 0; l < LIMBS; ++l, unit *= 256.0) {
+        const int32_t limb_sum = sum(total[l]);
+        a.start[b * width + m * LIMBS + l] = a.symmetric ? -a.middle * limb_sum : 0;
+        value += unit * limb_sum;
+    }
+    const float bad = finite ? 0.0f : NAN;
+    a.x_scale[b * a.rows + m] = scale + bad;
+    a.x_sum[b * a.rows + m] = (float)(value * scale) + bad;
+}
+
+// For a codebook, as it is, at the place where its codes will be. PAIRS: pair j of eight inputs is what nibbles j of a
+// word's two halves meet, inputs 0 2, 4 6, 1 3, 5 7.
+void spread(const PrepareArgs& a, int64_t begin, int64_t size, int64_t m, const float* x) {
+    for (int64_t i = 0; i < size; ++i) {
+        if (a.layout == Layout::FLOATS) {
+            ((float*)a.x)[(begin + i) * a.rows + m] = x[i];
+            continue;
+        }
+        const int64_t k = i % 8, pair = (k & 1) * 2 + (k >> 2), side = (k >> 1) & 1;
+        ((uint16_t*)a.x)[(((begin + i) / 8 * 4 + pair) * a.rows + m) * 2 + side] = to_bf16(x[i]);
+    }
+}
+
+void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
+    float block[BLOCK_INPUTS];
+    float whole = 0.0f;  // int8: one scale for the row
+    if (a.limbs == 1)
+        for (int64_t i = 0; i < a.cols; i += BLOCK_INPUTS) {
+            const int64_t size = a.cols - i < BLOCK_INPUTS ? a.cols - i : BLOCK_INPUTS;
+            inputs(x, x_dtype, i, size, a.cols, block);
+            const float most = largest(block, size);
+            whole = most > whole ? most : whole;
+        }
+    for (int64_t b = 0; b < a.n_blocks; ++b) {
+        const int64_t begin = a.blocks[b].start * 8, size = a.blocks[b].steps * 8;
+        inputs(x, x_dtype, begin, size, a.cols, block);
+        switch (a.limbs) {
+            case 0: spread(a, begin, size, m, block); break;
+            case 1: fix<1>(a, b, m, block, whole); break;
+            case 2: fix<2>(a, b, m, block, largest(block, size)); break;
+            default: fix<3>(a, b, m, block, largest(block, size)); break;
+        }
+    }
+}
+
+template <class W>
+QK_INLINE void finish_row(const float* total, const void* bias, void* y, int64_t n) {
+    const typename W::T* add = (const typename W::T*)bias;
+    typename W::T* to = (typename W::T*)y;
+    for (int64_t i = 0; i < n; i += LANES) {
+        F sum = load(total + i);
+        if (bias) sum = sum + load_padded<W>(add, i, n);
+        if (i + LANES <= n) {
+            W::store16(to + i, sum);
+            continue;
+        }
+        typename W::T tail[LANES];
+        W::store16(tail, sum);
+        std::memcpy(to + i, tail, (size_t)(n - i) * sizeof(tail[0]));
+    }
+}
+
+void finish(const float* total, const void* bias, void* y, int dtype, int64_t n) {
+    switch (dtype) {
+        case QK_F32: return finish_row<F32>(total, bias, y, n);
+        case QK_F16: return finish_row<F16>(total, bias, y, n);
+        default: return finish_row<BF16>(total, bias, y, n);
+    }
+}
+
+}  // namespace

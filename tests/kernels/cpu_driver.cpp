@@ -1,0 +1,275 @@
+// Runs every level of the CPU library that this machine (or emulator) has, through the C ABI, against plain loops: for
+// machines without Python, for emulators, and under the sanitizers. Prints the levels; exits 1 at the first difference.
+#include "../../kernels/cpu/qkit_cpu.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#define CHECK(condition, isa)                                                              \
+    do {                                                                                   \
+        if (!(condition)) {                                                                \
+            std::printf("line %d, level %d: not %s\n", __LINE__, (int)(isa), #condition); \
+            std::exit(1);                                                                  \
+        }                                                                                  \
+    } while (0)
+
+#if defined(__x86_64__)
+constexpr int UNFUSED = QK_SCALAR;  // has no fused multiply-add
+#else
+constexpr int UNFUSED = -1;
+#endif
+
+uint64_t state = 1;
+uint32_t random32() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return (uint32_t)(state >> 32);
+}
+float uniform() { return (float)(random32() >> 8) * 0x1p-23f - 1.0f; }
+
+// One element beyond an aligned start: no kernel may count on more than an element's alignment. Exactly as long as it
+// must be, so that the sanitizer sees the first byte beyond.
+template <class T>
+struct Shifted {
+    std::vector<T> v;
+    explicit Shifted(int64_t n) : v((size_t)n + 1) {}
+    T* data() { return v.data() + 1; }
+    T& operator[](int64_t i) { return v[(size_t)i + 1]; }
+    int64_t bytes() const { return (int64_t)((v.size() - 1) * sizeof(T)); }
+    bool operator==(const Shifted& o) const {
+        return bytes() == o.bytes() && !std::memcmp(v.data() + 1, o.v.data() + 1, (size_t)bytes());
+    }
+};
+
+float read(const void* x, int64_t i, int dtype) {
+    if (dtype == QK_F32) return ((const float*)x)[i];
+    const uint16_t h = ((const uint16_t*)x)[i];
+    if (dtype == QK_F16) {
+        const int e = (h >> 10) & 31, m = h & 1023;
+        const float size = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(1024.0f + m, e - 25) : std::ldexp((float)m, -24);
+        return h >> 15 ? -size : size;
+    }
+    const uint32_t bits = (uint32_t)h << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+// Written by truncation: the driver needs values of a type, not roundings.
+void write(void* x, int64_t i, int dtype, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (dtype == QK_F32) ((float*)x)[i] = value;
+    else if (dtype == QK_BF16) ((uint16_t*)x)[i] = (uint16_t)(bits >> 16);
+    else {
+        const int e = (int)(bits >> 23 & 255) - 112;
+        const uint32_t half = e <= 0 ? 0 : (uint32_t)e << 10 | (bits >> 13 & 1023);
+        ((uint16_t*)x)[i] = (uint16_t)((bits >> 16 & 0x8000u) | half);
+    }
+}
+
+template <class T>
+Shifted<uint8_t> bytes_of(Shifted<T>& x) {
+    Shifted<uint8_t> b(x.bytes());
+    std::memcpy(b.data(), x.data(), (size_t)x.bytes());
+    return b;
+}
+
+struct Buffer {  // values of a dtype, one element beyond an aligned start
+    Shifted<float> f;
+    Shifted<uint16_t> h;
+    int dtype;
+    Buffer(int64_t n, int d) : f(d == QK_F32 ? n : 0), h(d == QK_F32 ? 0 : n), dtype(d) {}
+    void* data() { return dtype == QK_F32 ? (void*)f.data() : (void*)h.data(); }
+    float get(int64_t i) { return read(data(), i, dtype); }
+    void set(int64_t i, float x) { write(data(), i, dtype, x); }
+    bool operator==(const Buffer& o) const { return f == o.f && h == o.h; }  // bits
+};
+
+Shifted<uint8_t> bytes_of(Buffer& x) { return x.dtype == QK_F32 ? bytes_of(x.f) : bytes_of(x.h); }
+
+const int DTYPES[] = {QK_F32, QK_F16, QK_BF16};
+std::vector<int> levels;
+
+void rows_kernels(int64_t rows, int64_t cols, int64_t groups, int bits, int dtype, bool symmetric) {
+    const int64_t words = (cols * bits + 31) / 32, n = rows * cols;
+    const float multipliers[] = {0.8f, 0.95f};
+    Buffer w(n, dtype);
+    for (int64_t i = 0; i < n; ++i) w.set(i, 0.05f * uniform());
+    std::vector<Shifted<uint8_t>> first;
+    for (const int isa : levels) {
+        Shifted<uint8_t> codes(n), zero(rows * groups), back(n);
+        Shifted<uint32_t> packed(rows * words), turned(rows * words);
+        Shifted<double> stats(2 * rows);
+        Buffer scale(rows * groups, dtype), out(n, dtype);
+        double totals[2];
+        uint8_t* z = symmetric ? nullptr : zero.data();
+        CHECK(!qk_quantize_rtn(w.data(), dtype, codes.data(), scale.data(), dtype, z, stats.data(), totals, rows, cols,
+                               groups, bits, 0, multipliers, 2, isa, 2), isa);
+        CHECK(!qk_pack(codes.data(), packed.data(), rows, cols, bits, isa, 2), isa);
+        CHECK(!qk_unpack(packed.data(), back.data(), rows, cols, bits, isa, 2) && back == codes, isa);
+        CHECK(!qk_dequantize(packed.data(), scale.data(), dtype, z, out.data(), dtype, rows, cols, groups, bits, isa, 2),
+              isa);
+        if (cols * bits % 32 == 0) {
+            CHECK(!qk_pack_transposed(codes.data(), turned.data(), rows, cols, bits, isa, 2), isa);
+            for (int64_t i = 0; i < rows * words; ++i) CHECK(turned[i % words * rows + i / words] == packed[i], isa);
+            CHECK(!qk_unpack_transposed(turned.data(), back.data(), rows, cols, bits, isa, 2) && back == codes, isa);
+        }
+        std::vector<Shifted<uint8_t>> here = {codes, zero, bytes_of(packed), bytes_of(scale), bytes_of(out)};
+        if (first.empty()) {  // the others must give the same bits
+            first = here;
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t g = i / cols * groups + i % cols / (cols / groups), at = i % cols * bits;
+                const int code = codes[i], middle = symmetric ? 1 << (bits - 1) : zero[g];
+                const float exact = (float)(code - middle) * scale.get(g);
+                CHECK((int)(packed[i / cols * words + at / 32] >> at % 32 & ((1u << bits) - 1)) == code, isa);
+                CHECK(std::fabs(out.get(i) - exact) <= std::fabs(exact) * 0x1p-8f + 1e-6f, isa);
+                CHECK(std::fabs(w.get(i) - exact) <= 0.02f, isa);
+            }
+        }
+        CHECK(here == first, isa);
+    }
+}
+
+struct Weight {
+    Shifted<uint32_t> codes;
+    Buffer scale;
+    Shifted<uint8_t> zero;
+    std::vector<double> exact;  // [rows][cols]
+    QkWeight c;
+};
+
+const float TABLE[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.25, -0.5, -1, -1.5, -2, -3, -4, -6};
+
+Weight make(int64_t rows, int64_t cols, int64_t groups, int bits, int dtype, bool symmetric, bool table) {
+    const int64_t words = (cols * bits + 31) / 32, wide = (rows + 31) / 32 * 32;
+    Weight w{Shifted<uint32_t>(qk_prepacked_bytes(rows, cols, bits) / 4), Buffer(wide * groups, dtype),
+             Shifted<uint8_t>(wide * groups), std::vector<double>((size_t)(rows * cols)), {}};
+    Shifted<uint8_t> codes(rows * cols);
+    Shifted<uint32_t> packed(rows * words), back(rows * words);
+    for (int64_t i = 0; i < rows * cols; ++i) codes[i] = (uint8_t)(random32() >> (32 - bits));
+    if (cols * bits % 32 == 0)  // the largest sums
+        for (int64_t i = 0; i < cols; ++i) codes[i] = (uint8_t)((1 << bits) - 1);
+    CHECK(!qk_pack(codes.data(), packed.data(), rows, cols, bits, QK_SCALAR, 1), 0);
+    CHECK(!qk_prepack(packed.data(), w.codes.data(), rows, cols, bits, 2), 0);
+    CHECK(!qk_restore(w.codes.data(), back.data(), rows, cols, bits, 2) && back == packed, 0);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t at = (r / 32 * groups + g) * 32 + r % 32;
+            w.scale.set(at, 0.02f + 0.01f * uniform());
+            w.zero[at] = (uint8_t)(random32() >> (32 - bits));
+            const int middle = symmetric ? 1 << (bits - 1) : w.zero[at];
+            for (int64_t i = g * (cols / groups); i < (g + 1) * (cols / groups); ++i) {
+                const int code = codes[r * cols + i];
+                w.exact[(size_t)(r * cols + i)] = (table ? TABLE[code] : code - middle) * (double)w.scale.get(at);
+            }
+        }
+    w.c = {w.codes.data(), w.scale.data(), symmetric ? nullptr : w.zero.data(), table ? TABLE : nullptr,
+           rows, cols, groups, bits, dtype};
+    return w;
+}
+
+void products(const Weight& w, int64_t m, int dtype, bool int8) {
+    const int64_t rows = w.c.rows, cols = w.c.cols;
+    Buffer x(m * cols, dtype), bias(rows, dtype);
+    for (int64_t i = 0; i < m * cols; ++i) x.set(i, i % cols == cols - 1 ? 1.0f : uniform());
+    for (int64_t i = 0; i < cols && m > 1; ++i) x.set(i, 0.984375f);  // row 0: the largest sums
+    for (int64_t i = 0; i < rows; ++i) bias.set(i, uniform());
+
+    std::vector<double> expected((size_t)(m * rows)), slack((size_t)(m * rows));
+    for (int64_t r = 0; r < m; ++r) {
+        std::vector<double> input((size_t)cols);
+        float most = 0.0f;
+        for (int64_t i = 0; i < cols; ++i) most = std::fmax(most, std::fabs(x.get(r * cols + i)));
+        for (int64_t i = 0; i < cols; ++i) {
+            const float value = x.get(r * cols + i), step = most / 127.0f;
+            input[(size_t)i] = int8 ? std::nearbyint(value / step) * (double)step : (double)value;
+        }
+        for (int64_t o = 0; o < rows; ++o) {
+            double sum = 0.0, size = 0.0;
+            for (int64_t i = 0; i < cols; ++i) {
+                sum += w.exact[(size_t)(o * cols + i)] * input[(size_t)i];
+                size += std::fabs(w.exact[(size_t)(o * cols + i)]);
+            }
+            // Fixed point loses half a step of each input; int8 and codebooks nothing; then float32 sums and the output.
+            const double lost = int8 || w.c.table ? 0.0 : dtype == QK_F32 ? 0x1p-24 : 0x1p-16;
+            sum += bias.get(o);
+            expected[(size_t)(r * rows + o)] = sum;
+            slack[(size_t)(r * rows + o)] = most * size * (lost + 0x1p-20) + 1e-5 +
+                                            std::fabs(sum) * (dtype == QK_F32 ? 0x1p-22 : dtype == QK_F16 ? 0x1p-10 : 0x1p-8);
+        }
+    }
+    int before = -1;
+    Buffer previous(0, dtype);
+    for (const int isa : levels) {
+        Buffer y(m * rows, dtype);
+        CHECK(!qk_matmul(&w.c, x.data(), dtype, bias.data(), y.data(), m, int8, isa, 2), isa);
+        for (int64_t i = 0; i < m * rows; ++i)
+            if (!(std::fabs(y.get(i) - expected[(size_t)i]) <= slack[(size_t)i])) {
+                std::printf("[%lld, %lld] of [%lld, %lld] in %lld groups, %d bits, dtype %d: %.9g, expected %.9g\n",
+                            (long long)(i / rows), (long long)(i % rows), (long long)rows, (long long)cols,
+                            (long long)w.c.groups, w.c.bits, dtype, y.get(i), expected[(size_t)i]);
+                CHECK(false, isa);
+            }
+        // Integers are exact, and what follows is the same wherever multiply-add is fused: not on x86 below AVX2.
+        const bool fused = before >= 0 && before != UNFUSED;
+        if (fused && !w.c.table) CHECK(y == previous, isa);
+        before = isa;
+        previous = y;
+    }
+}
+
+void bad_arguments() {
+    Shifted<uint32_t> words(64);
+    uint32_t* p = words.data();
+    const int64_t huge = int64_t{1} << 62;
+    CHECK(qk_pack((uint8_t*)p, p, 1, 8, 5, 0, 1) == QK_BAD_BITS, 0);
+    CHECK(qk_pack((uint8_t*)p, p, huge, 8, 4, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(qk_pack(nullptr, p, 1, 8, 4, 0, 1) == QK_NULL, 0);
+    CHECK(qk_pack((uint8_t*)p, p, 1, 8, 4, QK_ISA_COUNT, 1) == QK_BAD_ISA, 0);
+    CHECK(qk_pack((uint8_t*)p, p, 1, 8, 4, -1, 1) == QK_BAD_ISA, 0);
+    CHECK(qk_prepacked_bytes(huge, huge, 4) == -1, 0);
+    CHECK(qk_prepack(p, p, huge, 8, 4, 1) == QK_BAD_SHAPE, 0);
+    QkWeight w = {p, p, nullptr, nullptr, 1, 8, 1, 4, QK_F32};
+    CHECK(qk_matmul(&w, p, QK_F32, nullptr, p, huge, 0, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(qk_matmul(&w, p, 3, nullptr, p, 1, 0, 0, 1) == QK_BAD_DTYPE, 0);
+    w.cols = huge;
+    CHECK(qk_matmul(&w, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_BAD_SHAPE, 0);
+    w.cols = 8;
+    w.groups = 3;
+    CHECK(qk_matmul(&w, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(qk_matmul(nullptr, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_NULL, 0);
+}
+
+}  // namespace
+
+int main() {
+    std::printf("levels");
+    for (int isa = 0; isa < QK_ISA_COUNT; ++isa)
+        if (qk_has_isa(isa)) {
+            levels.push_back(isa);
+            std::printf(" %d", isa);
+        }
+    std::printf("\n");
+
+    bad_arguments();
+    // rows, cols, groups: blocks of 32 rows and of 128 columns that are full, ragged, several to a group.
+    const int64_t shapes[][3] = {{33, 512, 4}, {5, 192, 6}, {9, 104, 1}, {3, 144, 6}, {65, 640, 2}, {4, 8, 1}, {40, 101, 1}};
+    for (const auto& s : shapes)
+        for (const int bits : {4, 8})
+            for (const int dtype : DTYPES)
+                for (const bool symmetric : {false, true}) {
+                    rows_kernels(s[0] % 7 + 1, s[1], s[2], bits, dtype, symmetric);
+                    const Weight w = make(s[0], s[1], s[2], bits, DTYPES[s[1] % 3], symmetric, false);
+                    for (const int64_t m : {1, 7, s[0] == 33 ? 50 : 18})
+                        for (const bool int8 : {false, true}) products(w, m, dtype, int8);
+                    if (bits == 8 || !symmetric) continue;
+                    const Weight t = make(s[0], s[1], s[2], 4, QK_F32, true, true);
+                    for (const int64_t m : {1, 13}) products(t, m, dtype, false);
+                }
+    std::printf("ok\n");
+}
