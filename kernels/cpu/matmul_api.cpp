@@ -171,7 +171,7 @@ int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, ch
     const int64_t n_blocks = (int64_t)blocks.size(), inputs = eights(w.cols) * 8, x_item = itemsize(x_dtype);
     measure(p, blocks, inputs);
 
-    const int64_t chunk = up(CHUNK, p.rows), tile_bytes = p.bytes();
+    const int64_t chunk = CHUNK / p.rows, tile_bytes = p.bytes();
     const int64_t slab = least(p.tiles, most(SLAB / (chunk * tile_bytes), 1) * chunk);  // tiles, whole chunks
     static thread_local Scratch scratch;
     char* base = scratch.get((size_t)(tile_bytes * slab));
@@ -208,7 +208,7 @@ int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, ch
 
         const int64_t chunks = up(tiles, chunk);
         auto products = [&](int64_t begin, int64_t end) {
-            alignas(64) float total[(CHUNK + 12) * WIDE];
+            alignas(64) float total[CHUNK * WIDE];
             for (int64_t item = begin; item < end; ++item) {
                 const int64_t c = item / across, n = item % across;
                 const int64_t first = c * chunk, last = least(first + chunk, tiles);
