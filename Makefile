@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test interop bench bench-gpu static lint clean
+.PHONY: demo test interop bench bench-gpu triton-static lint clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,14 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	for b in benchmarks/cpu_kernels.py benchmarks/cpu_matmul.py benchmarks/convert_speed.py; do $(BIN)/python $$b || exit 1; done
+
+# checks, times and reports every Triton kernel on the GPU that is here; ten minutes at most
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
+
+# the committed table of registers, spills and instructions per weight, ours and other packages'
+triton-static: $(STAMP)
+	$(BIN)/python benchmarks/triton_static.py --peers
 
 clean:
 	rm -rf $(VENV) build demo-out
