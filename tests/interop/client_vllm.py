@@ -1,7 +1,9 @@
 """Runs inside vLLM's environment (CPU build): see client_transformers.py for the job.
 
 Writes out/<name>.json: for each sequence, for each of its tokens from the second on, [log-probability of that
-token, id of the likeliest token]. One engine after another in this process.
+token, id of the likeliest token]; and out/<name>.kernels.json: {"what computes a layer": how many such layers}.
+Folders named in the job's "compile" go through torch.compile, the others run eagerly. One engine after another in this
+process.
 """
 
 import gc
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
+from vllm_layers import layers
 
 
 def main(job_path: str) -> None:
@@ -23,7 +26,7 @@ def main(job_path: str) -> None:
             max_model_len=len(tokens[0]) + 16,
             max_num_seqs=len(tokens),
             max_num_batched_tokens=256,
-            enforce_eager=True,
+            enforce_eager=name not in job.get("compile", ()),
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
         )
@@ -33,7 +36,9 @@ def main(job_path: str) -> None:
             entries = zip(row[1:], result.prompt_logprobs[1:], strict=True)
             rows.append([[e[t].logprob, max(e, key=lambda i: e[i].logprob)] for t, e in entries])
         (Path(job["out"]) / f"{name}.json").write_text(json.dumps(rows))
-        print(name, len(rows), flush=True)
+        (kinds,) = llm.apply_model(layers)
+        (Path(job["out"]) / f"{name}.kernels.json").write_text(json.dumps(kinds))
+        print(name, len(rows), kinds, flush=True)
         del llm
         gc.collect()
 

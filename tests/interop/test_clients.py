@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from interop import clients
+from interop import awq, clients
 
 import qkit
 from qkit.runtime import load_tokenizer
@@ -35,6 +34,7 @@ FOLDERS = {
     "smol-gptq-w8": ("smol", "gptq", "w8a16", 32),
     "gemma-ct-w4": ("gemma", "compressed-tensors", "w4a16", 128),
     "gemma-gptq-w4": ("gemma", "gptq", "w4a16", 128),
+    "smol-awq-w4": ("smol", "awq", "w4a16-asym", 64),  # the values of smol-ct-w4-asym
 }
 # (client, script or None for its own, folders): one process each, for each model.
 RUNS = {
@@ -46,8 +46,12 @@ RUNS = {
     "gptqmodel-in-transformers": ("gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym")),
     # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
     "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4")),
+    # The same vLLM with qkit installed: 8 bits too, but for GPTQ, whose 8 bits it refuses before it looks for a kernel.
+    "vllm with qkit": ("vllm", None, ("smol-ct-w8", "smol-gptq-w4", "smol-awq-w4", "gemma-ct-w4")),
+    "vllm with qkit off": ("vllm", None, ("smol-ct-w4",)),
 }  # fmt: skip
 CASES = [(run, name) for run, (_, _, names) in RUNS.items() for name in names]
+COMPILED = {"vllm with qkit": ("smol-gptq-w4",)}  # the others run eagerly
 
 
 class Bench:
@@ -59,11 +63,14 @@ class Bench:
         self.tokens = cache(self._tokens)
         self.own = cache(self._own)
         self.results = cache(self._results)
+        self.site = cache(lambda: clients.install_qkit(root / "site"))
 
     def _folder(self, name: str) -> Path:
         model, fmt, scheme, group_size = FOLDERS[name]
         source = "demo" if model == "smol" else str(clients.gemma())
         out = self.root / name
+        if fmt == "awq":
+            return awq.write(self.folder("smol-ct-w4-asym"), out)
         qkit.convert(source, out, format=fmt, scheme=scheme, method="rtn", group_size=group_size)
         return out
 
@@ -77,6 +84,8 @@ class Bench:
 
     def _own(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(float32, bfloat16) logits of qkit's own load."""
+        if FOLDERS[name][1] == "awq":  # not a format that qkit reads
+            return self.own("smol-ct-w4-asym")
         tokens = torch.tensor(self.tokens(FOLDERS[name][0]))
         results = []
         for dtype in ("float32", "bfloat16"):
@@ -85,9 +94,16 @@ class Bench:
                 results.append(model(tokens).logits.float())
         return results[0], results[1]
 
-    def _results(self, run: str) -> dict[str, Any]:
+    def path(self, run: str, name: str) -> Path:
+        """The result of one folder; fails the test, without another try, where the client failed."""
+        results = self.results(run)
+        if isinstance(results, RuntimeError):
+            pytest.fail(str(results))
+        return results[name]
+
+    def _results(self, run: str) -> dict[str, Path] | RuntimeError:
         client, script, names = RUNS[run]
-        results: dict[str, Any] = {}
+        results: dict[str, Path] = {}
         for model in dict.fromkeys(FOLDERS[n][0] for n in names):
             mine = [n for n in names if FOLDERS[n][0] == model]
             out = self.root / run / model
@@ -99,19 +115,29 @@ class Bench:
                 # transformers' compressed path lays zero points out unpacked and so refuses everybody's
                 # asymmetric folders; its dequantizing path reads them.
                 "dequantize": [n for n in mine if "-ct-" in n and n.endswith("asym")],
+                "compile": [n for n in mine if n in COMPILED.get(run, ())],
             }
             try:
-                print(clients.run(client, job, out, script))
+                extra = {"PYTHONPATH": str(self.site())} if "qkit" in run else {}
+                extra |= {"QKIT_VLLM": "0"} if run.endswith("off") else {}
+                print(clients.run(client, job, out, script, extra))
             except clients.NoNetwork as error:
                 pytest.skip(f"no package index to install {client} from: {str(error)[-200:]}")
+            except RuntimeError as error:
+                return error
             for n in mine:
-                results[n] = out / (f"{n}.json" if run == "vllm" else f"{n}.npy")
+                results[n] = out / (f"{n}.json" if client_is_vllm(run) else f"{n}.npy")
         return results
 
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("interop"))
+
+
+def client_is_vllm(run: str) -> bool:
+    """It gives probabilities of chosen tokens, not logits."""
+    return run.startswith("vllm")
 
 
 def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -129,14 +155,11 @@ def test_same_logits_as_qkit(run: str, name: str, bench: Bench) -> None:
     model = FOLDERS[name][0]
     tokens = bench.tokens(model)
     exact, own = bench.own(name)
-    try:
-        path = bench.results(run)[name]
-    except RuntimeError as error:
-        pytest.fail(str(error))
+    path = bench.path(run, name)
     other = (
         next(n for n, f in FOLDERS.items() if f[0] == model and f[2] != FOLDERS[name][2]) if model == "smol" else None
     )
-    if run == "vllm":  # gives probabilities of chosen tokens, not logits
+    if client_is_vllm(run):
         rows = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
         theirs, likeliest = rows[..., 0], rows[..., 1].long()
         agreement = float((likeliest == exact[:, :-1].argmax(-1)).double().mean())
@@ -150,4 +173,15 @@ def test_same_logits_as_qkit(run: str, name: str, bench: Bench) -> None:
     assert distance <= allowed
     if other is not None:  # the bound can fail
         wrong = bench.own(other)[0]
-        assert rmse(theirs, chosen(wrong, tokens) if run == "vllm" else wrong) > allowed
+        assert rmse(theirs, chosen(wrong, tokens) if client_is_vllm(run) else wrong) > allowed
+
+
+@pytest.mark.parametrize(("run", "name"), [case for case in CASES if case[0].startswith("vllm")])
+def test_which_kernels_serve_vllm(run: str, name: str, bench: Bench) -> None:
+    path = bench.path(run, name)
+    kinds = json.loads(path.with_suffix(".kernels.json").read_text())
+    linears = 30 * 4 if name.startswith("smol") else 18 * 4  # of each layer: qkv, o, gate and up, down
+    assert sum(kinds.values()) == linears
+    ours = {kind for kind in kinds if kind.startswith("qkit ")}
+    assert ours == (set(kinds) if run == "vllm with qkit" else set())
+    assert "qkit reference" not in ours

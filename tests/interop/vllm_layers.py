@@ -1,0 +1,15 @@
+"""What runs inside vLLM's worker process: a module of its own, so that it can be sent there by name."""
+
+from collections import Counter
+from typing import Any
+
+
+def layers(model: Any) -> dict[str, int]:
+    """What computes the quantized linears: the kernel that qkit's plug-in chose, or the class of vLLM's method."""
+    kinds: Counter[str] = Counter()
+    for module in model.modules():
+        method = getattr(module, "scheme", None) or getattr(module, "quant_method", None)
+        if "Linear" in type(module).__name__ and method is not None:
+            ours = getattr(module, "qkit_kernel", None)
+            kinds[f"qkit {ours}" if ours else type(method).__name__] += 1
+    return dict(kinds)
