@@ -41,7 +41,9 @@ def _weight_only() -> list[Case]:
         matrix = m > 1 and m < 512  # M = 1 is a dot product, 512 dequantizes for torch's matmul
         sample = ("sm_80", "sm_89", "sm_90", "gfx942") if (name, m) in (("w4a16 g128", 1), ("w4a16 g128", 16)) else ()
         weights = _tile("gemv_kernel", "gemm_kernel", "dequantize_kernel")
-        return Case("qkit", name, m, N, K, bits, call, weights, matrix, m <= 16, sample=sample)
+        # nvfp4 has a scale to decode every sixteen weights: reported against the budget, not held to it
+        held = m <= 16 and kind != "nvfp4"
+        return Case("qkit", name, m, N, K, bits, call, weights, matrix, held, sample=sample)
 
     half, brain = torch.float16, torch.bfloat16
     kinds: list[tuple[str, str, int, int, bool, torch.dtype, tuple[int, ...]]] = [
