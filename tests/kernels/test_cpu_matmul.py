@@ -33,6 +33,7 @@ def one_thread() -> Iterator[None]:
     """Small products by the thousand: waking a second thread for each would take most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 
@@ -77,7 +78,9 @@ def check(w: Weight, isa: str, slack: float) -> None:
             low = torch.nn.functional.linear(x, exact.to(dtype), bias).double()
             y = lib.matmul(state.c, x, bias, False, isa)
             assert y.shape == (m, w.out_features) and y.dtype == dtype
-            error, bound = (y.double() - truth).norm(), slack * (low - truth).norm() + 1e-6 * truth.norm()
+            # The last rounding alone is luck where few outputs are compared and the weights are exact in any type.
+            luck = max(1e-6, torch.finfo(dtype).eps / 4) * truth.norm()
+            error, bound = (y.double() - truth).norm(), slack * (low - truth).norm() + luck
             assert error <= bound, f"{isa} {dtype} m={m}: {float(error)} > {float(bound)}"
 
 
