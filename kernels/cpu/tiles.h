@@ -51,17 +51,21 @@ inline void tile_store(int t, void* to, int64_t stride) {
         std::memcpy((char*)to + r * stride, tiles.data[t][r], tiles.config.row_bytes[t]);
 }
 inline void tile_multiply(int sum, int a, int b) {
-    const TileConfig& c = tiles.config;
-    require(sum != a && sum != b && a != b && c.rows[sum] && c.rows[sum] == c.rows[a] && c.row_bytes[sum] == c.row_bytes[b] &&
-            c.row_bytes[a] == 4 * c.rows[b] && c.row_bytes[b] % 4 == 0);
-    for (int m = 0; m < c.rows[sum]; ++m)
-        for (int n = 0; n < c.row_bytes[sum] / 4; ++n) {
-            int32_t total;
-            std::memcpy(&total, &tiles.data[sum][m][4 * n], 4);
-            for (int k = 0; k < c.row_bytes[a]; ++k)
-                total += (int8_t)tiles.data[a][m][k] * tiles.data[b][k / 4][4 * n + k % 4];
-            std::memcpy(&tiles.data[sum][m][4 * n], &total, 4);
+    Tiles& t = tiles;  // looked up once: under the sanitizers that is slow
+    const TileConfig& c = t.config;
+    const int rows = c.rows[sum], columns = c.row_bytes[sum] / 4, deep = c.row_bytes[a];
+    require(sum != a && sum != b && a != b && rows && rows == c.rows[a] && c.row_bytes[sum] == c.row_bytes[b] &&
+            deep == 4 * c.rows[b] && c.row_bytes[b] % 4 == 0);
+    for (int m = 0; m < rows; ++m) {
+        int32_t total[16];
+        std::memcpy(total, t.data[sum][m], sizeof total);
+        for (int k = 0; k < deep; ++k) {
+            const int x = (int8_t)t.data[a][m][k];
+            const uint8_t* w = t.data[b][k / 4] + k % 4;
+            for (int n = 0; n < columns; ++n) total[n] += x * w[4 * n];
         }
+        std::memcpy(t.data[sum][m], total, sizeof total);
+    }
 }
 #define QK_TILE_CONFIGURE(config) configure(config)
 #define QK_TILE_RELEASE() release()

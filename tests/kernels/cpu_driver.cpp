@@ -2,10 +2,14 @@
 // machines without Python, for emulators, and under the sanitizers. Prints the levels; exits 1 at the first difference.
 #include "../../kernels/cpu/qkit_cpu.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -31,21 +35,36 @@ uint32_t random32() {
 }
 float uniform() { return (float)(random32() >> 8) * 0x1p-23f - 1.0f; }
 
-// One element beyond an aligned start: no kernel may count on more than an element's alignment. Exactly as long as it
-// must be, so that the sanitizer sees the first byte beyond.
+// Exactly n elements that end where a page begins which may not be touched: a kernel that reads or writes beyond them dies,
+// and none may count on more than an element's alignment.
 template <class T>
-struct Shifted {
-    std::vector<T> v;
-    explicit Shifted(int64_t n) : v((size_t)n + 1) {}
-    T* data() { return v.data() + 1; }
-    T& operator[](int64_t i) { return v[(size_t)i + 1]; }
-    int64_t bytes() const { return (int64_t)((v.size() - 1) * sizeof(T)); }
-    bool operator==(const Shifted& o) const {
-        return bytes() == o.bytes() && !std::memcmp(v.data() + 1, o.v.data() + 1, (size_t)bytes());
+struct Array {
+    explicit Array(int64_t n) : n(n) {
+        const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+        size = ((size_t)n * sizeof(T) + page - 1) / page * page + page;
+        map = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (map == MAP_FAILED || mprotect(map + size - page, page, PROT_NONE)) std::abort();
+        at = (T*)(map + size - page) - n;
     }
+    Array(const Array& o) : Array(o.n) { std::memcpy((void*)at, o.at, (size_t)bytes()); }
+    Array& operator=(Array o) {
+        std::swap(n, o.n), std::swap(size, o.size), std::swap(map, o.map), std::swap(at, o.at);
+        return *this;
+    }
+    ~Array() { munmap(map, size); }
+    T* data() { return at; }
+    T& operator[](int64_t i) { return at[i]; }
+    const T& operator[](int64_t i) const { return at[i]; }
+    int64_t bytes() const { return n * (int64_t)sizeof(T); }
+    bool operator==(const Array& o) const { return n == o.n && !std::memcmp(at, o.at, (size_t)bytes()); }
+
+    int64_t n;
+    size_t size;
+    char* map;
+    T* at;
 };
 
-float read(const void* x, int64_t i, int dtype) {
+float value_of(const void* x, int64_t i, int dtype) {
     if (dtype == QK_F32) return ((const float*)x)[i];
     const uint16_t h = ((const uint16_t*)x)[i];
     if (dtype == QK_F16) {
@@ -60,7 +79,7 @@ float read(const void* x, int64_t i, int dtype) {
 }
 
 // Written by truncation: the driver needs values of a type, not roundings.
-void write(void* x, int64_t i, int dtype, float value) {
+void put(void* x, int64_t i, int dtype, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     if (dtype == QK_F32) ((float*)x)[i] = value;
@@ -73,24 +92,24 @@ void write(void* x, int64_t i, int dtype, float value) {
 }
 
 template <class T>
-Shifted<uint8_t> bytes_of(Shifted<T>& x) {
-    Shifted<uint8_t> b(x.bytes());
+Array<uint8_t> bytes_of(Array<T>& x) {
+    Array<uint8_t> b(x.bytes());
     std::memcpy(b.data(), x.data(), (size_t)x.bytes());
     return b;
 }
 
-struct Buffer {  // values of a dtype, one element beyond an aligned start
-    Shifted<float> f;
-    Shifted<uint16_t> h;
+struct Buffer {  // values of a dtype
+    Array<float> f;
+    Array<uint16_t> h;
     int dtype;
     Buffer(int64_t n, int d) : f(d == QK_F32 ? n : 0), h(d == QK_F32 ? 0 : n), dtype(d) {}
     void* data() { return dtype == QK_F32 ? (void*)f.data() : (void*)h.data(); }
-    float get(int64_t i) { return read(data(), i, dtype); }
-    void set(int64_t i, float x) { write(data(), i, dtype, x); }
+    float get(int64_t i) { return value_of(data(), i, dtype); }
+    void set(int64_t i, float x) { put(data(), i, dtype, x); }
     bool operator==(const Buffer& o) const { return f == o.f && h == o.h; }  // bits
 };
 
-Shifted<uint8_t> bytes_of(Buffer& x) { return x.dtype == QK_F32 ? bytes_of(x.f) : bytes_of(x.h); }
+Array<uint8_t> bytes_of(Buffer& x) { return x.dtype == QK_F32 ? bytes_of(x.f) : bytes_of(x.h); }
 
 const int DTYPES[] = {QK_F32, QK_F16, QK_BF16};
 std::vector<int> levels;
@@ -100,11 +119,11 @@ void rows_kernels(int64_t rows, int64_t cols, int64_t groups, int bits, int dtyp
     const float multipliers[] = {0.8f, 0.95f};
     Buffer w(n, dtype);
     for (int64_t i = 0; i < n; ++i) w.set(i, 0.05f * uniform());
-    std::vector<Shifted<uint8_t>> first;
+    std::vector<Array<uint8_t>> first;
     for (const int isa : levels) {
-        Shifted<uint8_t> codes(n), zero(rows * groups), back(n);
-        Shifted<uint32_t> packed(rows * words), turned(rows * words);
-        Shifted<double> stats(2 * rows);
+        Array<uint8_t> codes(n), zero(rows * groups), back(n);
+        Array<uint32_t> packed(rows * words), turned(rows * words);
+        Array<double> stats(2 * rows);
         Buffer scale(rows * groups, dtype), out(n, dtype);
         double totals[2];
         uint8_t* z = symmetric ? nullptr : zero.data();
@@ -119,7 +138,7 @@ void rows_kernels(int64_t rows, int64_t cols, int64_t groups, int bits, int dtyp
             for (int64_t i = 0; i < rows * words; ++i) CHECK(turned[i % words * rows + i / words] == packed[i], isa);
             CHECK(!qk_unpack_transposed(turned.data(), back.data(), rows, cols, bits, isa, 2) && back == codes, isa);
         }
-        std::vector<Shifted<uint8_t>> here = {codes, zero, bytes_of(packed), bytes_of(scale), bytes_of(out)};
+        std::vector<Array<uint8_t>> here = {codes, zero, bytes_of(packed), bytes_of(scale), bytes_of(out)};
         if (first.empty()) {  // the others must give the same bits
             first = here;
             for (int64_t i = 0; i < n; ++i) {
@@ -136,9 +155,9 @@ void rows_kernels(int64_t rows, int64_t cols, int64_t groups, int bits, int dtyp
 }
 
 struct Weight {
-    Shifted<uint32_t> codes;
+    Array<uint32_t> codes;
     Buffer scale;
-    Shifted<uint8_t> zero;
+    Array<uint8_t> zero;
     std::vector<double> exact;  // [rows][cols]
     QkWeight c;
 };
@@ -147,10 +166,10 @@ const float TABLE[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.25, -0.5, -1, -1.5, -2, 
 
 Weight make(int64_t rows, int64_t cols, int64_t groups, int bits, int dtype, bool symmetric, bool table) {
     const int64_t words = (cols * bits + 31) / 32, wide = (rows + 31) / 32 * 32;
-    Weight w{Shifted<uint32_t>(qk_prepacked_bytes(rows, cols, bits) / 4), Buffer(wide * groups, dtype),
-             Shifted<uint8_t>(wide * groups), std::vector<double>((size_t)(rows * cols)), {}};
-    Shifted<uint8_t> codes(rows * cols);
-    Shifted<uint32_t> packed(rows * words), back(rows * words);
+    Weight w{Array<uint32_t>(qk_prepacked_bytes(rows, cols, bits) / 4), Buffer(wide * groups, dtype),
+             Array<uint8_t>(wide * groups), std::vector<double>((size_t)(rows * cols)), {}};
+    Array<uint8_t> codes(rows * cols);
+    Array<uint32_t> packed(rows * words), back(rows * words);
     for (int64_t i = 0; i < rows * cols; ++i) codes[i] = (uint8_t)(random32() >> (32 - bits));
     if (cols * bits % 32 == 0)  // the largest sums
         for (int64_t i = 0; i < cols; ++i) codes[i] = (uint8_t)((1 << bits) - 1);
@@ -224,7 +243,7 @@ void products(const Weight& w, int64_t m, int dtype, bool int8) {
 }
 
 void bad_arguments() {
-    Shifted<uint32_t> words(64);
+    Array<uint32_t> words(64);
     uint32_t* p = words.data();
     const int64_t huge = int64_t{1} << 62;
     CHECK(qk_pack((uint8_t*)p, p, 1, 8, 5, 0, 1) == QK_BAD_BITS, 0);
