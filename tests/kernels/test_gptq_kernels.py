@@ -9,8 +9,11 @@ from qkit import kernels
 from qkit.kernels import gptq
 from qkit.kernels.cpu import lib
 
-needs_library = pytest.mark.skipif(not lib.isas(), reason="the CPU library was not built")
+needs_library = pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
 MULTIPLES = tuple(m for k in (0.6, 0.75, 0.9, 1.0, 1.05) for m in (k, -k))
+
+# The levels above these differ in the matmul only.
+ISAS = tuple(isa for isa in lib.isas() if isa not in ("avxvnni", "avx512vnni", "avx512bf16", "amx", "dotprod", "i8mm"))
 
 
 def columns(n: int, out: int, asymmetric: bool = False):
@@ -24,7 +27,7 @@ def columns(n: int, out: int, asymmetric: bool = False):
 
 
 @needs_library
-@pytest.mark.parametrize("isa", lib.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 123), (128, 48), (77, 16), (128, 1000)])
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_columns_equal_the_reference(isa, shape, asymmetric, monkeypatch):
@@ -52,7 +55,7 @@ def loss(w, scale, zero, bits, cost):
 
 
 @needs_library
-@pytest.mark.parametrize("isa", lib.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize(("symmetric", "min_zero"), [(True, 0), (False, 0), (False, 1)])
 @pytest.mark.parametrize(("bits", "shape", "groups"), [(4, (7, 96), 3), (8, (3, 40), 1), (4, (16, 256), 2)])
