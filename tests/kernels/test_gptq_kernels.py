@@ -9,11 +9,10 @@ from qkit import kernels
 from qkit.kernels import gptq
 from qkit.kernels.cpu import lib
 
-needs_library = pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
-MULTIPLES = tuple(m for k in (0.6, 0.75, 0.9, 1.0, 1.05) for m in (k, -k))
-
 # The levels above these differ in the matmul only.
 ISAS = tuple(isa for isa in lib.isas() if isa not in ("avxvnni", "avx512vnni", "avx512bf16", "amx", "dotprod", "i8mm"))
+needs_library = pytest.mark.skipif(not ISAS, reason="the CPU library was not built")
+MULTIPLES = tuple(m for k in (0.6, 0.75, 0.9, 1.0, 1.05) for m in (k, -k))
 
 
 def columns(n: int, out: int, asymmetric: bool = False):
