@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test interop bench bench-gpu triton-static lint clean
+.PHONY: demo test interop bench bench-gpu triton-static arm-tools lint clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ bench-gpu: $(STAMP)
 # the committed table of registers, spills and instructions per weight, ours and other packages'
 triton-static: $(STAMP)
 	$(BIN)/python benchmarks/triton_static.py --peers
+
+# optional, as root on Debian: lets tests/kernels/test_cpu_arm.py run
+arm-tools:
+	apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user
 
 clean:
 	rm -rf $(VENV) build demo-out

@@ -7,7 +7,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 namespace qkit {
@@ -77,8 +77,8 @@ struct Pool {
         while (workers < wanted) {
             try {
                 std::thread([this] { loop(); }).detach();
-            } catch (const std::system_error&) {
-                return;  // a limit on threads: go on with those there are
+            } catch (const std::exception&) {
+                return;  // a limit on threads or memory: go on with those there are
             }
             ++workers;
         }
