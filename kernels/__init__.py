@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 
 import torch
 
 from . import reference
 from .cpu import lib
 from .errors import NonFiniteError, ScaleOverflowError
+from .weight import FLOATS, Weight, check_matrix
 
 __all__ = [
     "NonFiniteError",
@@ -30,7 +30,6 @@ __all__ = [
     "unpack_transposed",
 ]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _log = logging.getLogger("qkit")
 _warned = False
@@ -38,7 +37,7 @@ _warned = False
 
 def backend() -> str:
     """What CPU tensors run on: "avx512", "avx2", "scalar", or "torch reference (why)"."""
-    if os.environ.get("QKIT_REFERENCE") == "1":
+    if reference.forced():
         return "torch reference (QKIT_REFERENCE=1)"
     loaded = lib.load()
     return f"torch reference ({loaded})" if isinstance(loaded, str) else lib.isas()[-1]
@@ -47,7 +46,7 @@ def backend() -> str:
 def _native(*tensors: torch.Tensor | None) -> bool:
     """Whether the C++ library takes these tensors; says once where it is missing."""
     global _warned
-    if os.environ.get("QKIT_REFERENCE") == "1" or any(t is not None and t.device.type != "cpu" for t in tensors):
+    if reference.forced() or any(t is not None and t.device.type != "cpu" for t in tensors):
         return False
     loaded = lib.load()
     if not isinstance(loaded, str):
@@ -60,13 +59,6 @@ def _native(*tensors: torch.Tensor | None) -> bool:
             loaded,
         )
     return False
-
-
-def _check(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if t.dtype not in dtypes:
-        raise TypeError(f"{name} is {t.dtype}, expected " + " or ".join(str(d) for d in dtypes))
-    if t.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected two dimensions")
 
 
 def _check_bits(bits: int) -> None:
@@ -82,7 +74,7 @@ def _check_codes(codes: torch.Tensor, bits: int) -> None:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [rows, n] -> int32 [rows, ceil(n * bits / 32)]. Raises ValueError for a code above 2**bits - 1."""
     _check_bits(bits)
-    _check("codes", codes, (torch.uint8,))
+    check_matrix("codes", codes, (torch.uint8,))
     if _native(codes):
         return lib.pack(codes.contiguous(), bits)
     _check_codes(codes, bits)
@@ -92,7 +84,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     """int32 [rows, ceil(n * bits / 32)] -> uint8 codes [rows, n]."""
     _check_bits(bits)
-    _check("packed", packed, (torch.int32,))
+    check_matrix("packed", packed, (torch.int32,))
     _check_words(packed, bits, n)
     if _native(packed):
         return lib.unpack(packed.contiguous(), bits, n)
@@ -108,7 +100,7 @@ def _check_words(packed: torch.Tensor, bits: int, n: int) -> None:
 def pack_transposed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [rows, n] -> int32 [n * bits / 32, rows] (GPTQ's qweight). n must fill whole words."""
     _check_bits(bits)
-    _check("codes", codes, (torch.uint8,))
+    check_matrix("codes", codes, (torch.uint8,))
     if codes.shape[1] * bits % 32:
         raise ValueError(f"{codes.shape[1]} {bits}-bit codes a row do not fill 32-bit words")
     if _native(codes):
@@ -120,29 +112,10 @@ def pack_transposed(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_transposed(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [n * bits / 32, rows] -> uint8 codes [rows, n]; the inverse of `pack_transposed`."""
     _check_bits(bits)
-    _check("packed", packed, (torch.int32,))
+    check_matrix("packed", packed, (torch.int32,))
     if _native(packed):
         return lib.unpack_transposed(packed.contiguous(), bits)
     return reference.unpack(packed.t().contiguous(), bits, packed.shape[0] * 32 // bits)
-
-
-def check_weight(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, in_features: int
-) -> None:
-    """Raises TypeError or ValueError unless the tensors are one packed weight [out, in_features]."""
-    _check_bits(bits)
-    _check("packed", packed, (torch.int32,))
-    _check("scale", scale, _FLOATS)
-    _check_words(packed, bits, in_features)
-    out, groups = scale.shape
-    if out != packed.shape[0] or groups < 1 or in_features % groups:
-        raise ValueError(
-            f"scale has shape {tuple(scale.shape)}, which does not fit a weight of {packed.shape[0]} x {in_features}"
-        )
-    if zero is not None:
-        _check("zero", zero, (torch.uint8,))
-        if zero.shape != scale.shape:
-            raise ValueError(f"zero has shape {tuple(zero.shape)}, scale {tuple(scale.shape)}")
 
 
 def dequantize(
@@ -159,9 +132,9 @@ def dequantize(
     packed int32 [out, words]; scale float [out, groups]; zero uint8 [out, groups] or None (2**(bits-1)).
     out: a contiguous tensor to fill; made where None.
     """
-    check_weight(packed, scale, zero, bits, in_features)
-    if dtype not in _FLOATS:
-        raise TypeError(f"cannot dequantize to {dtype}, only to " + ", ".join(str(d) for d in _FLOATS))
+    Weight(packed, scale, zero, bits, in_features)  # checks that they fit together
+    if dtype not in FLOATS:
+        raise TypeError(f"cannot dequantize to {dtype}, only to " + ", ".join(str(d) for d in FLOATS))
     shape = (packed.shape[0], in_features)
     if out is not None and (tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous()):
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected contiguous {dtype} {shape}")
@@ -197,7 +170,7 @@ def quantize_rtn(
     Raises NonFiniteError (NaN or infinity in w) and ScaleOverflowError, both ValueErrors.
     """
     _check_bits(bits)
-    _check("w", w, _FLOATS)
+    check_matrix("w", w, FLOATS)
     in_ = w.shape[1]
     if group_size < 0 or in_ < 1 or (group_size and in_ % group_size):
         raise ValueError(f"group size {group_size} does not divide {in_}")

@@ -7,10 +7,17 @@ codes mean.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .errors import NonFiniteError, ScaleOverflowError
 from .weight import TABLES, Weight
+
+
+def forced() -> bool:
+    """Whether `QKIT_REFERENCE=1` asks for this module instead of any kernel."""
+    return os.environ.get("QKIT_REFERENCE") == "1"
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

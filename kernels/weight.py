@@ -54,8 +54,8 @@ class Weight:
         if self.bits not in bits:
             raise ValueError(f"bits must be {' or '.join(map(str, bits))} for kind {self.kind!r}, not {self.bits}")
         scales = {"mxfp4": (torch.uint8,), "nvfp4": (torch.float8_e4m3fn,)}.get(self.kind, FLOATS)
-        _check("packed", self.packed, (torch.int32,))
-        _check("scale", self.scale, scales)
+        check_matrix("packed", self.packed, (torch.int32,))
+        check_matrix("scale", self.scale, scales)
         out, words = self.packed.shape
         if self.in_features < 1 or words != -(-self.in_features * self.bits // 32):
             raise ValueError(
@@ -70,7 +70,7 @@ class Weight:
         if self.zero is not None:
             if self.kind != "int":
                 raise ValueError(f"a weight of kind {self.kind!r} has no zero point")
-            _check("zero", self.zero, (torch.uint8,))
+            check_matrix("zero", self.zero, (torch.uint8,))
             if self.zero.shape != self.scale.shape:
                 raise ValueError(f"zero has shape {tuple(self.zero.shape)}, scale {tuple(self.scale.shape)}")
         devices = {t.device for t in (self.packed, self.scale, self.zero) if t is not None}
@@ -102,7 +102,8 @@ class Weight:
         return scale if self.multiplier == 1.0 else scale * self.multiplier
 
 
-def _check(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_matrix(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError for another type, ValueError unless there are two dimensions."""
     if t.dtype not in dtypes:
         raise TypeError(f"{name} is {t.dtype}, expected " + " or ".join(str(d) for d in dtypes))
     if t.dim() != 2:

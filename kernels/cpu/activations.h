@@ -16,7 +16,7 @@ namespace {
 using qkit::Layout;
 using qkit::PrepareArgs;
 
-constexpr int64_t BLOCK_INPUTS = 128;
+using qkit::BLOCK_INPUTS;
 
 QK_INLINE F magnitude(F x) { return from_bits(bits_of(x) & splat(0x7fffffff)); }
 

@@ -6,14 +6,13 @@
 
 #include "pool.h"
 #include "rows.h"
+#include "sizes.h"
 
 using namespace qkit;
 
 namespace {
 
-bool is_dtype(int d) { return d == QK_F32 || d == QK_F16 || d == QK_BF16; }
-int64_t itemsize(int d) { return d == QK_F32 ? 4 : 2; }
-int64_t words_for(int64_t n, int bits) { return (n * bits + 31) / 32; }
+int64_t words_for(int64_t n, int bits) { return up(n * bits, 32); }
 
 // Rows a thread takes at a time: enough work (about 64K values) that handing out a piece costs nothing beside it.
 int64_t rows_per_piece(int64_t cols) {
@@ -42,8 +41,6 @@ void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t 
     for (int64_t c = 0; c < cols; ++c)
         for (int64_t r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
 }
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 

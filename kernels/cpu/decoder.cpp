@@ -6,7 +6,9 @@
 #include <new>
 #include <vector>
 
+#include "lanes.h"
 #include "pool.h"
+#include "sizes.h"
 
 using namespace qkit;
 
@@ -16,11 +18,9 @@ using namespace qkit;
 #else
 #define QK_LEVELS
 #endif
-#define QK_INLINE static inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int64_t LANES = 16;
 typedef float V __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32), aligned(2)));
@@ -41,18 +41,8 @@ QK_INLINE float sum(const V& x) {
         for (int i = 0; i < half; ++i) f[i] += f[i + half];
     return f[0];
 }
-QK_INLINE float widen1(uint16_t h) {
-    const uint32_t b = (uint32_t)h << 16;
-    float x;
-    std::memcpy(&x, &b, 4);
-    return x;
-}
-QK_INLINE uint16_t narrow1(float x) {  // ties to even; NaN stays NaN
-    uint32_t b;
-    std::memcpy(&b, &x, 4);
-    if ((b & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return (uint16_t)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
-}
+QK_INLINE float widen1(uint16_t h) { return BF16::get(&h); }
+QK_INLINE uint16_t narrow1(float x) { return to_bf16(x); }
 
 QK_LEVELS void narrow(const float* x, uint16_t* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = narrow1(x[i]);
@@ -61,10 +51,8 @@ QK_LEVELS void narrow(const float* x, uint16_t* to, int64_t n) {
 // e**x within 2 units in the last place; 0 below -87.
 QK_INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float n = x * 1.44269504f + 12582912.0f;  // the magic number rounds to an integer, kept in the low bits
-    uint32_t b;
-    std::memcpy(&b, &n, 4);
-    const float r = x - (n - 12582912.0f) * 0.693145752f - (n - 12582912.0f) * 1.42860677e-6f;
+    const float n = x * 1.44269504f + MAGIC;  // an integer, kept in the low bits
+    const float r = x - (n - MAGIC) * 0.693145752f - (n - MAGIC) * 1.42860677e-6f;
     float p = 1.9875691e-4f;
     p = p * r + 1.3981999e-3f;
     p = p * r + 8.3334519e-3f;
@@ -72,10 +60,7 @@ QK_INLINE float exponential(float x) {
     p = p * r + 1.6666665e-1f;
     p = p * r + 5.0000001e-1f;
     p = p * r * r + r + 1.0f;
-    const uint32_t scale = (b - 0x4b400000u + 127u) << 23;
-    float s;
-    std::memcpy(&s, &scale, 4);
-    return p * s;
+    return p * as_float((as_bits(n) - as_bits(MAGIC) + 127u) << 23);
 }
 
 // to = act(gate) * up, from bfloat16 to bfloat16.
@@ -201,8 +186,6 @@ QK_LEVELS void add(float* x, const uint16_t* y, int64_t n) {
 QK_LEVELS void widen_all(const uint16_t* x, float* to, int64_t n, float scale) {
     for (int64_t i = 0; i < n; ++i) to[i] = widen1(x[i]) * scale;
 }
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Step {
     const QkDecoder& d;

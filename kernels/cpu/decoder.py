@@ -97,6 +97,11 @@ class Decoder:
     activation: str
     _c: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @functools.cached_property
+    def positions(self) -> int:
+        """Length of the shortest rotary table."""
+        return min(layer.cosine.shape[0] for layer in self.layers)
+
     def struct(self) -> _Decoder:
         """The C structure; it points into this object's tensors."""
         if "decoder" not in self._c:
@@ -204,7 +209,7 @@ def decode(
     logits = torch.empty(batch, decoder.embedding.shape[0], dtype=torch.bfloat16)
     if len(cache.keys) != len(decoder.layers) or cache.keys[0].shape[0] != batch:
         raise ValueError(f"the cache is of {len(cache.keys)} layers and {cache.keys[0].shape[0]} sequences")
-    if int(positions.max()) >= min(layer.cosine.shape[0] for layer in decoder.layers):
+    if int(positions.max()) >= decoder.positions:
         raise ValueError(f"position {int(positions.max())} is beyond the rotary tables")
     if status := _functions()[0](
         ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, cache.keys[0].shape[2], length,

@@ -4,12 +4,11 @@
 #include "pool.h"
 #include "qkit_cpu.h"
 #include "rows.h"
+#include "sizes.h"
 
 using namespace qkit;
 
 namespace {
-
-bool is_dtype(int d) { return d == QK_F32 || d == QK_F16 || d == QK_BF16; }
 
 int over_channels(const ColumnArgs& args, void (*kernel)(const ColumnArgs&, int64_t, int64_t), int nthreads) {
     constexpr int64_t LANES = 16;
@@ -45,7 +44,7 @@ int qk_gptq_search(const void* w, int w_dtype, const float* cost, void* scale, i
     if (rows && (!w || !cost || !scale || !multipliers)) return QK_NULL;
     const QuantizeArgs args{w_dtype,  scale_dtype,     cols,        groups,       bits,
                             min_zero, zero == nullptr, multipliers, n_multipliers};
-    const int64_t w_step = cols * (w_dtype == QK_F32 ? 4 : 2), scale_step = groups * (scale_dtype == QK_F32 ? 4 : 2);
+    const int64_t w_step = cols * itemsize(w_dtype), scale_step = groups * itemsize(scale_dtype);
     std::atomic<int> status{QK_OK};
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {

@@ -108,14 +108,16 @@ def _cpus() -> int:
     return os.cpu_count() or 1
 
 
-_BOUND = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+@functools.cache
+def _most_threads() -> int:
+    # An OpenMP runtime that binds its threads narrows the main thread to one core: its own count is then the right one.
+    if any(name in os.environ for name in ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")):
+        return sys.maxsize
+    return _cpus()
 
 
 def _threads() -> int:
-    # An OpenMP runtime that binds its threads narrows the main thread to one core: its own count is then the right one.
-    if any(name in os.environ for name in _BOUND):
-        return torch.get_num_threads()
-    return min(_cpus(), torch.get_num_threads())
+    return min(_most_threads(), torch.get_num_threads())
 
 
 def _ptr(t: torch.Tensor | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,7 @@ def supports(p: Problem) -> str | None:
     """None, or why the C++ matmul does not take this problem."""
     if p.device.type != "cpu":
         return f"runs on the CPU, not on {p.device.type}"
-    if os.environ.get("QKIT_REFERENCE") == "1":
+    if reference.forced():
         return "QKIT_REFERENCE=1"
     if p.kind == "fp8" or p.activations == "fp8":
         return "has no fp8 arithmetic"

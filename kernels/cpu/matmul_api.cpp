@@ -8,21 +8,18 @@
 #include "pool.h"
 #include "qkit_cpu.h"
 #include "rows.h"
+#include "sizes.h"
 
 using namespace qkit;
 
 namespace {
 
-constexpr int64_t BLOCK = 16;  // eights of inputs under one activation scale, at most: 128 inputs
+constexpr int64_t BLOCK = BLOCK_INPUTS / 8;  // in eights of inputs
 constexpr int64_t CHUNK = 48;  // rows of activations a pass over the weights serves: they stay in the second-level cache
 constexpr int64_t SLAB = 32 << 20;  // bytes of laid out activations at a time, unless a single chunk takes more
 constexpr int64_t PANEL = 4;   // blocks of inputs a tile takes at a time: 8 KiB of 4-bit codes, in the first-level cache
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t eights(int64_t cols) { return up(cols, 8); }
-int64_t itemsize(int dtype) { return dtype == QK_F32 ? 4 : 2; }
 
 // The four nibbles of h, one to a byte.
 uint32_t spread(uint32_t h) {
@@ -256,7 +253,7 @@ int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bi
     if (const int bad = check(w.rows, w.cols, w.bits)) return bad;
     if (m < 0 || w.groups < 1 || w.cols % w.groups || (w.groups > 1 && w.cols / w.groups % 8)) return QK_BAD_SHAPE;
     if (too_large(m, w.rows) || too_large(m, w.cols)) return QK_BAD_SHAPE;
-    if (x_dtype < 0 || x_dtype > QK_BF16 || w.scale_dtype < 0 || w.scale_dtype > QK_BF16) return QK_BAD_DTYPE;
+    if (!is_dtype(x_dtype) || !is_dtype(w.scale_dtype)) return QK_BAD_DTYPE;
     if (w.table && (w.bits != 4 || w.zero || int8)) return QK_BAD_BITS;
     if (m == 0) return QK_OK;
     if (!w.codes || !w.scale || !x || !out) return QK_NULL;

@@ -5,6 +5,7 @@
 namespace qkit {
 
 constexpr int64_t WIDE = 32;  // outputs in a block of the layout
+constexpr int64_t BLOCK_INPUTS = 128;  // inputs under one activation scale, at most
 
 // Consecutive inputs under one scale, at most 128; start and steps count eights of (padded) inputs.
 struct Block {

@@ -6,9 +6,6 @@
 
 namespace qkit {
 
-// Sizes whose product leaves no room for the arithmetic on it.
-static inline bool too_large(int64_t a, int64_t b) { return a > 0 && b > (int64_t{1} << 48) / a; }
-
 struct QuantizeArgs {
     int w_dtype, scale_dtype;
     int64_t cols, groups;

@@ -10,7 +10,6 @@ tune.tune(packed, rows, ...)                 measures configurations and keeps t
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,15 +32,17 @@ def supports(p: Problem) -> str | None:
     """None where `linear` computes the problem, else why not."""
     if p.activations is not None:
         return "takes unquantized activations"
-    if p.device.type != "cuda":
-        return f"runs on CUDA and ROCm devices, not on {p.device.type}"
     if p.act_dtype not in DTYPES:
         return f"takes float16 or bfloat16 activations, not {p.act_dtype}"
-    if os.environ.get("QKIT_REFERENCE") == "1":
+    return unavailable(p.device) or layout.why_not(p.kind, p.group_size, p.shape[1])
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None where Triton kernels can run on `device` here, else why not."""
+    if device.type != "cuda":
+        return f"runs on CUDA and ROCm devices, not on {device.type}"
+    if reference.forced():
         return "QKIT_REFERENCE=1"
-    reason = layout.why_not(p.kind, p.group_size, p.shape[1])
-    if reason is not None:
-        return reason
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ import torch
 
 from .. import reference
 from ..weight import FLOATS, Weight
+from . import unavailable
 
 if TYPE_CHECKING:
     from ..select import Problem
@@ -32,16 +31,9 @@ def supports(p: Problem) -> str | None:
     """None where `matmul` computes the problem, else why not."""
     if p.activations is None:
         return "takes activations quantized to int8 or fp8"
-    if p.device.type != "cuda":
-        return f"runs on CUDA and ROCm devices, not on {p.device.type}"
     if p.act_dtype not in FLOATS:
         return f"takes float32, float16 or bfloat16 activations, not {p.act_dtype}"
-    if os.environ.get("QKIT_REFERENCE") == "1":
-        return "QKIT_REFERENCE=1"
-    reason = why_not(p.kind, p.bits, p.group_size, p.shape[1], p.symmetric, p.activations)
-    if reason is not None:
-        return reason
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    return unavailable(p.device) or why_not(p.kind, p.bits, p.group_size, p.shape[1], p.symmetric, p.activations)
 
 
 @dataclass(frozen=True)

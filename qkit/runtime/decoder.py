@@ -51,6 +51,17 @@ def attach(model: Any) -> str | None:
 
 
 def _unsupported(model: Any) -> str | None:
+    reason = _foreign(model)
+    if reason is None:
+        try:
+            _linears(model)
+        except (AttributeError, TypeError) as error:
+            return str(error)
+    return reason
+
+
+def _foreign(model: Any) -> str | None:
+    """What speaks against the model before its linears are looked at."""
     import torch
 
     from ..kernels import backend
@@ -71,10 +82,6 @@ def _unsupported(model: Any) -> str | None:
     for parameters in _rope_parameters(config).values():
         if parameters.get("rope_type", "default") not in _ROPE_TYPES or parameters.get("partial_rotary_factor", 1) != 1:
             return f"rotary embedding {parameters}"
-    try:
-        _linears(model)
-    except (AttributeError, TypeError) as error:
-        return str(error)
     return None
 
 
@@ -117,9 +124,9 @@ def _linears(model: Any) -> list[Linear]:
     return found
 
 
-def _fingerprint(model: Any) -> tuple[int, ...]:
-    """Changes when a linear, a norm or the embedding is replaced."""
-    weights = [x.weight if hasattr(x.weight, "data_ptr") else x.weight.codes for x in _linears(model)]
+def _fingerprint(model: Any, linears: list[Linear]) -> tuple[int, ...]:
+    """Changes when a linear, a norm or the embedding is replaced. linears: those of `_linears`."""
+    weights = [x.weight if hasattr(x.weight, "data_ptr") else x.weight.codes for x in linears]
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     return tuple(t.data_ptr() for t in (*weights, *norms, model.get_input_embeddings().weight))
 
@@ -289,9 +296,12 @@ class _Runner:
     def _ready(self, positions: int) -> bool:
         """Whether the C structures describe the model as it is now, for that many positions."""
         if not self.checked:
-            if _unsupported(self.model) is not None:
+            if _foreign(self.model) is not None:
                 return False
-            now = _fingerprint(self.model)
+            try:
+                now = _fingerprint(self.model, _linears(self.model))
+            except (AttributeError, TypeError):  # a linear that is neither packed nor plain, as an adapter's
+                return False
             if now != self.fingerprint:
                 self.decoder, self.fingerprint = None, now
             self.checked = True

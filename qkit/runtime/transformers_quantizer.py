@@ -30,6 +30,7 @@ from ..dtypes import TensorMeta, torch_dtype
 from ..errors import QkitError
 from ..experts import EXPERT_NAMES, unfuse
 from .linear import QuantLinear
+from .load import say_kernels
 
 if TYPE_CHECKING:
     from ..formats import Format
@@ -184,8 +185,7 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
                 _carry_over(hook, layer)
             model.set_submodule(name, layer.eval())
             kernels[layer.select(model.dtype).name] += 1
-        for kernel, count in kernels.items():
-            _log.info("%d linears: %s", count, kernel)
+        say_kernels(kernels, model.device)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
