@@ -24,8 +24,8 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     """Llama-3.1-8B's layers, as many as fill `gigabytes`, random bfloat16."""
     import torch
 
-    from qkit.checkpoint.writer import write_safetensors
-    from qkit.dtypes import TensorMeta
+    from qkit.spec.dtypes import TensorMeta
+    from qkit.storage.writer import write_safetensors
 
     hidden, wide, kv = 4096, 14336, 1024
     shapes = {

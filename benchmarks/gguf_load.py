@@ -35,7 +35,7 @@ def read_file(path: Path) -> None:
 
 def load(path: Path) -> dict[str, float]:
     """Seconds of each step, with qkit."""
-    from qkit.checkpoint.gguf import open_gguf
+    from qkit.sources.gguf import open_gguf
 
     start = time.perf_counter()
     source = open_gguf(path)
@@ -66,8 +66,8 @@ def main() -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    from qkit.checkpoint.gguf import GgufFile
-    from qkit.checkpoint.gguf_model import GgufSource
+    from qkit.sources.gguf.file import GgufFile
+    from qkit.sources.gguf.model import GgufSource
 
     source = GgufSource(GgufFile(options.file))
     out_gb = sum(source.meta(name).nbytes for name in source.names()) / 1e9

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from qkit import formats, kernels
-from qkit.checkpoint.writer import write_safetensors
-from qkit.dtypes import TensorMeta
-from qkit.scheme import QTensor, Scheme
+from qkit.spec.dtypes import TensorMeta
+from qkit.spec.scheme import QTensor, Scheme
+from qkit.storage.writer import write_safetensors
 
 GROUP = 128
 SCHEME = Scheme(4, GROUP)

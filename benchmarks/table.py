@@ -92,7 +92,7 @@ def evaluation_tokens(source: Path, text: Path) -> Any:
 
 def quality(models: dict[str, Any], base: Any, tokens: Any) -> dict[str, dict[str, float]]:
     """Each model against `base`, chunk by chunk so that the base runs once for all of them."""
-    from qkit.evaluate.quality import compare, model_logits
+    from qkit.measure.quality import compare, model_logits
 
     sums = {name: dict.fromkeys(("nll", "kld", "same_top"), 0.0) for name in models}
     for chunk in tokens.split(1):
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--convert-only", action="store_true", help="stop before quality and speed")
     args = parser.parse_args()
 
-    from qkit.checkpoint.demo import demo_path
+    from qkit.sources.demo import demo_path
 
     path = args.work / "rows.json"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from . import transformers_hook
 
 if TYPE_CHECKING:
-    from .conversion import convert
+    from .conversion.run import convert
     from .errors import QkitError
-    from .profiling import profile
-    from .runtime.adapters import lora
+    from .measure import profile
     from .runtime.load import load
-    from .runtime.transformers_quantizer import register_transformers
+    from .runtime.peft import lora
+    from .runtime.transformers import register_transformers
 
 __version__ = "0.1.0"
 __all__ = ["QkitError", "__version__", "convert", "load", "lora", "profile", "register_transformers"]
@@ -21,11 +21,11 @@ __all__ = ["QkitError", "__version__", "convert", "load", "lora", "profile", "re
 # of these functions, or importing it would put the module in the function's place.
 _HOMES = {
     "QkitError": "errors",
-    "convert": "conversion",
-    "load": "runtime",
-    "lora": "runtime.adapters",
-    "profile": "profiling",
-    "register_transformers": "runtime.transformers_quantizer",
+    "convert": "conversion.run",
+    "load": "runtime.load",
+    "lora": "runtime.peft",
+    "profile": "measure.run",
+    "register_transformers": "runtime.transformers",
 }
 
 

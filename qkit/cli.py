@@ -89,9 +89,9 @@ def _devices(commands: Any) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from . import plan as planning
     from . import units
-    from .conversion import convert, summary
+    from .conversion import plan as planning
+    from .conversion.run import convert, summary
     from .progress import say
 
     options = _options(args)
@@ -112,7 +112,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    from .profiling import profile, summary
+    from .measure import profile, summary
 
     result = profile(**_options(args))
     if args.json:
@@ -123,7 +123,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from .inspect import describe, inspect
+    from .inspection import describe, inspect
 
     result = inspect(**_options(args))
     if args.json:
@@ -134,7 +134,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_devices(args: argparse.Namespace) -> int:
-    from .devices import describe, devices
+    from .hardware.devices import describe, devices
 
     result = devices()
     if args.json:

@@ -52,7 +52,7 @@ def install() -> None:
 def _register() -> None:
     """Never in the way of `import transformers`: what goes wrong is said, not raised."""
     try:
-        from .runtime import transformers_quantizer
+        from .runtime import transformers as transformers_quantizer
 
         # Not there yet while that module is itself what imports transformers; its caller then registers.
         if hasattr(transformers_quantizer, "register_transformers"):

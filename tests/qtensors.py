@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qkit.scheme import QTensor, Scheme, round_scale
+from qkit.spec.scheme import QTensor, Scheme, round_scale
 
 
 def random_qtensor(out: int, in_: int, scheme: Scheme, seed: int = 0) -> QTensor:

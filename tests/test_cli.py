@@ -22,8 +22,8 @@ def test_help_imports_nothing_heavy():
 def test_defaults_are_those_of_the_functions():
     import inspect as python_inspect
 
-    from qkit.conversion import convert
-    from qkit.profiling import profile
+    from qkit.conversion.run import convert
+    from qkit.measure import profile
 
     for command, function, argv in (
         ("convert", convert, ["convert", "S", "-o", "O"]),

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..checkpoint.types import Source
-    from ..scheme import QTensor, Scheme
+    from ..sources.types import Source
+    from ..spec.scheme import QTensor, Scheme
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Block:
     def _accumulate(self, group: tuple[str, int], x: torch.Tensor) -> None:
         import torch
 
-        from ..quantize import gptq
+        from ..methods import gptq
 
         if group not in self.hessians:
             n = x.shape[-1]
@@ -169,7 +169,7 @@ class Block:
         """Quantize what is left of `groups` and put it into the block."""
         import torch
 
-        from ..quantize import gptq
+        from ..methods import gptq
 
         for group in groups:
             locals_ = [local for local in self.groups[group] if self.names[local] not in self.results]

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import skeleton
 from ..errors import QkitError
+from ..models import skeleton
 from .block import Block, LayerResult, Runner, install
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..checkpoint.types import Source
-    from ..scheme import QTensor, Scheme
+    from ..sources.types import Source
+    from ..spec.scheme import QTensor, Scheme
 
 # All samples go through a block at once as long as its activations fit in this many bytes: then one forward pass
 # does everything. Above it, in batches, with one (partial) pass per stage. A constant, not the free memory:

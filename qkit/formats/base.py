@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..dtypes import FLOATS, TensorMeta, dtype_name
 from ..errors import QkitError
-from ..scheme import QTensor, Scheme
+from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
+from ..spec.scheme import QTensor, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from ..checkpoint.types import Source
+    from ..sources.types import Source
 
 
 @dataclass(frozen=True)

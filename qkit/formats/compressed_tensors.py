@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..dtypes import TensorMeta
 from ..errors import QkitError
-from ..scheme import CHANNEL, QTensor, Scheme
+from ..spec.dtypes import TensorMeta
+from ..spec.scheme import CHANNEL, QTensor, Scheme
 from .base import Packed, as_names, as_object, check_pattern, check_tensors
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..dtypes import TensorMeta
 from ..errors import QkitError
-from ..scheme import CHANNEL, QTensor, Scheme
+from ..spec.dtypes import TensorMeta
+from ..spec.scheme import CHANNEL, QTensor, Scheme
 from .base import Packed, as_object, check_pattern, check_tensors
 from .compressed_tensors import check_trivial_g_idx
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..dtypes import TensorMeta
 from ..errors import QkitError
-from ..scheme import QTensor, Scheme
+from ..spec.dtypes import TensorMeta
+from ..spec.scheme import QTensor, Scheme
 from .base import FormatReader, Packed
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..formats.base import Packed
 from ..kernels import pack
 from ..kernels.select import Kernel, Weight, select
-from ..scheme import QTensor, Scheme
+from ..spec.scheme import QTensor, Scheme
 
 
 class QuantLinear(nn.Module):

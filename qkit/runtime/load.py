@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
-from ..dtypes import torch_dtype
 from ..errors import QkitError
+from ..spec.dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..checkpoint.types import Source
     from ..formats import FormatReader
-    from ..scheme import Scheme
+    from ..sources.types import Source
+    from ..spec.scheme import Scheme
 
 _log = logging.getLogger("qkit")
 
@@ -51,8 +51,8 @@ def load(
     """
     import torch
 
-    from ..checkpoint import open_source
-    from ..skeleton import build, materialize
+    from ..models.skeleton import build, materialize
+    from ..sources import open_source
     from . import decoder
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
@@ -196,7 +196,7 @@ def load_tokenizer(source: str | os.PathLike[str] | Source) -> Any:
     """The transformers tokenizer that travels with a checkpoint. Raises QkitError where there is none."""
     from transformers import AutoTokenizer
 
-    from ..checkpoint import open_source
+    from ..sources import open_source
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
     # From a folder of its own, whatever the source is: nothing is fetched, weights are not looked at.

@@ -7,10 +7,10 @@ import torch
 from models import make_model
 
 from qkit.calibrate import blocks
-from qkit.checkpoint import open_source
 from qkit.errors import QkitError
-from qkit.quantize import gptq, rtn
-from qkit.scheme import Scheme
+from qkit.methods import gptq, rtn
+from qkit.sources import open_source
+from qkit.spec.scheme import Scheme
 
 SCHEME = Scheme(group_size=32)
 

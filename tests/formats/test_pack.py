@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from qtensors import random_qtensor, same
 
 from qkit import formats
-from qkit.dtypes import dtype_name
 from qkit.errors import QkitError
-from qkit.scheme import CHANNEL, QTensor, Scheme
+from qkit.spec.dtypes import dtype_name
+from qkit.spec.scheme import CHANNEL, QTensor, Scheme
 
 
 def numpy_field(words: torch.Tensor, bits: int, index: int) -> np.ndarray:

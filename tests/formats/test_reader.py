@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from qtensors import random_qtensor, same
 
 from qkit import formats
-from qkit.dtypes import TensorMeta, dtype_name
 from qkit.errors import QkitError
-from qkit.scheme import CHANNEL, Scheme
+from qkit.spec.dtypes import TensorMeta, dtype_name
+from qkit.spec.scheme import CHANNEL, Scheme
 
 SCHEMES = [Scheme(b, g, s) for b in (4, 8) for g in (CHANNEL, 64) for s in (True, False)]
 LLM_COMPRESSOR = {  # the keys llm-compressor 0.14 writes

@@ -20,7 +20,7 @@ from interop import awq, clients
 
 import qkit
 from qkit.runtime import load_tokenizer
-from qkit.text import evaluation_text
+from qkit.text.defaults import evaluation_text
 
 SEQUENCES, LENGTH = 2, 64
 # name -> (model, format, scheme, group size); 0 is one scale per output channel

@@ -10,8 +10,8 @@ import torch
 from qkit import kernels
 from qkit.kernels import reference
 from qkit.kernels.cpu import lib
-from qkit.scheme import Scheme
-from qkit.scheme import round_scale as scheme_round_scale
+from qkit.spec.scheme import Scheme
+from qkit.spec.scheme import round_scale as scheme_round_scale
 
 
 @pytest.fixture

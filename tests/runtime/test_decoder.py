@@ -34,7 +34,7 @@ def packed(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The model with packed 4-bit linears, from plain weights."""
     from qkit.formats.base import Packed
     from qkit.kernels import pack, quantize_rtn
-    from qkit.scheme import Scheme
+    from qkit.spec.scheme import Scheme
 
     model = load(folder, device="cpu", dtype=dtype)
     for name, module in list(model.named_modules()):

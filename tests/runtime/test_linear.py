@@ -12,7 +12,7 @@ from qtensors import random_qtensor
 from torch import nn
 
 from qkit.runtime import QuantLinear
-from qkit.scheme import CHANNEL, QTensor, Scheme
+from qkit.spec.scheme import CHANNEL, QTensor, Scheme
 
 SCHEMES = [Scheme(b, g, s, d) for b in (4, 8) for g in (CHANNEL, 32) for s in (True, False) for d in ("BF16", "F16")]
 

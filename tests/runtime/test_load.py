@@ -14,11 +14,11 @@ from models import make_model
 from safetensors.torch import load_file, save_file
 
 from qkit import formats
-from qkit.checkpoint import open_source
 from qkit.errors import QkitError
-from qkit.quantize import rtn
+from qkit.methods import rtn
 from qkit.runtime import QuantLinear, load, load_tokenizer
-from qkit.scheme import CHANNEL, Scheme
+from qkit.sources import open_source
+from qkit.spec.scheme import CHANNEL, Scheme
 
 BLOCK = ".layers."
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from qkit.kernels import pack, reference
 from qkit.kernels.select import Weight, select
-from qkit.quantize import rtn
+from qkit.methods import rtn
 from qkit.runtime import opaque
-from qkit.scheme import Scheme
+from qkit.spec.scheme import Scheme
 
 
 def made(out: int, in_: int, seed: int = 0) -> Weight:

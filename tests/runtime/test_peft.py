@@ -12,9 +12,9 @@ from torch import nn
 
 import qkit
 from qkit.errors import QkitError
-from qkit.quantize import rtn
+from qkit.methods import rtn
 from qkit.runtime import QuantLinear
-from qkit.scheme import CHANNEL, Scheme
+from qkit.spec.scheme import CHANNEL, Scheme
 
 ATTENTION = ["q_proj", "v_proj"]
 

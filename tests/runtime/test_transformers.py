@@ -18,8 +18,9 @@ from transformers.quantizers import auto
 import qkit
 from qkit import transformers_hook
 from qkit.errors import QkitError
-from qkit.runtime import QuantLinear, transformers_quantizer
-from qkit.runtime.transformers_quantizer import NAME, QkitConfig, register_transformers
+from qkit.runtime import QuantLinear
+from qkit.runtime import transformers as transformers_quantizer
+from qkit.runtime.transformers import NAME, QkitConfig, register_transformers
 
 CASES = {
     "ct4": ("llama", "compressed-tensors", "w4a16", 32),

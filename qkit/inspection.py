@@ -1,0 +1,129 @@
+"""What a checkpoint holds, and whether it is still what was written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import units
+from .errors import QkitError
+from .progress import track
+
+if TYPE_CHECKING:
+    from . import formats
+    from .sources.types import Source
+    from .spec.dtypes import TensorMeta
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts of a checkpoint; problems is None where nothing was verified, empty where all hashes agree."""
+
+    model: str
+    base_model: str
+    architecture: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    quantization: dict[str, Any] | None
+    schemes: dict[str, int]
+    converted_by: str | None
+    calibration: dict[str, Any] | None
+    fallbacks: dict[str, str]
+    problems: list[str] | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(1, self.parameters)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "bits_per_weight": self.bits_per_weight}
+
+
+def inspect(model: str, *, verify: bool = False) -> Inspection:
+    """Read the headers of `model` (folder, .gguf, Hub id, "demo"); with `verify`, every hash of its manifest.
+
+    Raises QkitError where it cannot be read, or has no manifest to verify."""
+    from . import formats
+    from .sources import open_source
+    from .storage.manifest import MANIFEST, Manifest
+
+    source = open_source(model)
+    folder = Path(model)
+    manifest = Manifest.load(folder) if (folder / MANIFEST).is_file() else None
+    if verify and manifest is None:
+        raise QkitError(f"{model} has no {MANIFEST}", "only folders written by qkit convert can be verified")
+    metas = {name: source.meta(name) for name in source.names()}
+    reader = formats.reader(source.config)
+    schemes: Counter[str] = Counter()
+    parameters = sum(m.numel for m in metas.values())
+    if reader is not None:
+        parameters, schemes = _logical(source, metas, reader)
+    problems = None
+    if verify and manifest is not None:
+        with track("verifying", sum(f["bytes"] for f in manifest.files.values()), "bytes") as advance:
+            problems = manifest.verify(folder, advance)
+    text = source.config.get("text_config") or source.config
+    return Inspection(
+        model=model,
+        base_model=manifest.identity["source"]["base_model"] if manifest else source.base_model,
+        architecture=", ".join(source.config.get("architectures") or [str(text.get("model_type", "unknown"))]),
+        tensors=len(metas),
+        parameters=parameters,
+        nbytes=stored_bytes(source),
+        dtypes=dict(Counter(m.dtype for m in metas.values())),
+        quantization=source.config.get("quantization_config"),
+        schemes=dict(schemes),
+        converted_by=f"qkit {manifest.identity.get('qkit')}" if manifest else None,
+        calibration=_without_sketch(manifest.identity.get("calibration")) if manifest else None,
+        fallbacks={n: t["fallback"] for n, t in manifest.tensors.items() if t.get("fallback")} if manifest else {},
+        problems=problems,
+    )
+
+
+def stored_bytes(source: Any) -> int:
+    """Bytes of tensor data on disk: a GGUF's are smaller than what `read` returns."""
+    stored = getattr(source, "stored_bytes", None)
+    return int(stored) if stored is not None else sum(source.meta(n).nbytes for n in source.names())
+
+
+def _without_sketch(calibration: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {k: v for k, v in calibration.items() if k != "sketch"} if calibration else None
+
+
+def _logical(source: Source, metas: dict[str, TensorMeta], reader: formats.FormatReader) -> tuple[int, Counter[str]]:
+    """(parameters, scheme -> layers): a packed weight counts as the weights it stands for."""
+    from .formats import local_names, quantized_modules
+
+    schemes: Counter[str] = Counter()
+    parameters = sum(m.numel for m in metas.values())
+    for module, scheme in quantized_modules(reader, source).items():
+        schemes[scheme.describe()] += 1
+        stored = {local: metas[f"{module}.{local}"] for local in local_names(reader, source, module, scheme)}
+        parameters += stored[reader.marker].numel * 32 // scheme.bits - sum(m.numel for m in stored.values())
+    return parameters, schemes
+
+
+def describe(result: Inspection) -> str:
+    lines = [
+        f"{result.model}",
+        f"  architecture  {result.architecture}",
+        f"  parameters    {result.parameters:,} in {result.tensors} tensors",
+        f"  stored        {units.size(result.nbytes)}, {result.bits_per_weight:.2f} bits per weight",
+        "  dtypes        " + ", ".join(f"{n} x {d}" for d, n in sorted(result.dtypes.items())),
+    ]
+    if result.quantization:
+        lines.append(f"  quantization  {result.quantization.get('quant_method', 'unknown')}")
+    lines += [f"                {n} layers {s}" for s, n in sorted(result.schemes.items())]
+    if result.converted_by:
+        lines.append(f"  written by    {result.converted_by} from {result.base_model}")
+    if result.calibration:
+        c = result.calibration
+        lines.append(f"  calibration   {c['samples']} x {c['length']} tokens of {c['name']}")
+    lines += [f"  WARNING       {n} fell back to rounding: {why}" for n, why in result.fallbacks.items()]
+    if result.problems is not None:
+        lines += [f"  FAILED        {p}" for p in result.problems] or ["  verified      every hash agrees"]
+    return "\n".join(lines)

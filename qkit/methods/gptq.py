@@ -1,0 +1,300 @@
+"""GPTQ (arXiv:2210.17323) in its error-feedback form: round column by column, push each error onto later columns.
+
+With H = X^T X over the calibration inputs of a layer, the squared output error of rounding W to Q is
+tr((W - Q) H (W - Q)^T). Factor H = U D U^T, U unit upper triangular: the error is the sum over columns j of
+D_j |t_j - q_j|^2 with t_j = w_j + sum_{i<j} (w_i - q_i) U_ij. So round t_j, from left to right. This is the paper's
+algorithm (section 3; the equivalence: QuIP, arXiv:2307.13304, theorem 6) with one Cholesky and no inverse.
+
+Beyond the paper:
+- Static groups with activation order: scales are fixed before the loop, columns are visited by falling
+  diag(H), codes are stored in their own order, so g_idx stays trivial.
+- Scales are searched, sign included, to minimize sum_j D_j (w_j - q_j)^2. D_j is what an error in column j costs
+  *after* later columns have compensated it; diag(H), the usual weight, ignores the compensation.
+- Coordinate descent over the codes afterwards: the loop never returns to a column, this does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import QkitError
+from ..spec.scheme import QTensor, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+# Multiples of the scale that just spans a group. A 4-bit grid gains from clipping far more than from widening.
+_MULTIPLES = tuple(0.6 + 0.025 * k for k in range(19))
+_MAX_DAMP = 1.0  # of the mean diagonal; beyond this the Hessian says nothing that rounding does not know
+UNREACHED = "no calibration token reached it"
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """error     tr((W-Q) H (W-Q)^T) / tr(W H W^T): squared output error relative to the squared output
+    method    "gptq", or "rtn" after a fallback
+    fallback  why the layer was only rounded, or None
+    damp      the damping that was needed, as a fraction of the mean diagonal"""
+
+    qtensor: QTensor
+    error: float
+    method: str
+    fallback: str | None
+    damp: float
+
+
+def accumulate(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """hessian [in, in] (float32) += x^T x, in place. x [..., in], any float type.
+
+    float32: the sum of n products carries a relative error of about sqrt(n) * 6e-8, 1e-5 at 32,768 tokens;
+    damping at 1e-2 of the mean diagonal is three orders above it. Only blocks on and above the diagonal are
+    computed, the rest is mirrored by `symmetrize`: almost half the work of a full product.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    n = hessian.shape[0]
+    step = max(128, n // 16)
+    # Slabs of tokens bound the float32 copy, and keep it in cache.
+    for rows in x.split(max(256, (16 << 20) // (4 * n))):
+        part = rows.to(hessian.dtype)
+        for a in range(0, n, step):
+            hessian[a : a + step, a:].addmm_(part[:, a : a + step].T, part[:, a:])
+
+
+def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
+    """Mirror the upper triangle onto the lower, in place; returns its argument."""
+    import torch
+
+    upper = torch.triu(hessian, 1)
+    hessian.triu_().add_(upper.T)
+    # The diagonal blocks were computed whole; only their upper half is used, so this is exact.
+    return hessian
+
+
+def quantize(
+    w: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: Scheme,
+    *,
+    damp: float = 0.01,
+    act_order: bool = True,
+    sweeps: int = 1,
+) -> GptqResult:
+    """`quantize_all` for one weight."""
+    return quantize_all([w], hessian, [scheme], damp=damp, act_order=act_order, sweeps=sweeps)[0]
+
+
+def quantize_all(
+    weights: Sequence[torch.Tensor],
+    hessian: torch.Tensor,
+    schemes: Sequence[Scheme],
+    *,
+    damp: float = 0.01,
+    act_order: bool = True,
+    sweeps: int = 1,
+) -> list[GptqResult]:
+    """Quantize weights that share an input, such as q, k and v; the Hessian is factored once.
+
+    weights  float [out_i, in], on the device to compute on
+    hessian  float32 [in, in], symmetric: X^T X over the calibration tokens (any positive multiple of it)
+    damp     added to the diagonal, as a fraction of its mean; grown tenfold until the factorization succeeds,
+             up to 1. Where it never does, or the Hessian is zero, the weights are rounded (searched scales) and
+             `fallback` says why
+    act_order  visit columns by falling diag(hessian)
+    sweeps   coordinate-descent passes over the codes after the loop
+    Raises QkitError for NaN or infinity in a weight or in the Hessian, ValueError for shapes that do not match.
+    """
+    import torch
+
+    n = hessian.shape[0]
+    for w, scheme in zip(weights, schemes, strict=True):
+        if w.ndim != 2 or w.shape[1] != n or hessian.shape != (n, n):
+            raise ValueError(f"weight {list(w.shape)} and hessian {list(hessian.shape)} do not match")
+        scheme.groups(n)
+        if not bool(torch.isfinite(w).all()):
+            raise QkitError("the weight contains NaN or infinite values", "the checkpoint is damaged")
+    if not bool(torch.isfinite(hessian).all()):
+        raise QkitError(
+            "the calibration statistics contain NaN or infinite values",
+            "the model overflows on this text: check the checkpoint, or use --method rtn",
+        )
+    h = hessian.float()
+    diagonal = h.diagonal()
+    if not bool((diagonal > 0).any()):
+        return [_rounded(w, h, scheme, UNREACHED) for w, scheme in zip(weights, schemes, strict=True)]
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n, device=h.device)
+    h = h[order][:, order]
+    # A column no token ever excites: any value is right, the nearest code is the natural one. A zero row and
+    # column with a positive diagonal gives just that: no feedback in or out.
+    diagonal = h.diagonal()
+    mean = diagonal.mean()
+    dead = diagonal <= 0
+    factor, used, reason = _factor(h, dead, float(mean), damp)
+    if factor is None:
+        back = torch.argsort(order)
+        return [_rounded(w, h[back][:, back], s, reason) for w, s in zip(weights, schemes, strict=True)]
+    results: list[GptqResult | None] = [None] * len(weights)
+    for scheme in dict.fromkeys(schemes):
+        # One loop over the columns for all weights of a scheme: its cost is in the number of steps.
+        members = [i for i, other in enumerate(schemes) if other == scheme]
+        w = torch.cat([weights[i] for i in members])
+        q, lost, total = _solve(w, h, order, factor, used * mean, dead, scheme, sweeps)
+        row = 0
+        for i in members:
+            part = slice(row, row + weights[i].shape[0])
+            row = part.stop
+            mine = QTensor(q.codes[part], q.scale[part], None if q.zero is None else q.zero[part], scheme)
+            error = float(lost[part].sum().clamp_min(0) / total[part].sum().clamp_min(1e-300))
+            results[i] = GptqResult(mine, error, "gptq", None, used)
+    return [result for result in results if result is not None]
+
+
+def _solve(
+    w: torch.Tensor,
+    h: torch.Tensor,
+    order: torch.Tensor,
+    factor: tuple[torch.Tensor, torch.Tensor],
+    damping: torch.Tensor,
+    dead: torch.Tensor,
+    scheme: Scheme,
+    sweeps: int,
+) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
+    """(quantized, lost, total), the latter two float64 [out]: squared output error and squared output, undamped.
+
+    h, factor and dead are in visiting order, w is not."""
+    import torch
+
+    feedback, cost = factor
+    column_cost = torch.empty_like(cost)
+    column_cost[order] = cost
+    scale, zero = search_grid(w, column_cost, scheme)
+    wt = w.float().T[order].contiguous()  # [in, out]: a column of W is contiguous
+    grid = _Grid(scale, zero, scheme, order, w.shape[1])
+    codes = _round_with_feedback(wt, feedback, grid)
+    error = wt - grid.values(codes)
+    for _ in range(sweeps):
+        _descend(codes, error, h, damping, dead, grid)
+    total = ((h @ wt).mul_(wt)).sum(0, dtype=torch.float64)
+    lost = ((h @ error).mul_(error)).sum(0, dtype=torch.float64)
+    stored = torch.empty_like(codes, dtype=torch.uint8)
+    stored[order] = codes.to(torch.uint8)
+    return QTensor(stored.T.contiguous(), scale, zero, scheme), lost, total
+
+
+def _factor(
+    h: torch.Tensor, dead: torch.Tensor, mean: float, damp: float
+) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, float, str]:
+    """((U, D), damping used, "") with h + damping = U diag(D) U^T, U unit upper triangular; or (None, _, reason)."""
+    import torch
+
+    while True:
+        damped = h.flip(0, 1)
+        damped.diagonal().add_(damp * mean + mean * dead.flip(0))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        upper = lower.flip(0, 1)
+        pivots = upper.diagonal().clone()
+        if int(info) == 0 and bool(torch.isfinite(pivots).all()) and bool((pivots > 0).all()):
+            return (upper / pivots, pivots.square()), damp, ""
+        if damp >= _MAX_DAMP:
+            reason = f"its calibration statistics are not positive definite, even damped by {damp:g} of the mean"
+            return None, damp, reason
+        damp = min(max(damp * 10, 1e-4), _MAX_DAMP)
+
+
+class _Grid:
+    """Scales and zero points per visited column, so that the loop reads one row."""
+
+    def __init__(self, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme, order: torch.Tensor, n: int):
+        group = order // (n // scale.shape[1])
+        self.scale = scale.float().T[group].contiguous()  # [in, out]
+        self.zero = None if zero is None else zero.float().T[group].contiguous()
+        self.mid, self.top = float(scheme.mid), float(scheme.max_code)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        return (codes - (self.mid if self.zero is None else self.zero)) * self.scale
+
+
+def _round_with_feedback(wt: torch.Tensor, feedback: torch.Tensor, grid: _Grid) -> torch.Tensor:
+    """Codes (float [in, out], visiting order) of wt [in, out]; feedback = U."""
+    import torch
+
+    from ..kernels import gptq as kernel
+
+    n = wt.shape[0]
+    codes, errors = torch.empty_like(wt), torch.empty_like(wt)
+    for a in range(0, n, kernel.MAX_COLUMNS):
+        b = min(a + kernel.MAX_COLUMNS, n)
+        # What later columns can make up for is the error against the *original* weight.
+        target = torch.addmm(wt[a:b], feedback[:a, a:b].T, errors[:a])
+        zero = None if grid.zero is None else grid.zero[a:b]
+        codes[a:b], errors[a:b] = kernel.feedback(
+            target, wt[a:b], feedback[a:b, a:b], grid.scale[a:b], zero, grid.mid, grid.top
+        )
+    return codes
+
+
+def _descend(
+    codes: torch.Tensor, error: torch.Tensor, h: torch.Tensor, damping: torch.Tensor, dead: torch.Tensor, grid: _Grid
+) -> None:
+    """One pass of cyclic coordinate descent over the codes, in place; error = wt - values(codes), kept up to date.
+
+    Each code moves to the minimum of the damped objective given all the others, so the objective never rises."""
+    from ..kernels import gptq as kernel
+
+    n = codes.shape[0]
+    diagonal = h.diagonal() + damping + dead * h.diagonal().mean()
+    gradient = h @ error + (diagonal - h.diagonal()).unsqueeze(1) * error
+    for a in range(0, n, kernel.MAX_COLUMNS):
+        b = min(a + kernel.MAX_COLUMNS, n)
+        steps = kernel.descend(gradient[a:b], h[a:b, a:b], diagonal[a:b], grid.scale[a:b], codes[a:b], grid.top)
+        error[a:b] -= steps
+        if b < n:
+            gradient[b:].addmm_(h[b:, a:b], steps, alpha=-1)
+
+
+def search_grid(w: torch.Tensor, column_cost: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The (scale, zero) [out, groups] of least sum_j column_cost_j (w_j - nearest grid value)^2, group by group.
+
+    Candidates are multiples of the scale that spans the group; for a symmetric scheme of either sign, so that
+    the largest weight may land on either end of the grid. Scales are rounded as stored before they are judged.
+    w float [out, in]; column_cost float [in], nonnegative. Raises QkitError where no candidate fits scale_dtype.
+    """
+    import torch
+
+    from .. import kernels
+    from ..kernels import gptq as kernel
+
+    groups = scheme.groups(w.shape[1])
+    cost = column_cost.float().view(groups, -1)
+    # Columns that cost nothing still break ties, and decide where a whole group costs nothing.
+    cost = cost + 1e-6 * cost.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    # Only ratios count within a group: keep them in float32's range.
+    cost = (cost / cost.amax(1, keepdim=True)).view(-1)
+    multiples = tuple(m for k in _MULTIPLES for m in ((k, -k) if scheme.symmetric else (k,)))
+    try:
+        return kernel.search(
+            w, cost, scheme.bits, groups, scheme.symmetric, scheme.scale_dtype, scheme.min_zero, multiples
+        )
+    except kernels.ScaleOverflowError as error:
+        raise QkitError(
+            f"the weight's range does not fit {scheme.scale_dtype} scales", "use a format with bfloat16 scales"
+        ) from error
+
+
+def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: Scheme, reason: str) -> GptqResult:
+    """Nearest codes on a searched grid; the Hessian counts only in the error that is reported."""
+    import torch
+
+    from ..kernels import reference
+
+    scale, zero = search_grid(w, torch.ones(w.shape[1], device=w.device), scheme)
+    codes = reference.quantize(w, scale, zero, scheme.bits)
+    q = QTensor(codes, scale, zero, scheme)
+    w = w.float()
+    delta = w - q.dequantize()
+    if reason == UNREACHED:
+        total, lost = float(w.square().sum()), float(delta.square().sum())
+    else:
+        total, lost = float(((w @ h) * w).sum()), float(((delta @ h) * delta).sum())
+    return GptqResult(q, max(lost, 0.0) / total if total > 0 else 0.0, "rtn", reason, 0.0)

@@ -1,0 +1,64 @@
+"""Round to nearest: no data needed, one pass over the weight."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..errors import QkitError
+from ..spec.dtypes import dtype_name
+from ..spec.scheme import QTensor, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+# Clip search: the scale of every group is tried at these multiples of the one that spans the group. Below 1 the
+# outliers are clipped and the rest get a finer grid; a little above 1 helps where rounding the span was unlucky.
+_POSITIVE = tuple(round(0.5 + 0.025 * k, 3) for k in range(25))
+# A symmetric grid has one value more below zero than above: a negative scale gives it to the other tail.
+_EITHER_SIGN = (*_POSITIVE, *(-m for m in _POSITIVE))
+
+
+class NonFiniteWeight(QkitError):
+    """The weight holds NaN or infinity; the caller knows which tensor it is and says so."""
+
+
+def quantize(w: torch.Tensor, scheme: Scheme, clip_search: bool = False) -> QTensor:
+    """`quantize_with_error` without the error."""
+    return quantize_with_error(w, scheme, clip_search)[0]
+
+
+def quantize_with_error(w: torch.Tensor, scheme: Scheme, clip_search: bool = False) -> tuple[QTensor, float]:
+    """w float [out, in] on the grid of `scheme`, every code the nearest one.
+
+    The grid spans each group exactly (`kernels.reference.grid`). With clip_search each group takes the
+    scale, out of 25 multiples between 0.5 and 1.1 (symmetric: of either sign), that leaves the least squared error;
+    the spanning scale is a candidate, so no group gets worse.
+
+    Returns the tensor and the relative error |w - dequantized| / |w| (Frobenius norms; 0.0 for an all-zero weight).
+    Raises NonFiniteWeight for NaN or infinity, QkitError where a scale does not fit scheme.scale_dtype, ValueError
+    where the group size does not divide in.
+    """
+    from .. import kernels
+
+    if dtype_name(w.dtype) not in ("F32", "F16", "BF16"):
+        w = w.float()
+    groups = scheme.groups(w.shape[1])
+    size = 0 if groups == 1 else scheme.group_size
+    multipliers = () if not clip_search else _EITHER_SIGN if scheme.symmetric else _POSITIVE
+    try:
+        codes, scale, zero, error, norm = kernels.quantize_rtn(
+            w, scheme.bits, size, scheme.symmetric, scheme.scale_dtype, scheme.min_zero, multipliers
+        )
+    except kernels.NonFiniteError as e:
+        kind = "NaN" if bool(w.isnan().any()) else "infinite values"
+        raise NonFiniteWeight(
+            f"the weight contains {kind}", "the checkpoint is damaged, or was saved from a run that diverged"
+        ) from e
+    except kernels.ScaleOverflowError as e:
+        raise QkitError(
+            f"the weight's range does not fit {scheme.scale_dtype} scales "
+            f"(largest magnitude {float(w.abs().max()):.3g})",
+            "store the scales as BF16 or F32",
+        ) from e
+    return QTensor(codes, scale, zero, scheme), math.sqrt(error / norm) if norm else 0.0

@@ -1,0 +1,249 @@
+"""transformers' own `from_pretrained` for the quantized folders that qkit reads, with `QuantLinear` modules.
+
+Nothing but qkit is needed: no compressed-tensors, no optimum, no gptqmodel. transformers builds the model and reads
+the files as ever; the quantizer puts a `Stored` module, which has the tensors on disk as buffers, in each quantized
+linear's place before that, and turns it into a `QuantLinear` afterwards.
+
+Whose folders: config.json names "compressed-tensors" or "gptq", methods for which transformers has loaders that
+need other packages. Where such a package is missing, qkit takes the method over as soon as both libraries are
+imported (`transformers_hook`); where it is there, only when asked to (`qkit.register_transformers()`). What qkit does
+not read (fp8, 3 bits, act-order ...) goes to transformers' own loader in every case.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import import_utils
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import formats
+from ..errors import QkitError
+from ..models.experts import EXPERT_NAMES, unfuse
+from ..spec.dtypes import TensorMeta, torch_dtype
+from ..storage.safetensors import SafetensorsFile
+from .linear import QuantLinear
+from .load import say_kernels
+
+if TYPE_CHECKING:
+    from ..formats import Format
+    from ..spec.scheme import Scheme
+
+NAME = "qkit"  # in transformers' tables
+_log = logging.getLogger("qkit")
+
+# method -> whether transformers' own loader has the packages that it needs
+_METHODS = {
+    "compressed-tensors": lambda: import_utils.is_compressed_tensors_available(),
+    "gptq": lambda: import_utils.is_gptqmodel_available() and import_utils.is_optimum_available(),
+}
+
+
+def register_transformers(replace: bool = True) -> None:
+    """Make `from_pretrained` load compressed-tensors and GPTQ folders as `QuantLinear`; may be called repeatedly.
+
+    replace  also where transformers has what it needs to load the method itself"""
+    if NAME not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(NAME)(QkitConfig)
+        auto.register_quantizer(NAME)(QkitQuantizer)
+    table: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method, loads_itself in _METHODS.items():
+        if method in table and not isinstance(table[method], _Either) and (replace or not loads_itself()):
+            table[method] = _Either(table[method])
+
+
+class _Either:
+    """In the place of a method's config class: `QkitConfig` for what qkit reads, the class itself for the rest."""
+
+    def __init__(self, other: Any):
+        self.other = other
+
+    def from_dict(self, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        try:
+            return QkitConfig.from_dict(config_dict, **kwargs)
+        except QkitError as error:
+            _log.info("left to transformers: %s", error.message)
+            return self.other.from_dict(config_dict, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.other, name)
+
+
+class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """A folder's `quantization_config`, kept as it is. Raises QkitError for one that qkit does not read."""
+
+    def __init__(self, **given: Any):
+        self.quant_method: Any = NAME
+        self.given = given
+        formats.reader({"quantization_config": given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file said, so that a model saved again is the same kind of folder."""
+        return dict(self.given)
+
+
+class Stored(nn.Module):
+    """The tensors of one quantized linear as they lie on disk: what transformers' loading fills."""
+
+    def __init__(self, metas: Mapping[str, TensorMeta], scheme: Scheme):
+        super().__init__()
+        self.scheme = scheme
+        for local, meta in metas.items():
+            self.register_buffer(local, torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device="meta"))
+
+    def quant_linear(self, fmt: Format, dtype: torch.dtype) -> QuantLinear:
+        """Raises QkitError where the tensors disagree with each other or the config."""
+        tensors = {local: t for local, t in self.named_buffers() if local != "bias"}
+        bias = getattr(self, "bias", None)
+        return QuantLinear(fmt.to_packed(tensors, self.scheme), None if bias is None else bias.to(dtype))
+
+
+class _Headers:
+    """Names, types and shapes of every tensor in some safetensors files: as much of a Source as is needed here."""
+
+    def __init__(self, paths: list[str]):
+        self._metas: dict[str, TensorMeta] = {}
+        for path in paths:
+            file = SafetensorsFile(path)
+            self._metas |= {name: file.meta(name) for name in file.names()}
+            file.close()
+
+    def names(self) -> list[str]:
+        return list(self._metas)
+
+    def meta(self, name: str) -> TensorMeta:
+        return self._metas[name]
+
+
+class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Written for transformers 5 (quantizers/base.py)."""
+
+    requires_calibration = True  # it loads what is quantized, and quantizes nothing
+    quantization_config: QkitConfig
+
+    def __init__(self, quantization_config: QkitConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        reader = formats.reader({"quantization_config": quantization_config.given})
+        assert reader is not None
+        self.reader = reader
+        self.unfused = False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise QkitError("packed weights cannot be offloaded to disk", "leave 'disk' out of device_map")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [str(f) for f in checkpoint_files or ()]
+        if not files or not all(f.endswith(".safetensors") for f in files):
+            raise QkitError("quantized models are loaded from safetensors files", "pass the folder they are in")
+        model_type = model.config.get_text_config().model_type
+        if model_type in EXPERT_NAMES:
+            unfuse(model, model_type)
+            self.unfused = True
+        headers: Any = _Headers(files)
+        schemes = formats.quantized_modules(self.reader, headers)
+        for module, name in _names_in_model(model, schemes).items():
+            linear = model.get_submodule(name)
+            if not isinstance(linear, nn.Linear):
+                raise QkitError(f"{module!r} is stored quantized, but is a {type(linear).__name__}, not a linear layer")
+            locals_ = formats.local_names(self.reader, headers, module, schemes[module])
+            metas = {local: headers.meta(f"{module}.{local}") for local in locals_}
+            if f"{module}.bias" in headers.names():
+                metas["bias"] = headers.meta(f"{module}.bias")
+            elif linear.bias is not None:
+                raise QkitError(f"the checkpoint lacks tensor '{module}.bias'", "is it complete?")
+            model.set_submodule(name, Stored(metas, schemes[module]))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts stay as they are on disk, one matrix each: nothing is merged into fused parameters."""
+        from transformers.core_model_loading import WeightConverter
+
+        if not self.unfused:
+            return weight_conversions
+        return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        kernels: Counter[str] = Counter()
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, Stored):
+                continue
+            try:
+                layer = module.quant_linear(self.reader.format, model.dtype)
+            except QkitError as error:
+                raise QkitError(f"{name}: {error.message}", error.hint) from error
+            hook = getattr(module, "_hf_hook", None)
+            if hook is not None:  # accelerate moves inputs between the devices of a model
+                _carry_over(hook, layer)
+            model.set_submodule(name, layer.eval())
+            kernels[layer.select(model.dtype).name] += 1
+        say_kernels(kernels, model.device)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                plain.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                if module.bias is not None:
+                    plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+                model.set_submodule(name, plain)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """`save_pretrained` writes the tensors of the format that the model was loaded from."""
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                for local in [key for key in module.state_dict() if key != "bias"]:
+                    del state[f"{name}.{local}"]
+                state |= {f"{name}.{k}": v for k, v in self.reader.format.pack(module.qtensor()).items()}
+        return state, {"format": "pt"}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top (`qkit.lora`); packed weights are frozen
+
+
+def _names_in_model(model: Any, modules: Mapping[str, Any]) -> dict[str, str]:
+    """Names of modules in the files -> names in `model`, which differ for some architectures.
+
+    Raises QkitError for a name the model has not."""
+    keys = model.state_dict()
+    names: dict[str, str] = {}
+    renamings: list[Any] | None = None
+    for module in modules:
+        key = f"{module}.weight"
+        if key not in keys:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+            if renamings is None:
+                renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+            key, _ = rename_source_key(key, renamings, [], model.base_model_prefix, keys)
+        if key not in keys:
+            raise QkitError(
+                f"{module!r} is stored quantized, but {type(model).__name__} has no linear layer of that name",
+                "is its config.json its own?",
+            )
+        names[module] = key.removesuffix(".weight")
+    return names
+
+
+def _carry_over(hook: Any, layer: QuantLinear) -> None:
+    from accelerate.hooks import add_hook_to_module
+
+    if getattr(hook, "offload", False):
+        raise QkitError("packed weights cannot be offloaded", "use a device_map without 'cpu' beside a GPU")
+    add_hook_to_module(layer, hook)

@@ -1,0 +1,58 @@
+"""The vLLM plug-in: checkpoints that vLLM quantizes its own way run on qkit's kernels.
+
+vLLM loads `register` through the entry point group `vllm.general_plugins`, in every one of its processes. It puts
+our kernels (`vllm_kernels`) before vLLM's own in the tables that vLLM chooses from, for CPUs and CUDA; layers they do
+not support go to vLLM's own kernels as before. It changes nothing else: model code, loading, tensor parallelism and
+the configs of the formats are vLLM's.
+
+What runs on them: integer weights of 4 and 8 bits, symmetric and asymmetric, per group and per channel
+(compressed-tensors, symmetric GPTQ without act-order, AWQ), int8 weights with dynamic int8 activations, and on CPUs
+the experts of compressed-tensors mixtures (`vllm_moe`).
+What does not: what vLLM refuses before it looks for a kernel (asymmetric GPTQ, act-order, on CPUs GPTQ's 8 bits), and
+other experts, whose kernels vLLM chooses from an enumeration in its own code.
+
+To turn it off: `QKIT_VLLM=0`, or leave "qkit" out of vLLM's own `VLLM_PLUGINS`. One kind of layer alone:
+`VLLM_DISABLED_KERNELS=QkitLinearKernel` or `QkitInt8LinearKernel`.
+"""
+
+from __future__ import annotations
+
+import os
+
+SWITCH = "QKIT_VLLM"
+
+
+def register() -> None:
+    """Put qkit's kernels first in line; called by vLLM, any number of times. Raises nothing: a vLLM whose interface
+    is another runs without them and says so."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return
+    from vllm.logger import init_logger
+
+    # vLLM's own name is the prefix: shown, and formatted, as vLLM's own lines are.
+    log = init_logger("vllm.plugins.qkit")
+    try:
+        from vllm.model_executor.kernels import linear
+        from vllm.platforms import PlatformEnum
+
+        from .kernels import QkitInt8LinearKernel, QkitLinearKernel
+
+        for kernel, kind, table in (
+            (QkitLinearKernel, "mp", linear._POSSIBLE_KERNELS),
+            (QkitInt8LinearKernel, "int8", linear._POSSIBLE_INT8_KERNELS),
+        ):
+            for platform in (PlatformEnum.CPU, PlatformEnum.CUDA):
+                if kernel not in table.get(platform, ()):
+                    linear.register_linear_kernel(kernel, platform, kind)
+                    table[platform].insert(0, table[platform].pop())  # vLLM takes the first that can
+    except (ImportError, AttributeError) as error:
+        log.warning("qkit's kernels are not used: this vLLM offers no place for them (%s)", error)
+        return
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
+        from .moe import QkitCompressedTensorsConfig
+
+        register_quantization_config("compressed-tensors")(QkitCompressedTensorsConfig)
+    except (ImportError, AttributeError) as error:
+        log.warning("qkit's kernels do not serve experts: this vLLM offers no place for them (%s)", error)

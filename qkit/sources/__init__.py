@@ -1,0 +1,79 @@
+"""Bytes on disk <-> named tensors. Knows nothing of models or of quantization."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import QkitError
+
+if TYPE_CHECKING:
+    from .types import Source
+
+DEMO = "demo"
+_HUB_SPEC = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_HINT = "name a folder with config.json and safetensors, a .gguf file, a Hub id (org/name), or: demo"
+
+
+def open_source(spec: str, lora: str | None = None) -> Source:
+    """Open a checkpoint for reading.
+
+    spec  "demo", a folder of safetensors, a .gguf file, or a Hub id "org/name[@revision]". What exists here
+          wins over the Hub; a folder called demo is "./demo".
+    lora  folder of a PEFT LoRA adapter, merged into the weights as they are read
+
+    Raises QkitError, before any tensor is read, for anything that is missing, damaged or unsupported.
+    """
+    source = _open(spec)
+    if lora is None:
+        return source
+    from .lora import LoraSource
+
+    return LoraSource(source, os.path.expanduser(lora))
+
+
+def _open(spec: str) -> Source:
+    if not spec:  # would otherwise mean the current folder
+        raise QkitError("no source was named", _HINT)
+    if spec == DEMO:
+        from .demo import open_demo
+
+        return open_demo()
+    path = Path(os.path.expanduser(spec))
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, a NUL
+        raise QkitError(f"{spec[:200]!r} is not a usable path: {error}", _HINT) from error
+    if is_folder:
+        from .folder import FolderSource
+
+        return FolderSource(path, label=spec)
+    if is_file:
+        return _open_file(path)
+    if _HUB_SPEC.fullmatch(spec) and not spec.endswith((".gguf", ".safetensors")):
+        from .hub import open_hub
+
+        return open_hub(spec)
+    raise QkitError(f"there is no {spec!r} here", _HINT)
+
+
+def _open_file(path: Path) -> Source:
+    from ..storage.files import os_error
+    from .folder import PICKLE_HINT, PICKLE_SUFFIXES
+
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    if magic == b"GGUF" or path.suffix.lower() == ".gguf":
+        from .gguf import open_gguf
+
+        return open_gguf(path)
+    if path.suffix.lower() == ".safetensors":
+        raise QkitError(f"{path} is one file of a model", f"name its folder: {path.parent}")
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise QkitError(f"{path} is a pickle file", PICKLE_HINT)
+    raise QkitError(f"{path} is not a checkpoint qkit reads", _HINT)

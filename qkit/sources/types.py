@@ -1,0 +1,61 @@
+"""What a checkpoint is to the rest of qkit: named tensors, a config, and files to carry along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..spec.dtypes import TensorMeta
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A file that travels with the weights byte for byte (tokenizer, chat template, ...).
+
+    data is the bytes themselves (rebuilt from a GGUF) or the path to copy them from.
+    """
+
+    name: str
+    data: bytes | Path
+
+    def read(self) -> bytes:
+        return self.data if isinstance(self.data, bytes) else self.data.read_bytes()
+
+
+class Source(Protocol):
+    """A readable checkpoint. Opening one validates every header; no tensor is read until asked for.
+
+    label        what the user named: a path, a Hub id, "demo"
+    base_model   what the model card calls it (a Hub id where known, else a plain name)
+    config       config.json, parsed
+    sidecars     files other than weights and config.json
+    fingerprint  hex digest that changes when any header, file size or sampled content does; independent of
+                 where the files lie; cheap (a few samples per file, no tensor)
+    """
+
+    label: str
+    base_model: str
+    config: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        """Read-only, so that a source may build them on first use."""
+        ...
+
+    def names(self) -> list[str]:
+        """Tensor names, sorted by (natural) order: layers.2 before layers.10."""
+        ...
+
+    def meta(self, name: str) -> TensorMeta:
+        """dtype and shape that `read` will return; KeyError for an unknown name."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, contiguous, in memory of its own. Thread-safe. Raises QkitError if the file
+        changed or cannot be read."""
+        ...

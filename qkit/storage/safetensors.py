@@ -1,0 +1,212 @@
+"""Reading safetensors files: a strict header parser, and tensors in memory of their own.
+
+Format: https://github.com/huggingface/safetensors#format. Eight bytes of header length (little-endian), the
+header (JSON), then the data. Like the reference reader this one refuses holes and overlaps; it also
+refuses duplicate names, which other readers silently drop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import QkitError
+from ..spec.dtypes import ITEMSIZE, TensorMeta
+from .buffers import empty
+from .files import os_error
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
+_MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB per call
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_BROKEN = "the file is damaged or was not downloaded completely: fetch it again"
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: meta, and the first byte of its data counted from the start of the file."""
+
+    meta: TensorMeta
+    offset: int
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {name!r} appears twice")
+    return result
+
+
+def _no_constants(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _entry(name: str, info: Any, data_start: int) -> Entry:
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+        raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or len(shape) > 64 or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"tensor {name!r} has the invalid shape {str(shape)[:100]}")
+    span = 1
+    for n in shape:
+        span *= max(n, 1)
+        if span >= 1 << 63:  # even an empty tensor must have strides that fit
+            raise ValueError(f"tensor {name!r} has the invalid shape {str(shape)[:100]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
+        raise ValueError(f"tensor {name!r} has invalid data_offsets")
+    meta = TensorMeta(dtype, tuple(shape))
+    if offsets[1] - offsets[0] != meta.nbytes:
+        raise ValueError(
+            f"tensor {name!r}: {dtype} {shape} takes {meta.nbytes} bytes, its offsets span {offsets[1] - offsets[0]}"
+        )
+    return Entry(meta, data_start + offsets[0])
+
+
+def parse_header(header: bytes, file_bytes: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(entries in file order, metadata) of a header that is followed by data up to `file_bytes`.
+
+    Raises ValueError, saying what is wrong, for anything the format does not allow.
+    """
+    if header[:1] != b"{":
+        raise ValueError("the header does not begin with '{'")
+    try:
+        table = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except RecursionError as error:
+        raise ValueError("the header is nested too deeply") from error
+    metadata = table.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not a table of strings")
+    data_start = 8 + len(header)
+    entries = {}
+    for name, info in table.items():
+        name.encode("utf-8")  # an escaped lone surrogate is a UnicodeEncodeError, hence a ValueError
+        entries[name] = _entry(name, info, data_start)
+    ordered = sorted(entries.items(), key=lambda item: (item[1].offset, item[1].meta.nbytes))
+    position = data_start
+    for name, entry in ordered:
+        if entry.offset != position:
+            what = "overlaps the tensor before it" if entry.offset < position else "leaves a hole before it"
+            raise ValueError(f"tensor {name!r} {what}")
+        position += entry.meta.nbytes
+    if position != file_bytes:
+        raise ValueError(f"the header describes {position} bytes, the file has {file_bytes}")
+    return dict(ordered), metadata
+
+
+class SafetensorsFile:
+    """One open safetensors file. The header is validated here; `read` is thread-safe.
+
+    Raises QkitError if the file cannot be read or its header is not valid.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise os_error("read", self.path, error) from error
+        self._close = weakref.finalize(self, os.close, self._fd)
+        try:
+            header = self._open()
+            self.entries, self.metadata = parse_header(header, self.nbytes)
+        except OSError as error:
+            self.close()
+            raise os_error("read", self.path, error) from error
+        except ValueError as error:
+            self.close()
+            raise QkitError(f"{self.path} is not a valid safetensors file: {error}", _BROKEN) from error
+        except BaseException:
+            self.close()
+            raise
+        self._header_digest = hashlib.sha256(header).digest()
+
+    def _open(self) -> bytes:
+        """The header's bytes; every length is compared with the file before anything is allocated."""
+        stat = os.fstat(self._fd)
+        self.nbytes = stat.st_size
+        self._stamp = (stat.st_size, stat.st_mtime_ns)
+        start = os.pread(self._fd, 8, 0)
+        if start == b"version ":
+            raise QkitError(f"{self.path} is a Git LFS pointer, not the file itself", "run: git lfs pull")
+        if len(start) < 8:
+            raise ValueError(f"it is {self.nbytes} bytes long")
+        length = int.from_bytes(start, "little")
+        if length > self.nbytes - 8:
+            raise ValueError(f"its header claims {length} bytes, the file has {self.nbytes - 8} after the length")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header of {length} bytes is over the format's limit of {MAX_HEADER_BYTES}")
+        buffer = bytearray(length)
+        self._read_into(memoryview(buffer), 8)
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Close the file; harmless when already closed. Happens by itself when the object goes away."""
+        self._close()
+
+    def names(self) -> list[str]:
+        """Tensor names, in the order of their data."""
+        return list(self.entries)
+
+    def meta(self, name: str) -> TensorMeta:
+        """dtype and shape; KeyError for an unknown name."""
+        return self.entries[name].meta
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in memory of its own; KeyError for an unknown name, QkitError if the file changed."""
+        entry = self.entries[name]
+        return self._tensor(entry.meta, entry.offset)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop-1 of the first dimension, as `read` returns them; IndexError outside it."""
+        meta, offset = self.entries[name]
+        if not meta.shape or not 0 <= start <= stop <= meta.shape[0]:
+            raise IndexError(f"rows {start}:{stop} of {name}, whose shape is {meta.shape}")
+        row = TensorMeta(meta.dtype, meta.shape[1:])
+        return self._tensor(TensorMeta(meta.dtype, (stop - start, *row.shape)), offset + start * row.nbytes)
+
+    def fingerprint(self) -> str:
+        """Hex digest over the header, the size and 16 samples of 4 KiB, evenly spaced: it tells two fine-tunes
+        of one model apart without reading them."""
+        digest = hashlib.sha256(self._header_digest)
+        digest.update(self.nbytes.to_bytes(8, "little"))
+        for i in range(_SAMPLES):
+            at = max(self.nbytes - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1)
+            try:
+                digest.update(os.pread(self._fd, _SAMPLE_BYTES, at))
+            except OSError as error:
+                raise os_error("read", self.path, error) from error
+        return digest.hexdigest()
+
+    def _tensor(self, meta: TensorMeta, offset: int) -> torch.Tensor:
+        import torch
+
+        tensor = empty(meta)
+        if meta.numel:
+            try:
+                self._read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
+            except OSError as error:
+                raise os_error("read", self.path, error) from error
+        return tensor
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset`. pread keeps no position, so threads need no lock."""
+        done = 0
+        while done < len(buffer):
+            n = os.preadv(self._fd, [buffer[done : done + _MAX_READ]], offset + done)
+            if n == 0:
+                break
+            done += n
+        stat = os.fstat(self._fd)
+        if done < len(buffer) or (stat.st_size, stat.st_mtime_ns) != self._stamp:
+            raise QkitError(f"{self.path} changed while it was being read", "leave the source alone and start again")

@@ -1,0 +1,245 @@
+"""`profile` end to end on tiny models, and the memory formulas against real caches and tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from qkit.errors import QkitError
+from qkit.measure import memory, profile, speed, summary
+from qkit.report import write as report
+from qkit.text import defaults as text
+
+VOCAB = 500
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Few steps, one thread: the figures are not looked at, and thread pools of a busy machine are slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "GENERATED", 6)
+        patch.setattr(speed, "REPEATS", 2)
+        patch.setattr(speed, "_CEILING_BYTES", 1 << 20)
+        yield
+    torch.set_num_threads(threads)
+
+
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<unk>"], show_progress=False)
+    core.train_from_iterator([text.evaluation_text().text[:20_000]], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(base, its W4 conversion) of a tiny Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qkit.conversion.run import convert
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("models")
+    base, quantized = root / "tiny", root / "tiny-w4"
+    LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16().save_pretrained(base)
+    save_tokenizer(base)
+    convert(str(base), str(quantized), method="rtn", group_size=32)
+    return str(base), str(quantized)
+
+
+def run(model, tmp_path, **options):
+    return profile(model, device="cpu", out=str(tmp_path / "report"), chunks=2, **options)
+
+
+def test_a_converted_model_against_its_source(folders, tmp_path):
+    base, quantized = folders
+    result = run(quantized, tmp_path, baseline=base, batch=[1, 3], context=40, max_kld=10.0, min_tps=0.0)
+    assert result.passed and result.failures == ()
+    row, other = result.model, result.baseline
+    assert row.stored_bytes < other.stored_bytes and row.bits_per_weight < 16 == other.bits_per_weight
+    assert row.parameters == other.parameters
+    assert sum(row.kernels.values()) == sum(row.schemes.values()) == 3 * 7 and other.kernels == {}
+    m = row.memory
+    assert m.weights == m.packed + m.embeddings + m.unquantized and m.packed > 0 and other.memory.packed == 0
+    assert m.kv_cache == m.kv_cache_formula and m.kv_tokens == 40 + speed.GENERATED - 1
+    assert m.kv_cache_context == 2 * 3 * 2 * 16 * 2 * 3 * 40
+    assert m.total == m.weights + m.kv_cache_context + m.activations and m.fits
+    assert [s.batch for s in row.speed] == [1, 3]
+    for s in row.speed:
+        assert len(s.ttft) == speed.REPEATS and len(s.tpot) == speed.REPEATS * (speed.GENERATED - 1)
+        assert s.prompt == 40 and s.tpot_p50 <= s.tpot_p99 and min(s.ttft) <= s.ttft_median <= max(s.ttft)
+        assert s.prefill_tps == pytest.approx(s.batch * 40 / s.ttft_median)
+        assert s.decode_tps == pytest.approx(s.batch * len(s.tpot) / sum(s.tpot))
+    against = result.quality["full"].against
+    assert 0 < against.kld.value < 1 and 0 < against.same_top.value <= 1
+    assert result.text.overlap.startswith("nothing to check")
+    assert result.provenance["conversion"]["method"] == "rtn" and len(result.provenance["manifest_sha256"]) == 64
+    assert result.provenance["command"].startswith("qkit profile ")
+    parsed = json.loads((tmp_path / "report" / "profile.json").read_text())
+    assert parsed["schema_version"] == 1 and parsed["model"]["memory"]["weights"] == m.weights
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(report.NAMES)
+    assert "profile.html" in summary(result)
+
+
+def test_a_model_alone(folders, tmp_path):
+    result = run(folders[0], tmp_path, context=16)
+    assert result.baseline is None and result.quality["full"].against is None
+    assert result.quality["full"].perplexity.value == pytest.approx(VOCAB, rel=0.5)  # random weights know nothing
+    assert result.text.overlap.startswith("not checked: the model has no qkit manifest")
+    assert result.model.speed[0].read_gbs > 0
+
+
+def test_missed_thresholds(folders, tmp_path):
+    result = run(folders[1], tmp_path, baseline=folders[0], context=16, max_kld=0.0, min_tps=1e9)
+    assert not result.passed and len(result.failures) == 2
+
+
+@pytest.mark.parametrize("overlapping", [True, False])
+def test_overlap_with_the_calibration_text_is_checked(folders, tmp_path, overlapping):
+    import shutil
+
+    folder = tmp_path / "calibrated"
+    shutil.copytree(folders[1], folder)
+    manifest = json.loads((folder / "qkit_manifest.json").read_text())
+    source = text.evaluation_text().text[200:3000] if overlapping else text.calibration_text().text
+    manifest["identity"]["calibration"] = {"name": "their text", "sketch": text.sketch(source)}
+    (folder / "qkit_manifest.json").write_text(json.dumps(manifest))
+    if overlapping:
+        with pytest.raises(QkitError, match=r"shares .* of its words with the text that the model was calibrated on"):
+            run(str(folder), tmp_path)
+        return
+    result = run(str(folder), tmp_path, context=16)
+    assert result.text.overlap.startswith("checked: no passage") and "their text" in result.text.overlap
+    assert "sketch" not in result.provenance["conversion"]["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_kld": 0.1}, "needs a model to compare with"),
+        ({"max_kld": math.nan, "baseline": "x"}, "--max-kld must be a number"),
+        ({"min_tps": -1.0}, "--min-tps must be a number"),
+        ({"batch": []}, "batch sizes must be positive"),
+        ({"batch": [0]}, "batch sizes must be positive"),
+        ({"context": 4}, "too short to measure"),
+        ({"context": 257}, "at most 256 tokens, not 257"),
+        ({"text": "missing.txt"}, "no such text file"),
+    ],
+)
+def test_bad_options_are_refused_before_work(folders, tmp_path, options, message):
+    with pytest.raises(QkitError, match=message):
+        run(folders[0], tmp_path, **options)
+    assert not list((tmp_path / "report").glob("*"))
+
+
+def test_devices_that_are_not_here(folders, tmp_path):
+    with pytest.raises(QkitError, match="cannot predict yet"):
+        profile(folders[0], device="mi300x", out=str(tmp_path / "r"))
+    with pytest.raises(QkitError, match="no device"):
+        profile(folders[0], device="cuda:99", out=str(tmp_path / "r"))
+
+
+def test_an_unusable_output_folder(folders, tmp_path):
+    (tmp_path / "report").write_text("a file")
+    with pytest.raises(QkitError, match="cannot be made"):
+        run(folders[0], tmp_path)
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from qkit.hardware import devices
+
+    here = replace(devices.cpu(), available_bytes=1000)
+    monkeypatch.setattr(devices, "present", lambda: [here])
+    with pytest.raises(QkitError, match=r"for its weights; cpu has 1\.0 kB free"):
+        run(folders[0], tmp_path)
+
+
+def models():
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        "mistral sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(**SIZES, head_dim=32, sliding_window=16, layer_types=kinds)
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", list(models()))
+@pytest.mark.parametrize(("tokens", "batch"), [(5, 1), (40, 2)])
+def test_the_kv_formula_is_what_the_cache_holds(kind, tokens, batch):
+    model = models()[kind]().eval()
+    with torch.inference_mode():
+        ids = torch.randint(0, VOCAB, (batch, tokens - 1))
+        out = model(input_ids=ids, use_cache=True)
+        out = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    assert memory.cache_tokens(out.past_key_values) == tokens
+    formula, words = memory.kv_formula(model.config, tokens, batch, 4)
+    assert formula == memory.cache_bytes(out.past_key_values)
+    assert f"batch {batch}" in words
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama tied"])
+def test_weights_are_counted_once(kind):
+    model = models()[kind]()
+    tied = kind == "llama tied"
+    parts = memory.weights(model)
+    embedding = VOCAB * 64 * 4
+    assert parts.embeddings == embedding and parts.packed == 0
+    state = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    assert parts.total == state
+    assert memory.read_per_token(model) == (state if tied else state - embedding)
+
+
+def test_a_mixture_of_experts_has_no_fixed_read():
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(num_local_experts=8)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert memory.read_per_token(model) is None
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_peak_memory_sees_an_allocation(monkeypatch, reset):
+    if not reset:
+        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
+    with memory.peak(torch.device("cpu")) as seen:
+        block = bytearray(64 << 20)
+        block[::4096] = b"x" * len(block[::4096])
+        for _ in range(0 if reset else 400):  # a thread looks now and then: give it the time a busy machine needs
+            time.sleep(0.05)
+            if seen()[0] > 48 << 20:
+                break
+        del block
+        found, how = seen()
+    assert found > 48 << 20 and how
