@@ -220,7 +220,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 KILLED = """
 import sys, time, torch
 from qkit.storage.writer import write_safetensors
-from qkit.dtypes import TensorMeta
+from qkit.spec.dtypes import TensorMeta
 def produce():
     yield torch.ones(100_000)
     print("half", flush=True)

@@ -1,0 +1,89 @@
+"""The model card of a converted folder."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from .. import units
+from ..spec.scheme import CHANNEL
+
+if TYPE_CHECKING:
+    from ..sources.types import Source
+    from ..storage.manifest import Manifest
+    from .plan import Plan
+
+
+def card(plan: Plan, source: Source, manifest: Manifest) -> str:
+    """The model card. Everything in it is measured while writing and repeatable: no date, no time."""
+    from .. import __version__
+
+    name = title(plan, source)
+    header = [f"base_model: {json.dumps(source.base_model)}", "base_model_relation: quantized"]
+    if plan.scheme is None:
+        header = header[:1]
+    licence = source_licence(source)
+    if licence:
+        header.append(f"license: {json.dumps(licence)}")
+    header += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- qkit"]
+    if plan.scheme is not None:
+        header.append(f"- {plan.options.format}")
+    lines = ["---", *header, "---", "", f"# {name}", ""]
+    if plan.scheme is None:
+        lines += [f"`{source.base_model}` as plain safetensors, exported by qkit {__version__}.", ""]
+    else:
+        lines += [
+            f"`{source.base_model}` quantized by qkit {__version__}: {plan.scheme.describe()}, method {plan.method}, "
+            f"format {plan.options.format}.",
+            "",
+        ]
+        calibration = manifest.identity["calibration"]
+        if calibration:
+            lines += [
+                f"Calibrated on {calibration['samples']} x {calibration['length']} tokens of {calibration['name']} "
+                f"(sha256 `{calibration['sha256'][:16]}`).",
+                "",
+            ]
+    lines += _table(plan, manifest)
+    fallbacks = [f"- `{n}`: {t['fallback']}" for n, t in sorted(manifest.tensors.items()) if t.get("fallback")]
+    if fallbacks:
+        lines += ["", "## Layers that fell back to rounding", "", *fallbacks]
+    lines += [
+        "",
+        "Every file's hash, every layer's scheme and error are in `qkit_manifest.json`;",
+        "`qkit inspect --verify` checks them. Perplexity, KL divergence and speed on your machine:",
+        "`qkit profile THIS_FOLDER --baseline SOURCE`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def title(plan: Plan, source: Source) -> str:
+    """ "SmolLM2-135M-Instruct W4A16 g64 GPTQ"; not the folder's name, on which no byte may depend."""
+    base = source.base_model.rpartition("/")[2]
+    if plan.scheme is None:
+        return base
+    group = "channel" if plan.scheme.group_size == CHANNEL else f"g{plan.scheme.group_size}"
+    return f"{base} W{plan.scheme.bits}A16 {group} {plan.method.upper()}"
+
+
+def _table(plan: Plan, manifest: Manifest) -> list[str]:
+    rows = [
+        ("weights, source", units.size(plan.bytes_in)),
+        ("weights, here", units.size(plan.bytes_out)),
+        ("bits per weight", f"{plan.bits_per_weight:.3f}"),
+    ]
+    if plan.bits_per_quantized_weight:
+        rows.append(("bits per weight in quantized layers", f"{plan.bits_per_quantized_weight:.3f}"))
+        rows.append(("quantized layers", str(len(manifest.tensors))))
+        for key, label in (("weight_error", "relative weight error"), ("output_error", "relative output error")):
+            errors = sorted(t[key] for t in manifest.tensors.values() if key in t)
+            if errors:
+                rows.append((f"{label}, median and worst layer", f"{errors[len(errors) // 2]:.4f}, {errors[-1]:.4f}"))
+    return ["| measured while converting | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)]
+
+
+def source_licence(source: Source) -> str | None:
+    """The licence the source declares (its config, or a GGUF's metadata), None where it declares none."""
+    declared = getattr(source, "license", None)
+    return str(declared) if declared else None
