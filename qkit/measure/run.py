@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import units
 from ..errors import QkitError
-from ..hardware.devices import Present, catalogue, choose
+from ..hardware.catalogue import catalogue
+from ..hardware.detect import LocalDevice, resolve
 from ..progress import say, track
 from ..report import write as report
 from ..text import defaults as text
@@ -76,7 +77,7 @@ def profile(
     from . import quality
 
     _check_options(baseline, context, batch, max_kld, min_tps, chunks)
-    where = choose(device)
+    where = resolve(device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
     folder = _out_folder(out, model)
@@ -230,7 +231,7 @@ def _evaluation(
     return tokens, EvaluationText(named.name, named.sha256, len(tokens), n_ctx, bos, verdict)
 
 
-def _check_fit(source: Source, where: Present) -> None:
+def _check_fit(source: Source, where: LocalDevice) -> None:
     """Refuse a model whose weights alone exceed the free memory, before they are read."""
     needed = sum(source.meta(name).nbytes for name in source.names())
     if needed > where.available_bytes:
@@ -258,7 +259,7 @@ class _Loaded:
     after: int
 
 
-def _load(name: str, source: Source, where: Present) -> _Loaded:
+def _load(name: str, source: Source, where: LocalDevice) -> _Loaded:
     from ..runtime import load
 
     before = memory.process_bytes()
@@ -266,7 +267,7 @@ def _load(name: str, source: Source, where: Present) -> _Loaded:
     return _Loaded(name, source, model, before, memory.process_bytes())
 
 
-def _row(loaded: _Loaded, runs: list[speed.Run], where: Present, context: int) -> Row:
+def _row(loaded: _Loaded, runs: list[speed.Run], where: LocalDevice, context: int) -> Row:
     from ..inspection import inspect
     from ..runtime import QuantLinear
 
@@ -311,7 +312,7 @@ def _row(loaded: _Loaded, runs: list[speed.Run], where: Present, context: int) -
     )
 
 
-def _device_facts(where: Present, ceiling: float) -> dict[str, Any]:
+def _device_facts(where: LocalDevice, ceiling: float) -> dict[str, Any]:
     import torch
 
     known = next((d for d in catalogue() if d.id == where.catalogue_id), None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import formats
 from ..errors import QkitError
+from ..hardware.detect import resolve
 from ..spec.dtypes import torch_dtype
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load(
     from . import decoder
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
-    target = _device(device)
+    target = torch.device(resolve(device).id)
     config = {k: v for k, v in opened.config.items() if k != "quantization_config"}
     name = _dtype_name(dtype if dtype is not None else config.get("dtype") or config.pop("torch_dtype", None))
     config["dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[name]
@@ -82,22 +83,6 @@ def load(
     if target.type == "cpu" and (reason := decoder.attach(model)) is not None:
         _log.info("decoding runs the model's own steps: %s", reason)
     return model
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise QkitError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:<index>") from None
-    if device.type not in ("cpu", "cuda"):
-        raise QkitError(f"device {name!r} is not supported", "use auto, cpu, cuda or cuda:<index>")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise QkitError(f"there is no device {name!r} here", f"{torch.cuda.device_count()} CUDA devices found")
-    return device
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -1,4 +1,4 @@
-"""The device catalogue and what is probed here."""
+"""What is probed here, and which device a name means."""
 
 from __future__ import annotations
 
@@ -6,89 +6,75 @@ import json
 import os
 
 import pytest
+import torch
 
 from qkit.errors import QkitError
-from qkit.hardware import devices
-
-
-def test_the_catalogue_is_complete_and_sane():
-    rows = devices.catalogue()
-    assert len(rows) >= 12 and len({d.id for d in rows}) == len(rows)
-    for d in rows:
-        assert d.source and d.name and d.id == d.id.lower()
-        assert d.bandwidth_gbs and 30 < d.bandwidth_gbs < 20_000
-        assert d.memory_gib is None or 4 <= d.memory_gib <= 1024
-        if d.bf16_tflops_dense and d.fp8_tflops_dense:  # dense figures: fp8 is at most four times bf16
-            assert 1 <= d.fp8_tflops_dense / d.bf16_tflops_dense <= 4
+from qkit.hardware import detect, devices
+from qkit.hardware.catalogue import catalogue
 
 
 def test_this_machine_has_a_cpu():
-    cpu = devices.present()[-1]
-    assert cpu.id == "cpu" and cpu.name and cpu.cores == len(os.sched_getaffinity(0))
+    cpu = detect.present()[-1]
+    assert cpu.id == cpu.kind == "cpu" and cpu.name and cpu.cores == len(os.sched_getaffinity(0))
     assert 0 < cpu.available_bytes <= cpu.memory_bytes
 
 
 def test_json_and_text():
     both = devices.devices()
     parsed = json.loads(json.dumps(both.as_dict(), allow_nan=False))
-    assert parsed["present"][-1]["id"] == "cpu" and len(parsed["catalogue"]) == len(devices.catalogue())
+    assert parsed["present"][-1]["id"] == "cpu" and len(parsed["catalogue"]) == len(catalogue())
     shown = devices.describe(both)
     assert all(d.id in shown for d in both.catalogue) and "cpu" in shown
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    class Properties:
+        name, major, minor = "NVIDIA H100 80GB HBM3", 9, 0
+
+    memory = int(79.2 * (1 << 30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (memory // 2, memory))
+
+
 @pytest.mark.parametrize(
-    ("name", "gib", "capability", "expected"),
+    ("name", "expected"),
     [
-        ("NVIDIA H100 80GB HBM3", 79.2, "9.0", "h100-sxm"),
-        ("NVIDIA H100 PCIe", 79.6, "9.0", "h100-pcie"),
-        ("NVIDIA H200", 139.8, "9.0", "h200-sxm"),
-        ("NVIDIA A100-SXM4-80GB", 79.2, "8.0", "a100-80g-sxm"),
-        ("NVIDIA A100-PCIE-40GB", 39.4, "8.0", "a100-40g-pcie"),
-        ("NVIDIA GeForce RTX 4090", 23.6, "8.9", "rtx-4090"),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, "8.9", None),
-        ("Tesla T4", 14.6, "7.5", "t4"),
-        ("NVIDIA L4", 22.0, "8.9", "l4"),
-        ("NVIDIA L40S", 44.4, "8.9", "l40s"),
-        ("NVIDIA GeForce GTX 1080", 8.0, "6.1", None),
+        ("auto", "cuda:0"),
+        ("cuda", "cuda:0"),
+        ("cuda:1", "cuda:1"),
+        ("CPU", "cpu"),
+        ("cpu", "cpu"),
+        ("h100-sxm", "cuda:0"),
     ],
 )
-def test_probed_names_find_their_row(name, gib, capability, expected):
-    assert devices._match(name, int(gib * devices.GIB), capability) == expected
+def test_names_of_devices(two_gpus, name, expected):
+    assert detect.resolve(name).id == expected
 
 
-def test_cpu_names_find_their_row():
-    assert devices._match("AMD EPYC 9654 96-Core Processor", None, None) == "epyc-9654"
-    assert devices._match("Intel(R) Xeon(R) Platinum 8480+", None, None) == "xeon-8480plus"
-    assert devices._match("AMD EPYC", None, None) is None
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert detect.resolve("auto").id == "cpu"
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(QkitError, match=f"no device '{name}'") as caught:
+            detect.resolve(name)
+        assert "present: cpu (" in (caught.value.hint or "")
 
 
-def test_choosing():
-    assert devices.choose("cpu").id == "cpu"
-    assert devices.choose("auto") == devices.present()[0] or devices.choose("auto").id == devices.present()[0].id
-    with pytest.raises(QkitError, match="cannot predict yet") as caught:
-        devices.choose("mi300x")
-    assert "present: " in (caught.value.hint or "")
-    with pytest.raises(QkitError, match="no device 'tpu'"):
-        devices.choose("tpu")
+@pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "cuda:2", "cuda:-1", "mps", "cpu:0", "gpu"])
+def test_what_is_not_here_is_refused(two_gpus, name):
+    with pytest.raises(QkitError, match="no device") as caught:
+        detect.resolve(name)
+    assert "cuda:1 (NVIDIA H100" in (caught.value.hint or "") and "cpu (" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("body", ["id,name\nx,y\n", "{header}\nx,n,v,a,many,1,1,1,1,1,,s\n", "{header}\nx,n\n"])
-def test_a_malformed_catalogue(monkeypatch, tmp_path, body):
-    header = ",".join(devices.Device.__dataclass_fields__)
-    path = tmp_path / "devices.csv"
-    path.write_text(body.replace("{header}", header))
-    monkeypatch.setattr(devices, "_catalogue_path", lambda: path)
-    devices.catalogue.cache_clear()
-    try:
-        with pytest.raises(QkitError, match="line 2"):
-            devices.catalogue()
-    finally:
-        devices.catalogue.cache_clear()
+def test_a_catalogue_device_that_is_elsewhere():
+    with pytest.raises(QkitError, match="cannot predict yet"):
+        detect.resolve("mi300x")
 
 
-def test_a_container_limit_counts(monkeypatch):
-    from pathlib import Path
-
-    files = {"/sys/fs/cgroup/memory.max": "1000000\n", "/sys/fs/cgroup/memory.current": "400000\n"}
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: files[str(self)])
-    assert devices._memory() == (1_000_000, 600_000)
+def test_the_cpu_alone_touches_no_gpu(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: pytest.fail("a context was made on a GPU"))
+    assert detect.resolve("cpu").id == "cpu"

@@ -162,10 +162,10 @@ def test_an_unusable_output_folder(folders, tmp_path):
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from qkit.hardware import devices
+    from qkit.hardware import detect
 
-    here = replace(devices.cpu(), available_bytes=1000)
-    monkeypatch.setattr(devices, "present", lambda: [here])
+    here = replace(detect.cpu(), available_bytes=1000)
+    monkeypatch.setattr("qkit.measure.run.resolve", lambda name: here)
     with pytest.raises(QkitError, match=r"for its weights; cpu has 1\.0 kB free"):
         run(folders[0], tmp_path)
 
