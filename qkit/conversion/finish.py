@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import card
@@ -11,40 +10,53 @@ from .card import card
 if TYPE_CHECKING:
     from ..formats.base import Format
     from ..sources.types import Source
-    from ..storage.manifest import Manifest
     from .plan import Plan
+    from .workspace import Workspace
 
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 
 
-def write_companions(plan: Plan, source: Source, fmt: Format, folder: Path, manifest: Manifest) -> None:
-    """Write everything but the weights into `folder`, note it in the manifest and mark that complete."""
-    from .. import formats
+def companion_names(plan: Plan, source: Source, fmt: Format) -> list[str]:
+    """The files that `write_companions` writes."""
+    return sorted({*_generated(plan, source, fmt, None), CARD, *(sidecar.name for sidecar in source.sidecars)})
+
+
+def write_companions(plan: Plan, source: Source, fmt: Format, work: Workspace) -> None:
+    """Write everything but the weights into the workspace and note it in the manifest."""
     from ..storage.manifest import file_entry
     from ..storage.writer import write_file
 
-    config = dict(source.config)
-    files: dict[str, bytes] = {}
-    if plan.scheme is not None:
-        options = {"method": plan.method, "calibration": manifest.identity["calibration"]}
-        config["quantization_config"] = fmt.config(
-            {t.name.removesuffix(".weight"): t.scheme for t in plan.tensors if t.scheme}, plan.ignored, options
-        )
-        files.update(formats.extra_files(config))
-    files["config.json"] = _json(config)
-    files[INDEX] = _json(index(plan))
-    files[CARD] = card(plan, source, manifest).encode()
+    files = _generated(plan, source, fmt, work.manifest.identity["calibration"])
+    files[CARD] = card(plan, source, work.manifest).encode()
     for sidecar in source.sidecars:
         if sidecar.name not in files:
             files[sidecar.name] = sidecar.read()
     for name, data in sorted(files.items()):
-        path = folder / name
+        path = work.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = write_file(path, data)
-        manifest.files[name] = file_entry(digest)
-    manifest.complete = True
-    manifest.save(folder)
+        work.manifest.files[name] = file_entry(write_file(path, data))
+    work.manifest.save(work.folder)
+
+
+def complete(work: Workspace) -> None:
+    """Mark the folder complete: its last change before it gets its name."""
+    work.manifest.complete = True
+    work.manifest.save(work.folder)
+
+
+def _generated(plan: Plan, source: Source, fmt: Format, calibration: dict[str, Any] | None) -> dict[str, bytes]:
+    """Config and index: everything that is made, but for the card."""
+    from .. import formats
+
+    config = dict(source.config)
+    files: dict[str, bytes] = {}
+    if plan.scheme is not None:
+        options = {"method": plan.method, "calibration": calibration}
+        schemes = {t.name.removesuffix(".weight"): t.scheme for t in plan.tensors if t.scheme}
+        config["quantization_config"] = fmt.config(schemes, plan.ignored, options)
+        files.update(formats.extra_files(config))
+    return {**files, "config.json": _json(config), INDEX: _json(index(plan))}
 
 
 def _json(value: Any) -> bytes:

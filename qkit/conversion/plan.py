@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import units
 from ..errors import QkitError
-from ..hardware.devices import cores
+from ..hardware import memory
+from ..hardware.detect import LocalDevice, cores, resolve
 from ..models.families import BLOCK, check_skip, chooser, left_alone, module_of, pick_group_size
 from ..models.skeleton import check_architecture
 from ..spec.dtypes import TensorMeta
-from ..spec.scheme import CHANNEL, Scheme, preset
+from ..spec.scheme import Scheme, preset
+from .options import Options
+from .workspace import partial_dir
 
 if TYPE_CHECKING:
     from ..formats.base import Format
@@ -31,23 +34,6 @@ BASE_MEMORY = {"rtn": 300 << 20, "gptq": 1200 << 20}
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
 # `benchmarks/convert_speed.py` on 2 Zen 5 cores and halved: a prediction had better be kept than beaten.
 RTN_BYTES_PER_CORE_S = 0.4e9
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose; field names are those of `convert`."""
-
-    format: str = "compressed-tensors"
-    scheme: str = "w4a16"
-    method: str | None = None
-    group_size: int | None = None
-    clip_search: bool = False
-    calib: str | None = None
-    calib_samples: int = 64
-    calib_len: int = 512
-    device: str = "auto"
-    max_memory: int | None = None
-    skip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,8 +53,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Shard:
+    """One output file. block: the decoder block whose tensors alone it holds, None for any others."""
+
     file: str
     tensors: tuple[TensorPlan, ...]
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +71,7 @@ class Plan:
     scheme: Scheme | None
     shards: tuple[Shard, ...]
     notes: tuple[str, ...]
+    device: str
     workers: int
     peak_memory_predicted: int
     seconds_predicted: float
@@ -173,6 +163,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
 
+    device = resolve(options.device)
     fmt = formats.get(options.format)
     base_scheme, method, notes = _settle(options, source)
     check_blocks(source)
@@ -198,10 +189,9 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
     _check_collisions(tensors)
 
-    shards = make_shards(tensors)
-    workers, peak, seconds = _predict(source, tensors, method, options)
-    packed = sum(t.bytes_out for t in tensors if t.scheme) if method in CALIBRATED else 0
-    needed = sum(t.bytes_out for t in tensors) + packed + sum(_sidecar_sizes(source)) + (16 << 20)
+    shards = make_shards(tensors, by_block=method in CALIBRATED)
+    workers, peak, seconds = _predict(source, tensors, method, options, device)
+    needed = sum(t.bytes_out for t in tensors) + sum(_sidecar_sizes(source)) + (16 << 20)
     free = _free_disk(out)
     partial = partial_dir(out)
     reusable = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
@@ -210,7 +200,21 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
             f"{out} needs {units.size(needed)}, and {units.size(free + reusable)} are free there",
             "free some space or choose another disk with -o",
         )
-    return Plan(source.label, out, options, method, scheme, shards, tuple(notes), workers, peak, seconds, needed, free)
+    return Plan(
+        source.label,
+        out,
+        options,
+        method,
+        scheme,
+        shards,
+        tuple(notes),
+        device.id,
+        workers,
+        peak,
+        seconds,
+        needed,
+        free,
+    )
 
 
 def _settle(options: Options, source: Source) -> tuple[Scheme | None, str, list[str]]:
@@ -247,8 +251,6 @@ def _settle(options: Options, source: Source) -> tuple[Scheme | None, str, list[
         raise QkitError("--clip-search belongs to --method rtn", "gptq always searches its scales")
     if method not in CALIBRATED and options.calib is not None:
         raise QkitError(f"--calib is not used by method {method}", "drop it, or use --method gptq")
-    if options.calib_samples < 1 or options.calib_len < 16:
-        raise QkitError("--calib-samples must be at least 1 and --calib-len at least 16")
     return scheme, method, notes
 
 
@@ -300,25 +302,38 @@ def _check_collisions(tensors: Iterable[TensorPlan]) -> None:
         raise QkitError(f"the output would hold {twice[0]} twice", "the source has clashing tensor names")
 
 
-def make_shards(tensors: Iterable[TensorPlan], limit: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """Split in order into files of at most `limit` bytes (one tensor may exceed it)."""
-    groups: list[list[TensorPlan]] = [[]]
+def make_shards(tensors: Iterable[TensorPlan], limit: int = SHARD_BYTES, by_block: bool = False) -> tuple[Shard, ...]:
+    """Split in order into files of at most `limit` bytes (one tensor may exceed it).
+
+    by_block: each decoder block with quantized tensors has files of its own, after everything else: what a calibrated
+    method has finished is then a finished file."""
+    tensors = list(tensors)
+    decoders = {m.string[: m.start(1)] for t in tensors if t.scheme and (m := BLOCK.search(t.name))}
+
+    def block(t: TensorPlan) -> int | None:
+        m = BLOCK.search(t.name) if by_block else None
+        return int(m[1]) if m and t.name[: m.start(1)] in decoders else None
+
+    if by_block:
+        tensors.sort(key=lambda t: -1 if (b := block(t)) is None else b)
+    groups: list[tuple[int | None, list[TensorPlan]]] = []
     used = 0
     for t in tensors:
-        if groups[-1] and used + t.bytes_out > limit:
-            groups.append([])
+        if not groups or groups[-1][0] != block(t) or used + t.bytes_out > limit:
+            groups.append((block(t), []))
             used = 0
-        groups[-1].append(t)
+        groups[-1][1].append(t)
         used += t.bytes_out
-    n = len(groups)
-    return tuple(Shard(f"model-{i:05d}-of-{n:05d}.safetensors", tuple(g)) for i, g in enumerate(groups, start=1))
+    n = max(1, len(groups))
+    names = (f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1))
+    return tuple(Shard(name, tuple(own), index) for name, (index, own) in zip(names, groups, strict=False))
 
 
-def _predict(source: Source, tensors: list[TensorPlan], method: str, options: Options) -> tuple[int, int, float]:
+def _predict(
+    source: Source, tensors: list[TensorPlan], method: str, options: Options, device: LocalDevice
+) -> tuple[int, int, float]:
     """(workers, peak bytes, seconds). Refuses what --max-memory or the machine cannot hold."""
-    import psutil
-
-    limit = options.max_memory or psutil.virtual_memory().total
+    limit = options.max_memory or memory.limit()
     base = BASE_MEMORY[method]
     usable = cores()
     workers = usable
@@ -332,9 +347,9 @@ def _predict(source: Source, tensors: list[TensorPlan], method: str, options: Op
         schemes = {t.name: t.scheme for t in tensors if t.scheme is not None}
         cost = blocks.predict_cost(source, schemes, options.calib_samples, options.calib_len)
         peak = max(peak, base + cost.peak_bytes)
-        seconds += 6.0 + cost.flops / _matmul_rate(options.device)
+        seconds += 6.0 + cost.flops / _matmul_rate(device.id)
     if peak > limit:
-        what = "--max-memory allows" if options.max_memory else "this machine has"
+        what = "--max-memory allows" if options.max_memory else "this machine has free"
         raise QkitError(
             f"about {units.size(peak)} of memory are needed (predicted); {what} {units.size(limit)}",
             "use --method rtn, fewer or shorter calibration samples, or a machine with more memory"
@@ -358,8 +373,7 @@ def _matmul_rate(device: str) -> float:
 
     import torch
 
-    where = "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    a = torch.ones(1024, 1024, device=where)
+    a = torch.ones(1024, 1024, device=device)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
@@ -371,11 +385,6 @@ def _matmul_rate(device: str) -> float:
 def _sidecar_sizes(source: Source) -> Iterable[int]:
     for sidecar in source.sidecars:
         yield len(sidecar.data) if isinstance(sidecar.data, bytes) else sidecar.data.stat().st_size
-
-
-def partial_dir(out: Path) -> Path:
-    """Where the work in progress lives: beside OUT, on the same disk, so that the last step is one rename."""
-    return out.with_name(out.name + ".qkit-partial")
 
 
 def _free_disk(out: Path) -> int:
@@ -414,12 +423,3 @@ def describe(plan: Plan) -> str:
         f"time {units.duration(plan.seconds_predicted)}"
     )
     return "\n".join(lines)
-
-
-def group_size_option(text: str) -> int:
-    """ "128" -> 128, "channel" or "-1" -> CHANNEL. Raises QkitError otherwise."""
-    if text.lower() in ("channel", "-1", "0"):
-        return CHANNEL
-    if text.isdecimal():
-        return int(text)
-    raise QkitError(f"--group-size {text!r} is not a size", "use 128, 64, 32 or 'channel'")

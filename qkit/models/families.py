@@ -34,6 +34,8 @@ def left_alone(name: str, meta: TensorMeta) -> str | None:
         return "fused 3-D experts"
     if kind != "weight" or len(meta.shape) < 2:
         return "bias or norm"
+    if not meta.numel:
+        return "empty"
     if last in _EMBEDDINGS:
         return "embedding"
     if last in _HEADS:

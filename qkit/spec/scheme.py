@@ -114,6 +114,11 @@ class QTensor:
         if self.zero is not None and tuple(self.zero.shape) != expected:
             raise ValueError(f"zero has shape {tuple(self.zero.shape)}, expected {expected}")
 
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Outputs start .. stop-1, as views."""
+        zero = None if self.zero is None else self.zero[start:stop]
+        return QTensor(self.codes[start:stop], self.scale[start:stop], zero, self.scheme)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[out, in] in `dtype` (default float32); computed in float32, rounded once."""
         import torch

@@ -17,8 +17,8 @@ import torch
 from models import make_model
 from safetensors.torch import load_file, save_file
 
-from qkit.conversion.plan import partial_dir
 from qkit.conversion.run import convert
+from qkit.conversion.workspace import partial_dir
 from qkit.errors import QkitError
 from qkit.sources import open_source
 
@@ -223,11 +223,11 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(larger, tmp_path,
     assert run.wait() == 0, run.stderr.read()
     part = partial_dir(out)
     kills = 0
-    # Kill when another part has appeared (gptq) or as soon as work has begun; then let it finish.
+    # Kill when another block's file has appeared (gptq) or as soon as work has begun; then let it finish.
     for wanted in (1, 3) if method == "gptq" else (0, 0):
         run = start(larger, out, method)
         while run.poll() is None and not out.exists():
-            if part.is_dir() and len(list(part.glob("parts/*.json"))) >= wanted:
+            if part.is_dir() and len(list(part.glob("model-*.safetensors"))) >= wanted:
                 run.send_signal(sig)
                 break
             time.sleep(0.002)

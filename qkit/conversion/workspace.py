@@ -1,0 +1,285 @@
+"""The folder of the work in progress beside OUT, and how it becomes OUT: nothing that qkit did not write is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import QkitError
+from ..storage.files import os_error
+from ..storage.manifest import MANIFEST, Manifest, hash_file
+from ..storage.writer import TEMPORARY_SUFFIX, remove_temporaries
+
+LOCK = ".lock"
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+
+
+def partial_dir(out: Path) -> Path:
+    """Where the work in progress lives: beside OUT, on the same disk, so that the last step is one rename."""
+    return out.with_name(out.name + ".qkit-partial")
+
+
+def resolve_out(out: str | os.PathLike[str], inputs: Iterable[str | None] = ()) -> Path:
+    """The absolute path of the folder that the result becomes.
+
+    inputs: what the run reads (source, adapter, calibration file), as the user named them; those that are no paths
+    here do not count. Raises QkitError, with a hint, for a place that a rename cannot fill, or where the result and
+    an input would be one inside the other.
+    """
+    text = os.fspath(out)
+    hint = "choose another folder with -o: one that does not exist yet"
+    if not text or "\0" in text:
+        raise QkitError(f"{text!r} is not a name for the output folder", hint)
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    if not path.name:
+        raise QkitError(f"the output cannot be {path}", hint)
+    if path.is_symlink():
+        target = "a folder" if path.is_dir() else "something that is not there" if not path.exists() else "a file"
+        raise QkitError(f"{path} is a link to {target}, which the result would replace", hint)
+    place = Path(os.path.realpath(path.parent)) / path.name
+    here = Path(os.path.realpath(os.curdir))
+    if place == here or place in here.parents:
+        raise QkitError(f"{path} is the current folder, or holds it", hint)
+    if os.path.ismount(path):
+        raise QkitError(
+            f"{path} is a mount point, which cannot be renamed over", f"use a folder inside it: -o {path}/model"
+        )
+    if path.exists() and not path.is_dir():
+        raise QkitError(f"{path} exists and is not a folder", hint)
+    for given in inputs:
+        _check_apart(path, place, given)
+    return path
+
+
+def _check_apart(out: Path, place: Path, given: str | None) -> None:
+    """Refuse where OUT, or the folder of the work in progress, is an input, holds one, or lies inside one."""
+    if not given:
+        return
+    with suppress(OSError, ValueError):
+        named = os.path.expanduser(given)
+        if not os.path.lexists(named):
+            return
+        read = Path(os.path.realpath(named))
+        for mine in (place, partial_dir(place)):
+            if mine == read or mine in read.parents or read in mine.parents:
+                raise QkitError(
+                    f"the output {out} and the input {given} are one inside the other",
+                    "choose a folder beside the input with -o: nothing of the input's is ever overwritten",
+                )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What lay at OUT when the run began: relative name -> (bytes, mtime in ns, inode). Only this may be replaced."""
+
+    files: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+def look(out: Path) -> Seen:
+    """What lies at `out` now; nothing for a folder that is absent or empty."""
+    files = {}
+    if out.is_dir():
+        for path in sorted(out.rglob("*")):
+            if path.is_symlink() or not path.is_dir():
+                stat = path.lstat()
+                files[str(path.relative_to(out))] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return Seen(files)
+
+
+def finished(out: Path, identity: Mapping[str, Any], restart: bool) -> Manifest | None:
+    """The manifest of a finished, identical conversion at `out`; None where `out` is free or may be replaced.
+
+    Raises QkitError for whatever else is there, strangers' files beside our own with `restart` included."""
+    with _system_errors("read", out):
+        if not out.exists() or not any(out.iterdir()):
+            return None
+    if not (out / MANIFEST).is_file():
+        raise QkitError(f"{out} exists and was not written by qkit", "choose another folder with -o")
+    manifest = Manifest.load(out)
+    if restart:
+        strangers = sorted(look(out).files.keys() - manifest.files.keys() - {MANIFEST})
+        if strangers:
+            raise QkitError(
+                f"{out} holds {strangers[0]!r}, which qkit did not write, so it is not replaced",
+                "move that file away, or choose another folder with -o",
+            )
+        return None
+    if manifest.complete and manifest.identity == identity:
+        return manifest
+    raise QkitError(f"{out} holds another conversion", "choose another folder with -o, or replace it with --restart")
+
+
+class Workspace:
+    """The locked folder of one run and its manifest. Use `open_workspace`."""
+
+    def __init__(self, out: Path, folder: Path, manifest: Manifest, seen: Seen, resumed: bool):
+        self.out, self.folder, self.manifest, self.seen, self.resumed = out, folder, manifest, seen, resumed
+
+    def has(self, file: str) -> bool:
+        """Whether `file` is finished. What an earlier run wrote is hashed before it is counted on."""
+        entry = self.manifest.files.get(file)
+        return entry is not None and (self.folder / file).is_file()
+
+    def drop(self, files: Iterable[str]) -> None:
+        """Forget finished files that turned out to be damaged: the same command writes them again."""
+        for file in files:
+            self.manifest.files.pop(file, None)
+        self.manifest.complete = False
+        self.manifest.save(self.folder)
+
+    def publish(self) -> None:
+        """Give the finished folder its final name: one rename, over nothing or over what was seen at the start.
+
+        Raises QkitError where something else lies there by now: the finished result stays where it is, and the same
+        command, once the place is free, only renames it."""
+        (self.folder / LOCK).unlink(missing_ok=True)
+        aside = None
+        if self.seen.files and self.out.exists():
+            if look(self.out) != self.seen:
+                raise self._occupied()
+            aside = self.out.with_name(f"{self.out.name}.qkit-old-{secrets.token_hex(4)}")
+            with _system_errors("rename", self.out):
+                os.rename(self.out, aside)
+        try:
+            # On every POSIX system a folder's rename fails over a file, a link or a folder with anything in it.
+            os.rename(self.folder, self.out)
+        except OSError as error:
+            if aside is not None and not self.out.exists():
+                os.rename(aside, self.out)
+            if os.path.lexists(self.out):
+                raise self._occupied() from error
+            raise os_error("rename", self.out, error) from error
+        if aside is not None:
+            _remove_seen(aside, self.seen)
+
+    def _occupied(self) -> QkitError:
+        return QkitError(
+            f"something appeared at {self.out} during the run and is left alone; the result is in {self.folder}",
+            "move away what is there and run the same command again: it only gives the result its name",
+        )
+
+
+def _remove_seen(folder: Path, seen: Seen) -> None:
+    """Remove an earlier result of ours, now aside, file by file: whatever was not seen at the start stays."""
+    now = look(folder).files
+    for name, stamp in seen.files.items():
+        if now.get(name) == stamp:
+            (folder / name).unlink(missing_ok=True)
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        with suppress(OSError):  # not empty
+            path.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@contextmanager
+def open_workspace(
+    out: Path, identity: Mapping[str, Any], expected: Iterable[str], restart: bool = False
+) -> Iterator[Workspace]:
+    """Lock the folder beside `out`, or make it; with `restart` discard what an earlier run left in it.
+
+    expected: the files that the run will write: a killed run may have left one that its manifest does not list yet.
+    Raises QkitError where another run holds it, where it belongs to another conversion, holds strangers' files, or
+    where a folder beside `out` cannot be renamed."""
+    seen = look(out) if restart else Seen()
+    folder = partial_dir(out)
+    if folder.is_symlink():
+        raise QkitError(f"{folder} is a link", "move it away, or choose another folder with -o")
+    with _system_errors("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")  # noqa: SIM115  # held until the run ends
+    try:
+        if not _locked(lock):
+            raise QkitError(f"another qkit convert is writing {out}", "wait for it, or choose another folder with -o")
+        _probe_rename(out)
+        manifest = _manifest(folder, identity, frozenset(expected), restart)
+        resumed = bool(manifest.files)
+        with _system_errors("write", folder):
+            remove_temporaries(folder)
+            if resumed:
+                _forget_damaged(folder, manifest)
+            manifest.save(folder)
+        yield Workspace(out, folder, manifest, seen, resumed)
+    finally:
+        lock.close()
+
+
+def _manifest(folder: Path, identity: Mapping[str, Any], expected: frozenset[str], restart: bool) -> Manifest:
+    """The manifest to go on from: the one in `folder`, or a new one. Only files of ours are discarded."""
+    ours = (folder / MANIFEST).is_file()
+    manifest = Manifest.load(folder) if ours else Manifest(dict(identity))
+    known = {*manifest.files, MANIFEST, LOCK}
+    names = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    unrecorded = sorted(n for n in names if n not in known and not n.endswith(TEMPORARY_SUFFIX))
+    strangers = [n for n in unrecorded if not (ours and (n in expected or _SHARD.fullmatch(n)))]
+    if strangers:
+        raise QkitError(f"{folder} holds files that are not qkit's ({strangers[0]})", "move them away")
+    if restart and ours:
+        for name in (*manifest.files, *unrecorded):
+            (folder / name).unlink(missing_ok=True)
+        return Manifest(dict(identity))
+    if ours and manifest.identity != identity:
+        raise QkitError(
+            f"{folder} holds an interrupted run with {_difference(manifest.identity, identity)}",
+            "repeat that command to finish it, or discard it with --restart",
+        )
+    return manifest
+
+
+def _forget_damaged(folder: Path, manifest: Manifest) -> None:
+    """Files of an earlier run count only where their bytes are those that were noted."""
+    for name, entry in list(manifest.files.items()):
+        path = folder / name
+        if not path.is_file() or hash_file(path).sha256 != entry["sha256"]:
+            del manifest.files[name]
+            manifest.complete = False
+
+
+def _probe_rename(out: Path) -> None:
+    """Whether a folder beside `out` can be renamed: better known now than after hours."""
+    one = out.with_name(f".{out.name[:200]}.qkit-probe-{secrets.token_hex(4)}")
+    two = one.with_name(one.name + "2")
+    with _system_errors("rename a folder beside", out):
+        one.mkdir()
+        try:
+            os.rename(one, two)
+        except OSError:
+            one.rmdir()
+            raise
+        two.rmdir()
+
+
+@contextmanager
+def _system_errors(action: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise os_error(action, path, error) from error
+
+
+def _locked(handle: Any) -> bool:
+    """Whether this process now holds the lock; released by the system however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks; two runs at once are the user's risk there
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    key = next((k for k in new if old.get(k) != new.get(k)), "version")
+    if key == "source":
+        return "another source"
+    before = old.get(key)
+    return f"another {key}" + (f" ({json.dumps(before)})" if isinstance(before, str | bool | int) else "")
