@@ -1,20 +1,108 @@
 """The command line: one command = one public function, same names, same defaults. Data goes to stdout, the rest
-to stderr. Exit codes: 0 done, 1 a threshold was missed or verification failed, 2 bad input, 130 interrupted."""
+to stderr. Exit codes: 0 done, 1 a threshold was missed or verification failed, 2 bad input or an internal error, 130
+interrupted."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import __version__
+from .conversion.options import Options as ConvertOptions
 from .errors import QkitError
+from .measure.options import Options as ProfileOptions
+from .options import add_arguments, option
 
-SOURCE_HELP = "a folder of safetensors, a .gguf file, a Hub id, or 'demo' (the embedded default model)"
+SOURCE = "a folder of safetensors, a .gguf file, a Hub id, or 'demo' (the embedded default model)"
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    verify: bool = option(False, "check every hash in the folder's manifest")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    pass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the function it calls ("module:name"), its options, and what is made of the result.
+
+    text      (module of the function, result) -> what stdout gets
+    model     (name, help) of the one positional argument
+    out       help of a required -o, an argument of the function beside the options
+    failed    whether the result makes the exit code 1
+    document  what --json prints"""
+
+    name: str
+    help: str
+    function: str
+    text: Callable[[Any, Any], str]
+    options: type = NoOptions
+    model: tuple[str, str] | None = None
+    out: str | None = None
+    failed: Callable[[Any], bool] = lambda result: False
+    document: Callable[[Any], dict[str, Any]] = lambda result: result.as_dict()
+
+
+def _conversion_text(module: Any, result: Any) -> str:
+    from .conversion.plan import describe
+    from .progress import notify
+
+    if result.plan.options.dry_run:
+        return describe(result.plan)
+    for note in result.plan.notes:
+        notify(note)
+    return str(module.summary(result))
+
+
+COMMANDS = (
+    Command(
+        "convert",
+        "quantize a checkpoint into a new folder",
+        "conversion.run:convert",
+        _conversion_text,
+        ConvertOptions,
+        model=("source", SOURCE),
+        out="folder to create; it appears complete, as the last step",
+        document=lambda result: (result.plan if result.plan.options.dry_run else result).as_dict(),
+    ),
+    Command(
+        "profile",
+        "measure memory, speed and quality of a model on this machine",
+        "measure:profile",
+        lambda module, result: module.summary(result),
+        ProfileOptions,
+        model=("model", "a converted folder, or " + SOURCE),
+        failed=lambda result: not result.passed,
+    ),
+    Command(
+        "inspect",
+        "show what a checkpoint holds",
+        "inspection:inspect",
+        lambda module, result: module.describe(result),
+        InspectOptions,
+        model=("model", SOURCE),
+        failed=lambda result: bool(result.problems),
+    ),
+    Command(
+        "devices",
+        "list the devices present here and the hardware catalogue",
+        "hardware.devices:devices",
+        lambda module, result: module.describe(result),
+    ),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,155 +113,53 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qkit", description="Make a model fit with one command, prove what it cost with one report.")
     parser.add_argument("--version", action="version", version=f"qkit {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    commands.required = True
-    _convert(commands)
-    _profile(commands)
-    _inspect(commands)
-    _devices(commands)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser, required=True)
+    for command in COMMANDS:
+        description = command.help[0].upper() + command.help[1:] + "."
+        p = commands.add_parser(command.name, help=command.help, description=description)
+        p.set_defaults(command=command)
+        if command.model:
+            name, help = command.model
+            p.add_argument(name, metavar=name.upper(), help=help)
+        if command.out:
+            p.add_argument("-o", "--out", required=True, metavar="OUT", help=command.out)
+        add_arguments(p, command.options)
+        p.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    return parser
+def run(argv: Sequence[str] | None) -> int:
+    """Parse, call the command's function, print its result."""
+    given = vars(build_parser().parse_args(argv))
+    command, as_json = given.pop("command"), given.pop("json")
+    place, _, name = command.function.partition(":")
+    module = importlib.import_module(f"{__package__}.{place}")
+    result = getattr(module, name)(**given)
+    shown = json.dumps(command.document(result), indent=2, allow_nan=False) if as_json else command.text(module, result)
+    print(shown)
+    sys.stdout.flush()
+    return 1 if command.failed(result) else 0
 
 
-def _convert(commands: Any) -> None:
-    p = _command(commands, "convert", run_convert, "quantize a checkpoint into a new folder")
-    p.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    p.add_argument("-o", "--out", required=True, help="folder to create; it appears complete, as the last step")
-    formats = "compressed-tensors (default), gptq, gptq_v2 or safetensors (export)"
-    p.add_argument("--format", default="compressed-tensors", help=formats)
-    p.add_argument("--scheme", default="w4a16", help="w4a16 (default), w4a16-asym, w8a16, w8a16-asym or none")
-    p.add_argument("--method", help="rtn or gptq; default: gptq below 8 bits, rtn at 8")
-    groups = "input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits"
-    p.add_argument("--group-size", metavar="N", help=groups)
-    p.add_argument("--clip-search", action="store_true", help="rtn: search each group's scale for the least error")
-    p.add_argument("--calib", metavar="FILE|HUB_ID", help="calibration text; default: text that ships with Python")
-    p.add_argument("--calib-samples", type=int, default=64, metavar="N", help="calibration windows (default 64)")
-    p.add_argument("--calib-len", type=int, default=512, metavar="N", help="tokens per window (default 512)")
-    p.add_argument("--device", default="auto", help="where gptq computes: auto (default), cpu, cuda or cuda:i")
-    p.add_argument("--max-memory", metavar="SIZE", help="memory to stay within, such as 8GiB")
-    p.add_argument("--lora", metavar="DIR", help="PEFT adapter to merge first")
-    skip = "leave modules alone, such as '*.down_proj'"
-    p.add_argument("--skip", nargs="+", action="extend", default=[], metavar="PATTERN", help=skip)
-    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    p.add_argument("--restart", action="store_true", help="discard an interrupted or earlier conversion at OUT")
-    p.add_argument("--no-verify", dest="verify", action="store_false", help="do not read the result back")
-
-
-def _profile(commands: Any) -> None:
-    p = _command(commands, "profile", run_profile, "measure memory, speed and quality of a model on this machine")
-    p.add_argument("model", metavar="MODEL", help="a converted folder, or " + SOURCE_HELP)
-    p.add_argument("--baseline", metavar="SOURCE", help="the model to compare with: KL divergence, top-1 agreement")
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:i")
-    p.add_argument("--context", type=int, metavar="N", help="tokens of context to measure memory and speed at")
-    p.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="batch sizes (default 1)")
-    p.add_argument("--text", metavar="FILE", help="evaluation text; default: text that ships with Python")
-    p.add_argument("--max-kld", type=float, metavar="X", help="exit with 1 if the mean KL divergence is above X")
-    p.add_argument("--min-tps", type=float, metavar="X", help="exit with 1 if decode tokens/s is below X")
-    p.add_argument("-o", "--out", metavar="DIR", help="folder for the report (default qkit-profile/MODEL)")
-
-
-def _inspect(commands: Any) -> None:
-    p = _command(commands, "inspect", run_inspect, "show what a checkpoint holds")
-    p.add_argument("model", metavar="MODEL", help=SOURCE_HELP)
-    p.add_argument("--verify", action="store_true", help="check every hash in the folder's manifest")
-
-
-def _devices(commands: Any) -> None:
-    _command(commands, "devices", run_devices, "list the devices present here and the hardware catalogue")
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    from . import units
-    from .conversion import plan as planning
-    from .conversion.run import convert, summary
-    from .progress import say
-
-    options = _options(args)
-    if args.group_size is not None:
-        options["group_size"] = planning.group_size_option(args.group_size)
-    if args.max_memory is not None:
-        options["max_memory"] = units.parse_size(args.max_memory, "--max-memory")
-    result = convert(**options)
-    if args.json:
-        _print_json(result.plan.as_dict() if args.dry_run else result.as_dict())
-    elif args.dry_run:
-        print(planning.describe(result.plan))
-    else:
-        for note in result.plan.notes:
-            say(note)
-        print(summary(result))
-    return 0
-
-
-def run_profile(args: argparse.Namespace) -> int:
-    from .measure import profile, summary
-
-    result = profile(**_options(args))
-    if args.json:
-        _print_json(result.as_dict())
-    else:
-        print(summary(result))
-    return 0 if result.passed else 1
-
-
-def run_inspect(args: argparse.Namespace) -> int:
-    from .inspection import describe, inspect
-
-    result = inspect(**_options(args))
-    if args.json:
-        _print_json(result.as_dict())
-    else:
-        print(describe(result))
-    return 1 if result.problems else 0
-
-
-def run_devices(args: argparse.Namespace) -> int:
-    from .hardware.devices import describe, devices
-
-    result = devices()
-    if args.json:
-        _print_json(result.as_dict())
-    else:
-        print(describe(result))
-    return 0
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if k not in ("command", "run", "json")}
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed: tensors come and go by the thousand, and a fresh page costs more than the
-    arithmetic on it (GPTQ of a small model: 30 % less processor time). Only here: in a library call the process is
-    not ours to tune. glibc alone has the call; elsewhere nothing changes."""
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+def _report(error: Exception) -> None:
+    """What the user sees of a fault of qkit's own: one line, and where the traceback is."""
+    print(f"error: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="qkit-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"qkit {__version__}\n")
+            traceback.print_exception(error, file=file)
+        print(f"hint: this is a fault of qkit's: please report it with {file.name}", file=sys.stderr)
+    except OSError:
+        print("hint: this is a fault of qkit's: please report it", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Every expected failure becomes `error:` and `hint:` lines."""
-    interrupt = signal.default_int_handler
+    """Run one command; returns the exit code. Every failure becomes `error:` and `hint:` lines."""
     try:
-        signal.signal(signal.SIGTERM, interrupt)  # a terminated run cleans up just as an interrupted one does
-        args = build_parser().parse_args(argv)
-        _keep_freed_memory()
-        code = int(args.run(args))
-        sys.stdout.flush()
-        return code
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run cleans up as an interrupted one
+        return run(argv)
     except QkitError as e:
         print(f"error: {e.message}", file=sys.stderr)
         if e.hint:
@@ -189,4 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError:
         print("error: out of memory\nhint: lower --max-memory, --calib-samples or --context", file=sys.stderr)
+        return 2
+    except Exception as error:
+        _report(error)
         return 2

@@ -117,11 +117,13 @@ def size(value: Any, name: str) -> int:
     return found
 
 
-def several(parse: Parse) -> Parse:
-    """A tuple, each element through `parse`; a single value is a tuple of one."""
+def several(parse: Parse, least: int = 0) -> Parse:
+    """A tuple of `least` elements or more, each through `parse`; a single value is a tuple of one."""
 
     def parse_all(value: Any, name: str) -> tuple[Any, ...]:
         given = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+        if len(given) < least:
+            raise QkitError(f"{name} takes {least} or more values, not {len(given)}")
         return tuple(parse(each, name) for each in given)
 
     return parse_all

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib
+import inspect as python_inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import qkit
-from qkit.cli import build_parser, main
+from qkit.cli import COMMANDS, build_parser, main
 
 
 def test_help_imports_nothing_heavy():
@@ -19,23 +23,16 @@ def test_help_imports_nothing_heavy():
     assert "convert" in done.stdout and "profile" in done.stdout
 
 
-def test_defaults_are_those_of_the_functions():
-    import inspect as python_inspect
-
-    from qkit.conversion.run import convert
-    from qkit.measure import profile
-
-    for command, function, argv in (
-        ("convert", convert, ["convert", "S", "-o", "O"]),
-        ("profile", profile, ["profile", "M"]),
-    ):
-        args = vars(build_parser().parse_args(argv))
-        for name, parameter in python_inspect.signature(function).parameters.items():
-            if name in args and parameter.default is not parameter.empty:
-                given = args[name]
-                assert (tuple(given) if isinstance(given, list) else given) == parameter.default or (
-                    not given and not parameter.default
-                ), f"{command} {name}"
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_a_command_is_its_function(command):
+    """Every argument of the function can be given on the command line, and nothing else."""
+    module, _, name = command.function.partition(":")
+    function = getattr(importlib.import_module(f"qkit.{module}"), name)
+    argv = [command.name, *(["M"] if command.model else []), *(["-o", "O"] if command.out else [])]
+    given = vars(build_parser().parse_args(argv))
+    bound = python_inspect.signature(function).bind(**{k: v for k, v in given.items() if k not in ("command", "json")})
+    keywords = {n for n, p in python_inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert keywords == set(command.options.__dataclass_fields__) and not keywords & set(bound.arguments)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +47,33 @@ def test_defaults_are_those_of_the_functions():
         ["inspect", "/nonexistent.gguf"],
         ["inspect", "/"],
         ["profile", "/nonexistent"],
+        ["profile"],
+        ["convert", "demo"],
+        ["convert", "demo", "-o", "out", "--group-size", "0.5"],
+        ["convert", "demo", "-o", "out", "--max-memory", "0"],
+        ["convert", "demo", "-o", "out", "--calib-samples", "none"],
+        ["convert", "demo", "-o", "out", "--calib-len", "1"],
+        ["convert", "demo", "-o", "out", "--calib", ""],
+        ["convert", "demo", "-o", "out", "--scheme", "w3a16", "--dry-run"],
+        ["convert", "demo", "-o", "out", "--format", "zip", "--dry-run"],
+        ["convert", "demo", "-o", "out", "--method", "magic", "--dry-run"],
+        ["convert", "demo", "-o", "out", "--device", "tpu", "--dry-run"],
+        ["convert", "demo", "-o", "out", "--device", "cuda:99", "--dry-run"],
+        ["convert", "demo", "-o", "out", "--max-memory", "1kB", "--dry-run"],
+        ["convert", "", "-o", "out"],
+        ["profile", "demo", "--batch", "0"],
+        ["profile", "demo", "--context", "-5"],
+        ["profile", "demo", "--max-kld", "nan", "--baseline", "demo"],
+        ["profile", "demo", "--max-kld", "1"],
+        ["profile", "demo", "--device", "tpu"],
+        ["profile", ""],
+        ["inspect", ""],
+        ["inspect"],
+        ["inspect", "nowhere/at/all", "--verify"],
+        ["inspect", "demo", "--verify"],
+        ["inspect", "a\0b"],
+        ["devices", "please"],
+        ["devices", "--verify"],
     ],
 )
 def test_bad_input_is_two_lines_and_exit_2(argv, capsys, tmp_path, monkeypatch):
@@ -87,3 +111,50 @@ def test_public_names():
     for name in qkit.__all__:
         assert getattr(qkit, name) is not None
     assert callable(qkit.convert) and callable(qkit.load) and callable(qkit.profile)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("boom"), KeyError("missing"), RecursionError(), OSError(5, "I/O")])
+def test_no_traceback_reaches_a_user(fault, capsys, monkeypatch, tmp_path):
+    def fail():
+        raise fault
+
+    monkeypatch.setattr("qkit.hardware.devices.devices", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["devices"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    first, second = captured.err.splitlines()
+    assert first.startswith(f"error: internal error: {type(fault).__name__}") and second.startswith("hint: ")
+    (file,) = tmp_path.iterdir()
+    assert str(file) in second and "Traceback" in file.read_text() and "in fail" in file.read_text()
+
+
+def test_no_place_for_the_traceback(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("qkit.hardware.devices.devices", lambda: 1 / 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert main(["devices"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_out_of_memory_and_interruptions(capsys, monkeypatch):
+    for error, code, words in ((MemoryError(), 2, "out of memory"), (KeyboardInterrupt(), 130, "interrupted")):
+
+        def fail(error=error):
+            raise error
+
+        before = signal.getsignal(signal.SIGINT)
+        monkeypatch.setattr("qkit.hardware.devices.devices", fail)
+        try:
+            assert main(["devices"]) == code
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert words in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from qkit.cli import main; sys.exit(main(['devices']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""

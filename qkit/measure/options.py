@@ -24,7 +24,7 @@ class Options:
         metavar="N",
     )
     batch: tuple[int, ...] = option(
-        (1,), "batch sizes; --min-tps holds for the first", parse=several(whole(1)), metavar="N"
+        (1,), "batch sizes; --min-tps holds for the first", parse=several(whole(1), 1), metavar="N"
     )
     text: str | None = option(None, "evaluation text; default: text that comes with qkit or Python", metavar="FILE")
     allow_overlap: bool = option(False, "score on text that the model may be calibrated on; the report says so")

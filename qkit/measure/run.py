@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,10 +14,12 @@ from .. import units
 from ..errors import QkitError
 from ..hardware.catalogue import catalogue
 from ..hardware.detect import LocalDevice, resolve
+from ..options import command_line, with_options
 from ..progress import say, track
 from ..report import write as report
 from ..text import defaults as text
 from . import memory, speed
+from .options import Options
 from .types import EvaluationText, Memory, Profile, Row
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 HEADLINE = "llama.cpp"  # the protocol that thresholds and headlines use; the report shows both
 N_CTX = 512
-CHUNKS = 16
 
 FORMULAS = {
     "weights": "sum over the loaded model's parameters and buffers, each storage once",
@@ -43,49 +42,32 @@ FORMULAS = {
 }
 
 
-def profile(
-    model: str,
-    *,
-    baseline: str | None = None,
-    device: str = "auto",
-    context: int | None = None,
-    batch: Sequence[int] = (1,),
-    text: str | None = None,
-    max_kld: float | None = None,
-    min_tps: float | None = None,
-    out: str | None = None,
-    chunks: int = CHUNKS,
-) -> Profile:
+@with_options(Options)
+def profile(model: str, options: Options) -> Profile:
     """Measure a model on this machine and write profile.json, profile.md and profile.html.
 
-    model     a converted folder, or anything `open_source` takes
-    baseline  the model to compare with; without one quality is perplexity alone
-    device    "auto", "cpu", "cuda", "cuda:1"
-    context   prompt tokens of the speed and memory measurement (default 512, or what the model can take)
-    batch     batch sizes; `min_tps` holds for the first
-    text      evaluation text (file); default: text that ships with Python. It is checked to share no passage
-              with the calibration text that the model's manifest names
-    max_kld, min_tps  thresholds: see `Profile.failures`. max_kld is held against the mean KL divergence of the
-              "llama.cpp" protocol
-    out       folder of the report (default qkit-profile/<model's name>)
-    chunks    chunks of 512 tokens to score, as far as the text goes
+    model  a converted folder, or anything `open_source` takes
 
+    The evaluation text is checked to share no passage with the calibration text that the model's manifest names.
+    Thresholds: see `Profile.failures`; max_kld is held against the mean KL divergence of the "llama.cpp" protocol.
     Raises QkitError for bad options, a device that is not here, overlapping texts, a model that does not fit.
     """
     from ..runtime import load_tokenizer
     from ..sources import open_source
     from . import quality
 
-    _check_options(baseline, context, batch, max_kld, min_tps, chunks)
-    where = resolve(device)
+    baseline, batch, max_kld, min_tps = options.baseline, options.batch, options.max_kld, options.min_tps
+    if max_kld is not None and baseline is None:
+        raise QkitError("--max-kld needs a model to compare with", "name the unquantized model with --baseline")
+    where = resolve(options.device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
-    folder = _out_folder(out, model)
+    folder = _out_folder(options.out, model)
     identity, manifest_sha = _manifest(model)
     limit = _max_positions(source)
-    context = _context(context, limit)
+    context = _context(options.context, limit)
     tokenizer = load_tokenizer(source)
-    tokens, evaluated = _evaluation(text, tokenizer, min(N_CTX, limit), chunks, identity)
+    tokens, evaluated = _evaluation(options.text, tokenizer, min(N_CTX, limit), options.chunks, identity)
     for each in [s for s in (source, base_source) if s]:
         _check_fit(each, where)
 
@@ -119,7 +101,7 @@ def profile(
         device=_device_facts(where, ceiling),
         provenance={
             **_versions(),
-            "command": _command(model, baseline, device, context, batch, text, max_kld, min_tps, out),
+            "command": shlex.join(["qkit", "profile", model, *command_line(options)]),
             "headline_protocol": HEADLINE,
             "model_fingerprint": source.fingerprint,
             "baseline_fingerprint": base_source.fingerprint if base_source else None,
@@ -133,27 +115,6 @@ def profile(
     )
     report.write(result, folder)
     return result
-
-
-def _check_options(
-    baseline: str | None,
-    context: int | None,
-    batch: Sequence[int],
-    max_kld: float | None,
-    min_tps: float | None,
-    chunks: int,
-) -> None:
-    if context is not None and context < 8:
-        raise QkitError(f"a context of {context} tokens is too short to measure", "use at least 8")
-    if not batch or any(b < 1 for b in batch):
-        raise QkitError(f"batch sizes must be positive, not {list(batch)}")
-    if chunks < 1:
-        raise QkitError(f"at least one chunk must be scored, not {chunks}")
-    for option, value in (("--max-kld", max_kld), ("--min-tps", min_tps)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise QkitError(f"{option} must be a number from 0 up, not {value}")
-    if max_kld is not None and baseline is None:
-        raise QkitError("--max-kld needs a model to compare with", "name the unquantized model with --baseline")
 
 
 def _out_folder(out: str | None, model: str) -> Path:
@@ -340,27 +301,6 @@ def _versions() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _command(
-    model: str,
-    baseline: str | None,
-    device: str,
-    context: int,
-    batch: Sequence[int],
-    text: str | None,
-    max_kld: float | None,
-    min_tps: float | None,
-    out: str | None,
-) -> str:
-    words = ["qkit", "profile", model]
-    options: list[tuple[str, Any]] = [
-        ("--baseline", baseline), ("--device", device), ("--context", context), ("--text", text),
-        ("--max-kld", max_kld), ("--min-tps", min_tps), ("-o", out),
-    ]  # fmt: skip
-    for option, value in options:
-        words += [option, str(value)] if value is not None else []
-    return shlex.join([*words, "--batch", *map(str, batch)])
 
 
 def _failures(thresholds: dict[str, float], scores: Quality, row: Row) -> tuple[str, ...]:
