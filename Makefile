@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	@# its name before qkit-llm: two installations of one package would be in each other's way
+	$(BIN)/python -m pip uninstall --quiet --yes qkit
 	@# torch first and alone: a bare requirement would let pip choose a build with gigabytes of CUDA
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core cmake ninja

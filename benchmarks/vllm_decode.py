@@ -7,7 +7,7 @@ Rows: the bfloat16 source in vLLM, the 4-bit folder in vLLM with its own kernel 
 qkit's. Each is an engine in a process of its own. They take turns, A B C A B C, one measurement each; waiting engines
 are stopped (SIGSTOP), because vLLM's workers poll. Medians over the rounds. --one-at-a-time: where memory does not hold
 all engines, each is started for its turn and ended after it. --site: where qkit is, if not in VLLM_PYTHON's own
-environment (`pip install --no-deps --target DIR qkit`). --cores: what vLLM's threads are bound to; by itself it leaves
+environment (`pip install --no-deps --target DIR .`). --cores: what vLLM's threads are bound to; by itself it leaves
 one core of every two out.
 
 Decode and prefill tokens/s count all sequences of a batch. GB/s: weights that a decode step reads (all but the
