@@ -20,9 +20,6 @@ def notify(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-say = notify
-
-
 @contextmanager
 def track(description: str, total: float, unit: str = "steps") -> Iterator[Callable[[float], None]]:
     """Yields `advance(amount)`, which any thread may call. unit "bytes" shows sizes and a rate."""

@@ -92,7 +92,7 @@ def _write_blocks(
 ) -> None:
     """Run the calibrated method over the decoder blocks; each goes to its file as soon as it is quantized."""
     from ..calibrate.blocks import quantize_blocks
-    from ..progress import say
+    from ..progress import notify
 
     shards: dict[int, list[Shard]] = {}
     for shard in plan.shards:
@@ -109,7 +109,7 @@ def _write_blocks(
         for result in quantize_blocks(source, plan.schemes, tokens, device=device, done=finished):
             for name, layer in result.layers.items():
                 if layer.fallback:
-                    say(f"WARNING: {name} fell back to rounding: {layer.fallback}")
+                    notify(f"WARNING: {name} fell back to rounding: {layer.fallback}")
             if result.layers:
                 produce = _Calibrated(source, fmt, result.layers, convert_one, device)
                 for shard in shards[result.index]:

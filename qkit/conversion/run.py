@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import units
 from ..hardware.memory import peak_resident
 from ..options import with_options
-from ..progress import say
+from ..progress import notify
 from .options import Options
 from .plan import CALIBRATED, Plan, make_plan
 
@@ -84,7 +84,7 @@ def convert(
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened, fmt)]
     with open_workspace(plan.out, identity, expected, options.restart) as work:
         if work.resumed:
-            say(f"resuming in {work.folder}")
+            notify(f"resuming in {work.folder}")
         write_weights(plan, opened, fmt, work, Threads(plan.workers), tokens, plan.device)
         finish.write_companions(plan, opened, fmt, work)
         if options.verify:
@@ -102,9 +102,9 @@ def _calibration(plan: Plan, source: Source) -> CalibrationSet:
 
     o = plan.options
     calibration = calibration_tokens(o.calib, load_tokenizer(source), o.calib_samples, o.calib_len)
-    say(f"calibrating on {calibration.tokens.shape[0]} x {calibration.tokens.shape[1]} tokens of {calibration.name}")
+    notify(f"calibrating on {calibration.tokens.shape[0]} x {calibration.tokens.shape[1]} tokens of {calibration.name}")
     if calibration.note:
-        say(calibration.note)
+        notify(calibration.note)
     return calibration
 
 

@@ -15,7 +15,7 @@ from ..errors import QkitError
 from ..hardware.catalogue import catalogue
 from ..hardware.detect import LocalDevice, resolve
 from ..options import command_line, with_options
-from ..progress import say, track
+from ..progress import notify, track
 from ..report import write as report
 from ..text import defaults as text
 from . import memory, speed
@@ -314,5 +314,5 @@ def _failures(thresholds: dict[str, float], scores: Quality, row: Row) -> tuple[
             f"decode at batch {first.batch} gives {first.decode_tps:.1f} tokens/s, below {thresholds['min_tps']:g}"
         )
     if not row.memory.fits:
-        say(f"warning: {units.size(row.memory.total)} do not fit the device's {units.size(row.memory.device_bytes)}")
+        notify(f"warning: {units.size(row.memory.total)} do not fit the device's {units.size(row.memory.device_bytes)}")
     return tuple(failures)

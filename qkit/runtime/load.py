@@ -76,7 +76,7 @@ def load(
         setattr(model.get_submodule(parent), child, layer)
         kernels[layer.select(act_dtype).name] += 1
     materialize(model, opened.read, dtype=act_dtype, device=str(target))
-    say_kernels(kernels, target)
+    log_kernels(kernels, target)
     with torch.no_grad():
         _generation_config(model, opened)
     model.eval()
@@ -155,7 +155,7 @@ def _quant_linear(
     return QuantLinear(weight, bias)
 
 
-def say_kernels(kernels: Counter[str], device: torch.device) -> None:
+def log_kernels(kernels: Counter[str], device: torch.device) -> None:
     """One line a kernel: how many linears run on it, and where."""
     from ..kernels import backend
 

@@ -30,7 +30,7 @@ from ..models.experts import EXPERT_NAMES, unfuse
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
 from .linear import QuantLinear
-from .load import say_kernels
+from .load import log_kernels
 
 if TYPE_CHECKING:
     from ..formats import Format
@@ -185,7 +185,7 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
                 _carry_over(hook, layer)
             model.set_submodule(name, layer.eval())
             kernels[layer.select(model.dtype).name] += 1
-        say_kernels(kernels, model.device)
+        log_kernels(kernels, model.device)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
