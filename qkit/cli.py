@@ -130,8 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse, call the command's function, print its result."""
-    given = vars(build_parser().parse_args(argv))
+    namespace, unknown = build_parser().parse_known_args(argv)
+    given = vars(namespace)
     command, as_json = given.pop("command"), given.pop("json")
+    if unknown:
+        hint = f"qkit {command.name} --help lists the options"
+        raise QkitError(f"qkit {command.name} does not take {' '.join(unknown)}", hint)
     place, _, name = command.function.partition(":")
     module = importlib.import_module(f"{__package__}.{place}")
     result = getattr(module, name)(**given)

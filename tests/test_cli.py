@@ -113,6 +113,21 @@ def test_public_names():
     assert callable(qkit.convert) and callable(qkit.load) and callable(qkit.profile)
 
 
+@pytest.mark.parametrize("more", [[], ["--max-memory", "1TB"]])
+def test_a_plan_counts_what_is_free(llama, tmp_path, capsys, monkeypatch, more):
+    monkeypatch.setattr("qkit.hardware.memory.available", lambda: (64 << 30, 1 << 20))
+    monkeypatch.setattr("qkit.hardware.memory.resident", lambda: 200 << 20)
+    assert main(["convert", str(llama), "-o", str(tmp_path / "o"), "--method", "rtn", "--dry-run", *more]) == 2
+    assert "this process can have 210.8 MB" in capsys.readouterr().err
+
+
+def test_an_unknown_option_names_its_command(capsys):
+    assert main(["inspect", "demo", "--frobnicate"]) == 2
+    assert capsys.readouterr().err == (
+        "error: qkit inspect does not take --frobnicate\nhint: qkit inspect --help lists the options\n"
+    )
+
+
 @pytest.mark.parametrize("fault", [RuntimeError("boom"), KeyError("missing"), RecursionError(), OSError(5, "I/O")])
 def test_no_traceback_reaches_a_user(fault, capsys, monkeypatch, tmp_path):
     def fail():

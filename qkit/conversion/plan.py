@@ -333,7 +333,8 @@ def _predict(
     source: Source, tensors: list[TensorPlan], method: str, options: Options, device: LocalDevice
 ) -> tuple[int, int, float]:
     """(workers, peak bytes, seconds). Refuses what --max-memory or the machine cannot hold."""
-    limit = options.max_memory or memory.limit()
+    here = memory.limit()
+    limit = min(options.max_memory or here, here)
     base = BASE_MEMORY[method]
     usable = cores()
     workers = usable
@@ -349,9 +350,9 @@ def _predict(
         peak = max(peak, base + cost.peak_bytes)
         seconds += 6.0 + cost.flops / _matmul_rate(device.id)
     if peak > limit:
-        what = "--max-memory allows" if options.max_memory else "this machine has free"
+        allowed = "--max-memory allows" if limit < here else "this process can have"
         raise QkitError(
-            f"about {units.size(peak)} of memory are needed (predicted); {what} {units.size(limit)}",
+            f"about {units.size(peak)} of memory are needed (predicted); {allowed} {units.size(limit)}",
             "use --method rtn, fewer or shorter calibration samples, or a machine with more memory"
             if method in CALIBRATED
             else "raise --max-memory: the largest tensor has to fit",
