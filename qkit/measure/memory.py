@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..hardware import memory as process
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +91,6 @@ def cache_tokens(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def process_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
 @contextmanager
 def peak(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]]:
     """Watches memory in use: the yielded function gives (bytes at the peak above those at the start, how seen)."""
@@ -108,16 +102,16 @@ def peak(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]]:
         start = torch.cuda.memory_allocated(device)
         yield lambda: (torch.cuda.max_memory_allocated(device) - start, "torch.cuda.max_memory_allocated")
         return
-    before = process_bytes()
-    if _reset_high_water():
-        yield lambda: (max(0, _high_water() - before), "peak resident memory of the process (VmHWM)")
+    before = process.resident()
+    if process.reset_peak():
+        yield lambda: (max(0, (process.peak_resident() or 0) - before), "peak resident memory of the process (VmHWM)")
         return
     seen = [before]
     stop = threading.Event()
 
     def sample() -> None:
         while not stop.wait(0.005):
-            seen[0] = max(seen[0], process_bytes())
+            seen[0] = max(seen[0], process.resident())
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -126,21 +120,3 @@ def peak(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]]:
     finally:
         stop.set()
         thread.join()
-
-
-def _reset_high_water() -> bool:
-    """Linux: forget the process's peak resident memory, so that the next one can be read."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _high_water() > 0
-
-
-def _high_water() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import units
 from ..errors import QkitError
+from ..hardware import memory as process
 from ..hardware.catalogue import catalogue
 from ..hardware.detect import LocalDevice, resolve
 from ..options import command_line, with_options
@@ -223,9 +224,9 @@ class _Loaded:
 def _load(name: str, source: Source, where: LocalDevice) -> _Loaded:
     from ..runtime import load
 
-    before = memory.process_bytes()
+    before = process.resident()
     model = load(source, device=where.id)
-    return _Loaded(name, source, model, before, memory.process_bytes())
+    return _Loaded(name, source, model, before, process.resident())
 
 
 def _row(loaded: _Loaded, runs: list[speed.Run], where: LocalDevice, context: int) -> Row:

@@ -232,7 +232,7 @@ def test_a_mixture_of_experts_has_no_fixed_read():
 @pytest.mark.parametrize("reset", [True, False])
 def test_peak_memory_sees_an_allocation(monkeypatch, reset):
     if not reset:
-        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
+        monkeypatch.setattr("qkit.hardware.memory.reset_peak", lambda: False)
     with memory.peak(torch.device("cpu")) as seen:
         block = bytearray(64 << 20)
         block[::4096] = b"x" * len(block[::4096])
