@@ -81,8 +81,8 @@ def flag(value: Any, name: str) -> bool:
     return value
 
 
-def whole(least: int) -> Parse:
-    """A whole number from `least` up."""
+def whole(least: int, most: int = 2**31 - 1) -> Parse:
+    """A whole number from `least` to `most`."""
 
     def parse(value: Any, name: str) -> int:
         try:
@@ -93,6 +93,8 @@ def whole(least: int) -> Parse:
             raise QkitError(f"{name}: {value!r} is not a whole number", f"write it like {max(least, 64)}")
         if number < least:
             raise QkitError(f"{name} must be at least {least}, not {number}")
+        if number > most:
+            raise QkitError(f"{name} must be at most {most}, not {value}")
         return int(number)
 
     return parse
@@ -111,10 +113,8 @@ def number(value: Any, name: str) -> float:
 
 def size(value: Any, name: str) -> int:
     """Bytes: a whole number, or text such as 8GiB."""
-    found = units.parse_size(value, name) if isinstance(value, str) else whole(1)(value, name)
-    if found < 1:
-        raise QkitError(f"{name} must be more than nothing, not {value!r}", "write it like 16GiB, 500MB or 4g")
-    return found
+    found = units.parse_size(value, name) if isinstance(value, str) else value
+    return int(whole(1, 2**63 - 1)(found, name))
 
 
 def several(parse: Parse, least: int = 0) -> Parse:

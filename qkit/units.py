@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from .errors import QkitError
 
@@ -14,7 +15,7 @@ def parse_size(text: str, option: str = "size") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if not match:
         raise QkitError(f"{option}: {text!r} is not a size", "write it like 16GiB, 500MB or 4g")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    return int(Fraction(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def size(nbytes: float) -> str:

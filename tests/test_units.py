@@ -13,6 +13,8 @@ from qkit.errors import QkitError
         ("4096", 4096),
         (" 2 kib ", 2048),
         ("3TB", 3 * 10**12),
+        ("0.1g", 100_000_000),
+        ("9007199254740993", 9007199254740993),
     ],
 )
 def test_parse_size(text, expected):
