@@ -146,17 +146,28 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _report(error: Exception) -> None:
-    """What the user sees of a fault of qkit's own: one line, and where the traceback is."""
-    print(f"error: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+    """What the user sees of an error that nothing expected: the machine's as it is; a fault of qkit's own as one line,
+    and where its traceback lies."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        lines = ["error: out of memory", "hint: lower --max-memory, --calib-samples, --batch or --context"]
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        lines = [f"error: {error.filename}: {error.strerror}", "hint: the system refuses this path"]
+    else:
+        lines = [f"error: internal error: {type(error).__name__}: {error}", f"hint: please report it{_keep(error)}"]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _keep(error: Exception) -> str:
+    """Write the traceback to a file, for a report; says where it is."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="qkit-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
             file.write(f"qkit {__version__}\n")
             traceback.print_exception(error, file=file)
-        print(f"hint: this is a fault of qkit's: please report it with {file.name}", file=sys.stderr)
+        return f" with {file.name}"
     except OSError:
-        print("hint: this is a fault of qkit's: please report it", file=sys.stderr)
+        return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,9 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has left
         return 0
-    except MemoryError:
-        print("error: out of memory\nhint: lower --max-memory, --calib-samples or --context", file=sys.stderr)
-        return 2
     except Exception as error:
         _report(error)
         return 2

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import qkit
 from qkit.cli import COMMANDS, build_parser, main
@@ -151,19 +153,29 @@ def test_no_place_for_the_traceback(capsys, monkeypatch, tmp_path):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_out_of_memory_and_interruptions(capsys, monkeypatch):
-    for error, code, words in ((MemoryError(), 2, "out of memory"), (KeyboardInterrupt(), 130, "interrupted")):
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MemoryError(), 2, "error: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: out of memory"),
+        (OSError(36, "File name too long", "abc"), 2, "error: abc: File name too long"),
+        (PermissionError(13, "Permission denied", Path("abc")), 2, "error: abc: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_is_not_a_fault_of_qkit(error, code, words, capsys, monkeypatch):
+    def fail():
+        raise error
 
-        def fail(error=error):
-            raise error
-
-        before = signal.getsignal(signal.SIGINT)
-        monkeypatch.setattr("qkit.hardware.devices.devices", fail)
-        try:
-            assert main(["devices"]) == code
-        finally:
-            signal.signal(signal.SIGINT, before)
-        assert words in capsys.readouterr().err
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("qkit.hardware.devices.devices", fail)
+    try:
+        assert main(["devices"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    shown = capsys.readouterr().err
+    assert words in shown and "internal error" not in shown
 
 
 def test_a_reader_that_leaves(tmp_path):
