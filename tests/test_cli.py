@@ -68,6 +68,8 @@ def test_a_command_is_its_function(command):
         ["profile", "demo", "--max-kld", "nan", "--baseline", "demo"],
         ["profile", "demo", "--max-kld", "1"],
         ["profile", "demo", "--device", "tpu"],
+        ["profile", "demo", "--context", "99999999"],
+        ["profile", "demo", "--text", "missing.txt"],
         ["profile", ""],
         ["inspect", ""],
         ["inspect"],

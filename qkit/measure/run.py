@@ -63,7 +63,6 @@ def profile(model: str, options: Options) -> Profile:
     where = resolve(options.device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
-    folder = _out_folder(options.out, model)
     identity, manifest_sha = _manifest(model)
     limit = _max_positions(source)
     context = _context(options.context, limit)
@@ -71,6 +70,7 @@ def profile(model: str, options: Options) -> Profile:
     tokens, evaluated = _evaluation(options.text, tokenizer, min(N_CTX, limit), options.chunks, identity)
     for each in [s for s in (source, base_source) if s]:
         _check_fit(each, where)
+    folder = _out_folder(options.out, model)
 
     import torch
 
