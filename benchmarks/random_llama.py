@@ -27,12 +27,13 @@ from typing import Any
 import torch
 
 from qkit import formats, kernels
+from qkit.kernels.codes import weight_of
+from qkit.spec import integer
 from qkit.spec.dtypes import TensorMeta
-from qkit.spec.scheme import QTensor, Scheme
 from qkit.storage.writer import write_safetensors
 
 GROUP = 128
-SCHEME = Scheme(4, GROUP)
+SCHEME = integer(4, GROUP)
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 GGUF_NAMES = {
@@ -117,7 +118,7 @@ def write_folder(folder: Path, config: dict[str, Any], packed: set[str]) -> None
         for module, shape in shapes.items():
             codes, scale = weight(module, shape)
             if module in packed:
-                made = fmt.pack(QTensor(codes, scale, None, SCHEME))
+                made = fmt.pack(weight_of(codes, scale, None, 4))
                 yield from (made[local] for local in fmt.out_metas(shape, SCHEME))
             else:
                 yield dense(codes, scale)

@@ -1,10 +1,13 @@
-"""`Weight`: a quantized matrix as every kernel takes it, whatever file it came from."""
+"""`Weight`: a quantized matrix, the one type from method to format to kernel, whatever file it came from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from qkit.spec.dtypes import dtype_name
+from qkit.spec.layer import CHANNEL, Grid, LayerSpec, Scale
 
 # What a 4-bit code stands for. nf4 and fp4: bitsandbytes (functional.py, create_normal_map and create_fp4_map); e2m1:
 # OCP Microscaling 1.0, section 5.3.3 (sign in bit 3).
@@ -85,6 +88,25 @@ class Weight:
     def group_size(self) -> int:
         """Inputs that share a scale; in_features where there is one scale a row."""
         return self.in_features // self.scale.shape[1]
+
+    @property
+    def spec(self) -> LayerSpec:
+        """How it is stored, in words. One group a row reads as one scale per output channel."""
+        groups = self.scale.shape[1]
+        block = (1, CHANNEL if groups == 1 else self.group_size)
+        kind = "float" if self.kind in ("fp8", "mxfp4", "nvfp4") else self.kind
+        over = Scale((0, 0), "F32") if self.kind == "nvfp4" else None
+        dtype = "F8_E8M0" if self.kind == "mxfp4" else dtype_name(self.scale.dtype)
+        return LayerSpec(Grid(kind, self.bits, self.zero is None), Scale(block, dtype, over))
+
+    def rows(self, start: int, stop: int) -> Weight:
+        """Outputs start .. stop-1, as views."""
+        zero = None if self.zero is None else self.zero[start:stop]
+        return replace(self, packed=self.packed[start:stop], scale=self.scale[start:stop], zero=zero)
+
+    def to(self, device: torch.device | str) -> Weight:
+        zero = None if self.zero is None else self.zero.to(device)
+        return replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero)
 
     @property
     def device(self) -> torch.device:

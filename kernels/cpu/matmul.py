@@ -13,7 +13,7 @@ from ..weight import TABLES, Weight
 from . import lib
 
 if TYPE_CHECKING:
-    from ..select import Problem
+    from ..problem import Problem
 
 _WIDE = 32  # outputs in a block of the layout (matmul_types.h)
 

@@ -21,7 +21,7 @@ from . import layout
 from .layout import Packed, prepack
 
 if TYPE_CHECKING:
-    from ..select import Problem
+    from ..problem import Problem
 
 __all__ = ["Layer", "Packed", "dequantize", "layer", "linear", "prepack", "restore", "supports"]
 

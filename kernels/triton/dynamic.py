@@ -12,7 +12,7 @@ from ..weight import FLOATS, Weight
 from . import unavailable
 
 if TYPE_CHECKING:
-    from ..select import Problem
+    from ..problem import Problem
     from .w8a8 import Packed8
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..kernels.weight import Weight
     from ..sources.types import Source
-    from ..spec.scheme import QTensor, Scheme
+    from ..spec import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LayerResult:
 
     method, fallback: as in `gptq.GptqResult`."""
 
-    qtensor: QTensor
+    weight: Weight
     error: float
     method: str
     fallback: str | None
@@ -51,11 +52,13 @@ class Runner:
             hidden[i] = self(states).to("cpu")
 
 
-def install(module: nn.Module, q: QTensor) -> None:
+def install(module: nn.Module, q: Weight) -> None:
     """Put the quantized values in place of the weight, on its device and in its dtype."""
+    from ..kernels.codes import values_of
+
     weight = module.weight
     assert hasattr(weight, "copy_")
-    weight.copy_(q.dequantize(weight.dtype))  # type: ignore[operator,arg-type]
+    weight.copy_(values_of(q, weight.dtype))  # type: ignore[operator,arg-type]
 
 
 class Block:
@@ -69,7 +72,7 @@ class Block:
         runner: Runner,
         names: dict[str, str],
         source: Source,
-        schemes: Mapping[str, Scheme],
+        schemes: Mapping[str, LayerSpec],
         progress: Callable[[str], None] | None,
         options: dict[str, Any],
     ):
@@ -172,23 +175,23 @@ class Block:
         from ..methods import gptq
 
         for group in groups:
-            locals_ = [local for local in self.groups[group] if self.names[local] not in self.results]
-            if not locals_:
+            members = [local for local in self.groups[group] if self.names[local] not in self.results]
+            if not members:
                 continue
-            weights = [self.source.read(self.names[local]).to(self.runner.device) for local in locals_]
+            weights = [self.source.read(self.names[local]).to(self.runner.device) for local in members]
             hessian = self.hessians.pop(group, None)
             if hessian is None:
                 hessian = torch.zeros(weights[0].shape[1], weights[0].shape[1], device=self.runner.device)
-            schemes = [self.schemes[self.names[local]] for local in locals_]
+            schemes = [self.schemes[self.names[local]] for local in members]
             try:
                 solved = gptq.quantize_all(weights, gptq.symmetrize(hessian), schemes, **self.options)
             except QkitError as error:
-                names = ", ".join(self.names[local] for local in locals_)
+                names = ", ".join(self.names[local] for local in members)
                 raise QkitError(f"{names}: {error.message}", error.hint) from error
-            for local, result in zip(locals_, solved, strict=True):
+            for local, result in zip(members, solved, strict=True):
                 name = self.names[local]
-                install(self.modules[local], result.qtensor)
-                q = _to_cpu(result.qtensor)
+                install(self.modules[local], result.weight)
+                q = result.weight.to("cpu")
                 count = self.counts.get(group, 0)
                 self.results[name] = LayerResult(q, result.error, result.method, result.fallback, count)
                 if self.progress is not None:
@@ -214,9 +217,3 @@ class _Hooks:
 
 def _leaf(local: str) -> str:
     return local.rpartition(".")[2]
-
-
-def _to_cpu(q: QTensor) -> QTensor:
-    from dataclasses import replace
-
-    return replace(q, codes=q.codes.cpu(), scale=q.scale.cpu(), zero=None if q.zero is None else q.zero.cpu())

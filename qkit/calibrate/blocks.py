@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..kernels.weight import Weight
     from ..sources.types import Source
-    from ..spec.scheme import QTensor, Scheme
+    from ..spec import LayerSpec
 
 # All samples go through a block at once as long as its activations fit in this many bytes: then one forward pass
 # does everything. Above it, in batches, with one (partial) pass per stage. A constant, not the free memory:
@@ -45,18 +46,18 @@ class Cost:
 
 def quantize_blocks(
     source: Source,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, LayerSpec],
     tokens: torch.Tensor,
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    done: Callable[[int], Mapping[str, QTensor] | None] = lambda index: None,
+    done: Callable[[int], Mapping[str, Weight] | None] = lambda index: None,
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[BlockResult]:
     """Quantize the weights in `schemes` with GPTQ; yields one BlockResult per decoder block, in order.
 
-    schemes   weight name -> Scheme; each must be an nn.Linear of a decoder block
+    schemes   weight name -> LayerSpec; each must be an nn.Linear of a decoder block
     tokens    int64 [samples, length]; no padding
     dtype     of the forward pass, bfloat16 by default; weights are quantized from what the source holds
     done      weights of blocks finished earlier, or None; results are then bit-identical to an uninterrupted run
@@ -81,11 +82,11 @@ def quantize_blocks(
 def _run(
     model: nn.Module,
     source: Source,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, LayerSpec],
     tokens: torch.Tensor,
     device: str,
     dtype: torch.dtype,
-    done: Callable[[int], Mapping[str, QTensor] | None],
+    done: Callable[[int], Mapping[str, Weight] | None],
     progress: Callable[[str], None] | None,
     options: dict[str, Any],
 ) -> Iterator[BlockResult]:
@@ -112,7 +113,7 @@ def _run(
         yield BlockResult(index, layers)
 
 
-def predict_cost(source: Source, schemes: Mapping[str, Scheme], samples: int, length: int) -> Cost:
+def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int, length: int) -> Cost:
     """What `quantize_blocks` will take. Reads no tensor; needs torch only for the shapes' names.
 
     Every weight counts as its own input group except those with a sibling of the same parent and width, which
@@ -149,13 +150,13 @@ def predict_cost(source: Source, schemes: Mapping[str, Scheme], samples: int, le
     return Cost(forward + hessians + solve, peak)
 
 
-def _activation_bytes(source: Source, schemes: Mapping[str, Scheme], tokens: int, itemsize: int) -> int:
+def _activation_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:
     """Largest set of activations alive at once: gate, up, their product and a float32 norm."""
     widest = max((max(source.meta(name).shape) for name in schemes), default=0)
     return 4 * tokens * widest * itemsize
 
 
-def _batch_size(source: Source, schemes: Mapping[str, Scheme], samples: int, length: int, itemsize: int) -> int:
+def _batch_size(source: Source, schemes: Mapping[str, LayerSpec], samples: int, length: int, itemsize: int) -> int:
     per_sample = max(1, _activation_bytes(source, schemes, length, itemsize))
     return max(1, min(samples, _ACTIVATION_BYTES // per_sample))
 
@@ -166,7 +167,7 @@ def _decoder_blocks(model: nn.Module) -> tuple[str, Any]:
     return prefix + ".", decoder.layers
 
 
-def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, Scheme]) -> None:
+def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, LayerSpec]) -> None:
     from torch import nn
 
     linears = {

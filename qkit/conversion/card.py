@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from .. import units
-from ..spec.scheme import CHANNEL
+from ..spec import CHANNEL
 
 if TYPE_CHECKING:
     from ..sources.types import Source

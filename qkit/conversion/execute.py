@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from ..calibrate.block import LayerResult
     from ..formats.base import Format
+    from ..kernels.weight import Weight
     from ..sources.types import Source
-    from ..spec.scheme import QTensor
     from .plan import Plan, Shard, TensorPlan
     from .workspace import Workspace
 
@@ -101,7 +101,7 @@ def _write_blocks(
     if all(work.has(shard.file) for own in shards.values() for shard in own):
         return
 
-    def finished(index: int) -> Mapping[str, QTensor] | None:
+    def finished(index: int) -> Mapping[str, Weight] | None:
         own = shards.get(index, [])
         return _read_back(own, fmt, work) if own and all(work.has(s.file) for s in own) else None
 
@@ -117,7 +117,7 @@ def _write_blocks(
             advance(1)
 
 
-def _read_back(shards: list[Shard], fmt: Format, work: Workspace) -> dict[str, QTensor]:
+def _read_back(shards: list[Shard], fmt: Format, work: Workspace) -> dict[str, Weight]:
     """A finished block's quantized weights, for the forward pass of a resumed run."""
     from ..storage.safetensors import SafetensorsFile
 
@@ -174,12 +174,12 @@ class _Calibrated:
         entry = record(
             t,
             layer.method,
-            weight_error(self.source.read(t.name), layer.qtensor),
+            weight_error(self.source.read(t.name), layer.weight),
             output_error=layer.error,
             fallback=layer.fallback,
             computed_on=self.computed_on,
         )
-        return list(self.fmt.pack(layer.qtensor).values()), entry
+        return list(self.fmt.pack(layer.weight).values()), entry
 
 
 def computed_on(device: str) -> str:
@@ -206,14 +206,16 @@ def record(t: TensorPlan, method: str, weight_error: float, **more: Any) -> dict
     }
 
 
-def weight_error(weight: torch.Tensor, q: QTensor) -> float:
+def weight_error(weight: torch.Tensor, q: Weight) -> float:
     """||W - Wq|| / ||W||, Frobenius, accumulated in float64, a slab of rows at a time: no whole copy is made."""
+    from ..kernels.codes import values_of
+
     lost = total = 0.0
     step = max(1, _SLAB // max(1, weight.shape[1]))
     for a in range(0, weight.shape[0], step):
         w = weight[a : a + step].double()
         total += float(w.square().sum())
-        lost += float((w - q.rows(a, a + step).dequantize().double()).square_().sum())
+        lost += float((w - values_of(q.rows(a, a + step)).double()).square_().sum())
     return float((lost / total) ** 0.5) if total else 0.0
 
 

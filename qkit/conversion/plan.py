@@ -16,8 +16,8 @@ from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores, resolve
 from ..models.families import BLOCK, check_skip, chooser, left_alone, module_of, pick_group_size
 from ..models.skeleton import check_architecture
+from ..spec import LayerSpec, preset
 from ..spec.dtypes import TensorMeta
-from ..spec.scheme import Scheme, preset
 from .options import Options
 from .workspace import partial_dir
 
@@ -42,7 +42,7 @@ class TensorPlan:
 
     name: str
     meta: TensorMeta
-    scheme: Scheme | None
+    scheme: LayerSpec | None
     reason: str
     outputs: tuple[tuple[str, TensorMeta], ...]
 
@@ -68,7 +68,7 @@ class Plan:
     out: Path
     options: Options
     method: str
-    scheme: Scheme | None
+    scheme: LayerSpec | None
     shards: tuple[Shard, ...]
     notes: tuple[str, ...]
     device: str
@@ -83,7 +83,7 @@ class Plan:
         return [t for shard in self.shards for t in shard.tensors]
 
     @property
-    def schemes(self) -> dict[str, Scheme]:
+    def schemes(self) -> dict[str, LayerSpec]:
         """Weight name -> scheme, for the quantized weights."""
         return {t.name: t.scheme for t in self.tensors if t.scheme is not None}
 
@@ -177,7 +177,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     tensors = []
     for name in names:
         meta, pick = source.meta(name), chosen[name]
-        if isinstance(pick, Scheme):
+        if isinstance(pick, LayerSpec):
             shape = (meta.shape[0], meta.shape[1])
             metas = fmt.out_metas(shape, pick)
             prefix = module_of(name)
@@ -217,8 +217,8 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     )
 
 
-def _settle(options: Options, source: Source) -> tuple[Scheme | None, str, list[str]]:
-    """Scheme and method, with the defaults said."""
+def _settle(options: Options, source: Source) -> tuple[LayerSpec | None, str, list[str]]:
+    """LayerSpec and method, with the defaults said."""
     notes: list[str] = []
     scheme = preset("none" if options.format == "safetensors" and options.scheme == "w4a16" else options.scheme)
     if (scheme is None) != (options.format == "safetensors"):
@@ -255,17 +255,17 @@ def _settle(options: Options, source: Source) -> tuple[Scheme | None, str, list[
 
 
 def _settle_group(
-    scheme: Scheme | None,
+    scheme: LayerSpec | None,
     options: Options,
     source: Source,
     fmt: Format,
-    chosen: dict[str, Scheme | str],
+    chosen: dict[str, LayerSpec | str],
     notes: list[str],
-) -> tuple[Scheme | None, dict[str, Scheme | str]]:
+) -> tuple[LayerSpec | None, dict[str, LayerSpec | str]]:
     """Fill in the group size and what the format dictates; refuse what it cannot hold."""
     if scheme is None:
         return None, chosen
-    shapes = {n: source.meta(n).shape for n, pick in chosen.items() if isinstance(pick, Scheme)}
+    shapes = {n: source.meta(n).shape for n, pick in chosen.items() if isinstance(pick, LayerSpec)}
     if not shapes:
         return scheme, chosen
     scheme = pick_group_size(scheme, options.group_size, shapes)
@@ -276,7 +276,7 @@ def _settle_group(
         problem = fmt.check((shape[0], shape[1]), scheme)
         if problem:
             raise QkitError(f"{name}: {problem}", "use another --format, or leave the layer alone with --skip")
-    return scheme, {n: scheme if isinstance(pick, Scheme) else pick for n, pick in chosen.items()}
+    return scheme, {n: scheme if isinstance(pick, LayerSpec) else pick for n, pick in chosen.items()}
 
 
 def check_blocks(source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -126,12 +127,12 @@ def _identity(plan: Plan, source: Source, calibration: CalibrationSet | None) ->
         import torch
         import transformers
 
-        # Matmuls may round differently in another release, on another device or with another thread count.
+        # Sums may round differently in another release or on another kind of device. Threads and processor are
+        # recorded with each weight instead: a run goes on wherever it is continued.
         identity["compute"] = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": plan.device.partition(":")[0],
-            "threads": torch.get_num_threads(),
         }
         identity["calibration"] = {
             "name": calibration.name,
@@ -140,7 +141,8 @@ def _identity(plan: Plan, source: Source, calibration: CalibrationSet | None) ->
             "length": calibration.tokens.shape[1],
             "sketch": calibration.sketch,
         }
-    return identity
+    parsed: dict[str, Any] = json.loads(json.dumps(identity))  # as a manifest gives it back
+    return parsed
 
 
 def _fallbacks(manifest: Manifest) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QkitError
-from .base import Format, FormatReader, Packed, local_names, quantized_modules, read_packed
+from .base import Format, FormatReader, local_names, quantized_modules, read_weight
 from .compressed_tensors import CompressedTensors
 from .gptq import GPTQ
 from .plain import Plain
 
 __all__ = [
-    "FORMATS", "Format", "FormatReader", "Packed", "extra_files", "get", "local_names", "quantized_modules",
-    "read_packed", "reader",
+    "FORMATS", "Format", "FormatReader", "extra_files", "get", "local_names", "quantized_modules",
+    "read_weight", "reader",
 ]  # fmt: skip
 
 FORMATS: dict[str, Format] = {
@@ -25,19 +25,10 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def get(name: str, checkpoint_format: str | None = None) -> Format:
-    """The format a user named; `checkpoint_format` picks the GPTQ version ("gptq" or "gptq_v2").
-
-    Raises QkitError listing the known ones."""
+def get(name: str) -> Format:
+    """The format a user named. Raises QkitError listing the known ones."""
     key = name.lower()
     key = {"compressed_tensors": "compressed-tensors", "gptq-v2": "gptq_v2"}.get(key, key)
-    if checkpoint_format is not None:
-        if key not in ("gptq", "gptq_v2") or checkpoint_format not in ("gptq", "gptq_v2"):
-            raise QkitError(
-                f"checkpoint_format {checkpoint_format!r} does not go with format {name!r}",
-                "format gptq has gptq (v1, the default) and gptq_v2",
-            )
-        key = checkpoint_format
     if key not in FORMATS:
         raise QkitError(f"unknown format {name!r}", "known formats: " + ", ".join(FORMATS))
     return FORMATS[key]

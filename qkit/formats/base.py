@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import QkitError
+from ..spec import LayerSpec
 from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
-from ..spec.scheme import QTensor, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from ..kernels.weight import Weight
     from ..sources.types import Source
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A quantized [out, in_features] weight in the layout the kernels share (`kernels/reference.py`).
-
-    packed int32 [out, ceil(in * bits / 32)]; scale [out, groups]; zero uint8 [out, groups], or None where
-    symmetric.
-    """
-
-    packed: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    in_features: int
-    scheme: Scheme
-
-    def unpack(self) -> QTensor:
-        from ..kernels import unpack
-
-        codes = unpack(self.packed, self.scheme.bits, self.in_features)
-        return QTensor(codes, self.scale, self.zero, self.scheme)
 
 
 class Format(Protocol):
@@ -44,35 +23,33 @@ class Format(Protocol):
     @property
     def name(self) -> str: ...
 
-    def scheme_for(self, scheme: Scheme, model_dtype: str) -> Scheme:
+    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         """`scheme` with what the format dictates filled in (scale dtype, least zero point).
 
         Raises QkitError, with the remedy, where the format cannot hold it."""
         ...
 
-    def check(self, shape: tuple[int, int], scheme: Scheme) -> str | None:
+    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
         """Why a [out, in] weight cannot be stored in this format, or None (e.g. GPTQ: in and out % 32)."""
         ...
 
-    def out_metas(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorMeta]:
+    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         """Local name -> dtype and shape of every tensor `pack` will return, in writing order."""
         ...
 
-    def pack(self, q: QTensor) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
         """The tensors on disk for one weight, keyed by local name."""
         ...
 
-    def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
-        """The tensors on disk for one weight, in the kernels' layout; raises QkitError where they disagree
-        with each other or with the scheme."""
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+        """The inverse of `pack`, exactly; raises QkitError where the tensors disagree with each other or with the
+        scheme."""
         ...
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
-        """The inverse of `pack`, exactly."""
-        ...
-
-    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
-        """The `quantization_config`. schemes: module name -> Scheme for each quantized module; ignored: names
+    def config(
+        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The `quantization_config`. schemes: module name -> LayerSpec for each quantized module; ignored: names
         of the linear modules left alone; options: method facts (damp_percent, desc_act, ...)."""
         ...
 
@@ -99,23 +76,23 @@ class FormatReader(Protocol):
     @property
     def optional(self) -> tuple[str, ...]: ...
 
-    def scheme(self, module: str) -> Scheme | None:
+    def scheme(self, module: str) -> LayerSpec | None:
         """How the config says `module` is stored; None: not quantized. The config does not say the scale's
         dtype: `quantized_modules` fills it in."""
         ...
 
-    def required(self, scheme: Scheme) -> tuple[str, ...]:
+    def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         """Local names of the tensors that a quantized module must have."""
         ...
 
 
-def quantized_modules(reader: FormatReader, source: Source) -> dict[str, Scheme]:
-    """Module name -> Scheme for every module that `source` stores quantized. Reads no tensor.
+def quantized_modules(reader: FormatReader, source: Source) -> dict[str, LayerSpec]:
+    """Module name -> LayerSpec for every module that `source` stores quantized. Reads no tensor.
 
     The tensors decide which modules are quantized; raises QkitError where the config disagrees, or where a
     module lacks a tensor."""
     suffix = "." + reader.marker
-    schemes: dict[str, Scheme] = {}
+    schemes: dict[str, LayerSpec] = {}
     for name in source.names():
         if not name.endswith(suffix):
             continue
@@ -126,21 +103,21 @@ def quantized_modules(reader: FormatReader, source: Source) -> dict[str, Scheme]
         for local in reader.required(scheme):
             if not _has(source, f"{module}.{local}"):
                 raise QkitError(f"the checkpoint lacks tensor '{module}.{local}'", "is it complete?")
-        schemes[module] = replace(scheme, scale_dtype=source.meta(f"{module}.{reader.scale}").dtype)
+        schemes[module] = scheme.stored_with(source.meta(f"{module}.{reader.scale}").dtype)
     return schemes
 
 
-def local_names(reader: FormatReader, source: Source, module: str, scheme: Scheme) -> tuple[str, ...]:
+def local_names(reader: FormatReader, source: Source, module: str, scheme: LayerSpec) -> tuple[str, ...]:
     """Local names of the tensors that hold one quantized weight in `source`."""
     extra = (local for local in reader.optional if _has(source, f"{module}.{local}"))
     return (*reader.required(scheme), *extra)
 
 
-def read_packed(reader: FormatReader, source: Source, module: str, scheme: Scheme) -> Packed:
+def read_weight(reader: FormatReader, source: Source, module: str, scheme: LayerSpec) -> Weight:
     """One quantized weight of `source`; raises QkitError naming the module and what is wrong with it."""
-    locals_ = local_names(reader, source, module, scheme)
+    names = local_names(reader, source, module, scheme)
     try:
-        return reader.format.to_packed({local: source.read(f"{module}.{local}") for local in locals_}, scheme)
+        return reader.format.unpack({local: source.read(f"{module}.{local}") for local in names}, scheme)
     except QkitError as error:
         raise QkitError(f"{module}: {error.message}", error.hint) from error
 

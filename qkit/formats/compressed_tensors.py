@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
+from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from ..spec.scheme import CHANNEL, QTensor, Scheme
-from .base import Packed, as_names, as_object, check_pattern, check_tensors
+from .base import as_names, as_object, check_pattern, check_tensors
 
 if TYPE_CHECKING:
     import torch
+
+    from ..kernels.weight import Weight
 
 # The oldest release whose reader the tests run against; the bytes are the same since the first.
 _VERSION = "0.17.0"
@@ -32,17 +34,17 @@ class CompressedTensors:
 
     name: str = "compressed-tensors"
 
-    def scheme_for(self, scheme: Scheme, model_dtype: str) -> Scheme:
+    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         # Readers hold the scale in the model's dtype: any other would be rounded a second time.
         dtype = model_dtype if model_dtype in ("BF16", "F16", "F32") else "BF16"
-        return replace(scheme, scale_dtype=dtype, min_zero=0)
+        return scheme.stored_with(dtype, min_zero=0)
 
-    def check(self, shape: tuple[int, int], scheme: Scheme) -> str | None:
+    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
         if scheme.group_size != CHANNEL and shape[1] % scheme.group_size:
             return f"group size {scheme.group_size} does not divide its {shape[1]} inputs"
         return None
 
-    def out_metas(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorMeta]:
+    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         out, in_ = shape
         groups = scheme.groups(in_)
         metas = {
@@ -54,25 +56,25 @@ class CompressedTensors:
             metas["weight_zero_point"] = TensorMeta("I32", (-(-out * scheme.bits // 32), groups))
         return metas
 
-    def pack(self, q: QTensor) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
         import torch
 
         from ..kernels import pack
 
-        bits = q.scheme.bits
         tensors = {
-            "weight_packed": pack(q.codes, bits),
-            "weight_scale": q.scale,
-            "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
+            "weight_packed": weight.packed,
+            "weight_scale": weight.scale,
+            "weight_shape": torch.tensor([weight.out_features, weight.in_features], dtype=torch.int64),
         }
-        if q.zero is not None:
-            tensors["weight_zero_point"] = pack(q.zero.t().contiguous(), bits).t().contiguous()
+        if weight.zero is not None:
+            tensors["weight_zero_point"] = pack(weight.zero.t().contiguous(), weight.bits).t().contiguous()
         return tensors
 
-    def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
         import torch
 
         from ..kernels import unpack
+        from ..kernels.weight import Weight
 
         if "weight_g_idx" in tensors:
             check_trivial_g_idx(tensors["weight_g_idx"], scheme)
@@ -94,12 +96,11 @@ class CompressedTensors:
             zero = (zero.to(torch.int16) + scheme.mid).to(torch.uint8)
         else:
             zero = unpack(zero.t().contiguous(), scheme.bits, out).t().contiguous()
-        return Packed(tensors["weight_packed"], tensors["weight_scale"], zero, in_, scheme)
+        return Weight(tensors["weight_packed"], tensors["weight_scale"], zero, scheme.bits, in_)
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
-        return self.to_packed(tensors, scheme).unpack()
-
-    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         groups: dict[str, Any] = {}
         kinds = sorted({_key(scheme) for scheme in schemes.values()})
         by_kind = {kind: [m for m, s in schemes.items() if _key(s) == kind] for kind in kinds}
@@ -144,7 +145,7 @@ class CompressedTensors:
         groups = as_object(given.get("config_groups"), "config_groups")
         if not groups:
             raise QkitError("the compressed-tensors config has no config_groups")
-        targets: dict[str, Scheme] = {}
+        targets: dict[str, LayerSpec] = {}
         for name, group in groups.items():
             group = as_object(group, name)
             format_name = group.get("format") or given.get("format")
@@ -164,14 +165,14 @@ class CompressedTensors:
 class CompressedTensorsReader:
     """Which module has which scheme, by the rules of compressed_tensors/utils/match.py."""
 
-    targets: Mapping[str, Scheme]
+    targets: Mapping[str, LayerSpec]
     ignore: tuple[str, ...]
     format: CompressedTensors = field(default_factory=CompressedTensors)
     marker: ClassVar[str] = "weight_packed"
     scale: ClassVar[str] = "weight_scale"
     optional: ClassVar[tuple[str, ...]] = ("weight_g_idx",)
 
-    def scheme(self, module: str) -> Scheme | None:
+    def scheme(self, module: str) -> LayerSpec | None:
         if any(_matches(module, pattern) for pattern in self.ignore):
             return None
         # Most specific first: exact names, then patterns, then the class.
@@ -180,12 +181,12 @@ class CompressedTensorsReader:
                 return self.targets[target]
         return self.targets.get("Linear")
 
-    def required(self, scheme: Scheme) -> tuple[str, ...]:
+    def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         names = ("weight_packed", "weight_scale", "weight_shape")
         return names if scheme.symmetric else (*names, "weight_zero_point")
 
 
-def check_trivial_g_idx(g_idx: torch.Tensor, scheme: Scheme) -> None:
+def check_trivial_g_idx(g_idx: torch.Tensor, scheme: LayerSpec) -> None:
     """Raises QkitError unless input channel i belongs to group i // group_size."""
     import torch
 
@@ -198,7 +199,7 @@ def check_trivial_g_idx(g_idx: torch.Tensor, scheme: Scheme) -> None:
         )
 
 
-def _key(scheme: Scheme) -> tuple[int, int, bool]:
+def _key(scheme: LayerSpec) -> tuple[int, int, bool]:
     return (scheme.bits, scheme.group_size, scheme.symmetric)
 
 
@@ -208,7 +209,7 @@ def _matches(module: str, pattern: str) -> bool:
     return module == pattern
 
 
-def _parse_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
+def _parse_scheme(name: str, group: Mapping[str, Any]) -> LayerSpec:
     weights = as_object(group.get("weights"), "weights")
     if not weights:
         raise QkitError(f"config group {name!r} does not quantize weights")
@@ -225,7 +226,7 @@ def _parse_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
         )
     if strategy == "group" and (not isinstance(size, int) or size < 1):
         raise QkitError(f"config group {name!r}: strategy group needs an integer group_size, not {size!r}")
-    return Scheme(
+    return integer(
         bits=weights.get("num_bits", 8),
         group_size=int(size) if strategy == "group" and isinstance(size, int) else CHANNEL,
         symmetric=bool(weights.get("symmetric", True)),

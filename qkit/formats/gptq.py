@@ -9,17 +9,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
+from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from ..spec.scheme import CHANNEL, QTensor, Scheme
-from .base import Packed, as_object, check_pattern, check_tensors
+from .base import as_object, check_pattern, check_tensors
 from .compressed_tensors import check_trivial_g_idx
 
 if TYPE_CHECKING:
     import torch
+
+    from ..kernels.weight import Weight
 
 _ONES = {4: 0x11111111, 8: 0x01010101}  # one in every field of a word
 _OWN = ("desc_act", "checkpoint_format", "quantizer")  # ours to say, not the caller's
@@ -38,13 +40,13 @@ class GPTQ:
     def v1(self) -> bool:
         return self.name == "gptq"
 
-    def scheme_for(self, scheme: Scheme, model_dtype: str) -> Scheme:
+    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         if scheme.group_size != CHANNEL and scheme.group_size not in _GROUP_SIZES:
             sizes = ", ".join(map(str, _GROUP_SIZES))
             raise QkitError(f"GPTQ has no group size {scheme.group_size}", f"use {sizes} or 'channel'")
-        return replace(scheme, scale_dtype="F16", min_zero=1 if self.v1 and not scheme.symmetric else 0)
+        return scheme.stored_with("F16", min_zero=1 if self.v1 and not scheme.symmetric else 0)
 
-    def check(self, shape: tuple[int, int], scheme: Scheme) -> str | None:
+    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
         out, in_ = shape
         if out % 32 or in_ % 32:
             return f"GPTQ needs both sides divisible by 32, not {out} x {in_}"
@@ -52,7 +54,7 @@ class GPTQ:
             return f"group size {scheme.group_size} does not divide its {in_} inputs"
         return None
 
-    def out_metas(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorMeta]:
+    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         out, in_ = shape
         groups = scheme.groups(in_)
         return {
@@ -62,33 +64,34 @@ class GPTQ:
             "g_idx": TensorMeta("I32", (in_,)),
         }
 
-    def pack(self, q: QTensor) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 
         from ..kernels import pack, pack_transposed
+        from ..kernels.codes import codes_of
 
-        out, in_ = q.codes.shape
-        scheme = q.scheme
-        reason = self.check((out, in_), scheme)
-        if reason or q.scale.dtype != torch.float16:
-            raise ValueError(reason or f"GPTQ stores float16 scales, not {q.scale.dtype}")
-        groups = scheme.groups(in_)
-        zero = torch.full((out, groups), scheme.mid, dtype=torch.uint8) if q.zero is None else q.zero
+        out, in_, bits = weight.out_features, weight.in_features, weight.bits
+        reason = self.check((out, in_), weight.spec)
+        if reason or weight.scale.dtype != torch.float16:
+            raise ValueError(reason or f"GPTQ stores float16 scales, not {weight.scale.dtype}")
+        zero = weight.zero
+        if zero is None:
+            zero = torch.full(weight.scale.shape, 1 << (bits - 1), dtype=torch.uint8)
         if self.v1:
             if bool((zero == 0).any()):
                 raise ValueError("GPTQ v1 has no form for a zero point of 0 (it stores zero - 1)")
             zero = zero - 1
-        group_size = in_ if scheme.group_size == CHANNEL else scheme.group_size
         return {
-            "qweight": pack_transposed(q.codes, scheme.bits),
-            "qzeros": pack(zero.t().contiguous(), scheme.bits),
-            "scales": q.scale.t().contiguous(),
-            "g_idx": torch.arange(in_, dtype=torch.int32) // group_size,
+            "qweight": pack_transposed(codes_of(weight), bits),
+            "qzeros": pack(zero.t().contiguous(), bits),
+            "scales": weight.scale.t().contiguous(),
+            "g_idx": torch.arange(in_, dtype=torch.int32) // weight.group_size,
         }
 
-    def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
         from ..kernels import unpack
+        from ..kernels.weight import Weight
 
         qweight = tensors["qweight"]
         if qweight.dim() != 2:
@@ -116,12 +119,11 @@ class GPTQ:
             zero = None
         else:
             zero = zero.t().contiguous()
-        return Packed(qweight.t().contiguous(), tensors["scales"].t().contiguous(), zero, shape[1], scheme)
+        return Weight(qweight.t().contiguous(), tensors["scales"].t().contiguous(), zero, scheme.bits, shape[1])
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
-        return self.to_packed(tensors, scheme).unpack()
-
-    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Readers give every linear of a decoder block the settings at the top; `dynamic` has the exceptions.
         options: plain values (damp_percent, method, ...) go into `meta` as they are."""
         from .. import __version__
@@ -167,24 +169,24 @@ class GPTQReader:
     not quantized; the first pattern that matches the name's start wins (GPTQModel `dynamic_get`)."""
 
     format: GPTQ
-    base: Scheme
+    base: LayerSpec
     settings: Mapping[str, Any]
     dynamic: Mapping[str, Mapping[str, Any]]
     marker: ClassVar[str] = "qweight"
     scale: ClassVar[str] = "scales"
     optional: ClassVar[tuple[str, ...]] = ("g_idx",)
 
-    def scheme(self, module: str) -> Scheme | None:
+    def scheme(self, module: str) -> LayerSpec | None:
         for pattern, override in self.dynamic.items():
             if re.match(_bare(pattern), module):
                 return None if pattern.startswith("-:") else _parse_scheme({**self.settings, **(override or {})})
         return self.base
 
-    def required(self, scheme: Scheme) -> tuple[str, ...]:
+    def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales")
 
 
-def _settings(scheme: Scheme) -> dict[str, Any]:
+def _settings(scheme: LayerSpec) -> dict[str, Any]:
     group_size = -1 if scheme.group_size == CHANNEL else scheme.group_size
     return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
 
@@ -197,10 +199,10 @@ def _exactly(sign: str, module: str) -> str:
     return f"{sign}^{re.escape(module)}$"
 
 
-def _parse_scheme(given: Mapping[str, Any]) -> Scheme:
+def _parse_scheme(given: Mapping[str, Any]) -> LayerSpec:
     size = given.get("group_size", -1)
     bits = given.get("bits")
     if not isinstance(size, int) or not isinstance(bits, int) or size == 0:
         raise QkitError(f"the GPTQ config has bits {bits!r} and group_size {size!r}", "both must be integers, not 0")
     # Without "sym" the zero points that are always stored are read and believed.
-    return Scheme(bits, CHANNEL if size == -1 else size, bool(given.get("sym", False)), "F16")
+    return integer(bits, CHANNEL if size == -1 else size, bool(given.get("sym", False)), "F16")

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import QkitError
+from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta
-from ..spec.scheme import QTensor, Scheme
-from .base import FormatReader, Packed
+from .base import FormatReader
 
 if TYPE_CHECKING:
     import torch
+
+    from ..kernels.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -21,28 +23,27 @@ class Plain:
 
     name: str = "safetensors"
 
-    def scheme_for(self, scheme: Scheme, model_dtype: str) -> Scheme:
+    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         raise QkitError(
             f"format safetensors keeps weights as they are and cannot hold {scheme.describe()}",
             "use scheme 'none', or format compressed-tensors or gptq",
         )
 
-    def check(self, shape: tuple[int, int], scheme: Scheme) -> str | None:
+    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
         return "format safetensors holds no quantized weights"
 
-    def out_metas(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorMeta]:
+    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         _refuse()
 
-    def pack(self, q: QTensor) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
         _refuse()
 
-    def to_packed(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Packed:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
         _refuse()
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
-        _refuse()
-
-    def config(self, schemes: Mapping[str, Scheme], ignored: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Empty: such a folder has no quantization_config."""
         return {}
 

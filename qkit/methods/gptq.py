@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
-from ..spec.scheme import QTensor, Scheme
+from ..kernels.weight import Weight
+from ..spec import LayerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class GptqResult:
     fallback  why the layer was only rounded, or None
     damp      the damping that was needed, as a fraction of the mean diagonal"""
 
-    qtensor: QTensor
+    weight: Weight
     error: float
     method: str
     fallback: str | None
@@ -75,7 +76,7 @@ def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
 def quantize(
     w: torch.Tensor,
     hessian: torch.Tensor,
-    scheme: Scheme,
+    scheme: LayerSpec,
     *,
     damp: float = 0.01,
     act_order: bool = True,
@@ -88,7 +89,7 @@ def quantize(
 def quantize_all(
     weights: Sequence[torch.Tensor],
     hessian: torch.Tensor,
-    schemes: Sequence[Scheme],
+    schemes: Sequence[LayerSpec],
     *,
     damp: float = 0.01,
     act_order: bool = True,
@@ -144,7 +145,7 @@ def quantize_all(
         for i in members:
             part = slice(row, row + weights[i].shape[0])
             row = part.stop
-            mine = QTensor(q.codes[part], q.scale[part], None if q.zero is None else q.zero[part], scheme)
+            mine = q.rows(part.start, part.stop)
             error = float(lost[part].sum().clamp_min(0) / total[part].sum().clamp_min(1e-300))
             results[i] = GptqResult(mine, error, "gptq", None, used)
     return [result for result in results if result is not None]
@@ -157,13 +158,15 @@ def _solve(
     factor: tuple[torch.Tensor, torch.Tensor],
     damping: torch.Tensor,
     dead: torch.Tensor,
-    scheme: Scheme,
+    scheme: LayerSpec,
     sweeps: int,
-) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Weight, torch.Tensor, torch.Tensor]:
     """(quantized, lost, total), the latter two float64 [out]: squared output error and squared output, undamped.
 
     h, factor and dead are in visiting order, w is not."""
     import torch
+
+    from ..kernels.codes import weight_of
 
     feedback, cost = factor
     column_cost = torch.empty_like(cost)
@@ -179,7 +182,7 @@ def _solve(
     lost = ((h @ error).mul_(error)).sum(0, dtype=torch.float64)
     stored = torch.empty_like(codes, dtype=torch.uint8)
     stored[order] = codes.to(torch.uint8)
-    return QTensor(stored.T.contiguous(), scale, zero, scheme), lost, total
+    return weight_of(stored.T.contiguous(), scale, zero, scheme.bits), lost, total
 
 
 def _factor(
@@ -205,7 +208,7 @@ def _factor(
 class _Grid:
     """Scales and zero points per visited column, so that the loop reads one row."""
 
-    def __init__(self, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme, order: torch.Tensor, n: int):
+    def __init__(self, scale: torch.Tensor, zero: torch.Tensor | None, scheme: LayerSpec, order: torch.Tensor, n: int):
         group = order // (n // scale.shape[1])
         self.scale = scale.float().T[group].contiguous()  # [in, out]
         self.zero = None if zero is None else zero.float().T[group].contiguous()
@@ -253,7 +256,9 @@ def _descend(
             gradient[b:].addmm_(h[b:, a:b], steps, alpha=-1)
 
 
-def search_grid(w: torch.Tensor, column_cost: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+def search_grid(
+    w: torch.Tensor, column_cost: torch.Tensor, scheme: LayerSpec
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The (scale, zero) [out, groups] of least sum_j column_cost_j (w_j - nearest grid value)^2, group by group.
 
     Candidates are multiples of the scale that spans the group; for a symmetric scheme of either sign, so that
@@ -282,17 +287,18 @@ def search_grid(w: torch.Tensor, column_cost: torch.Tensor, scheme: Scheme) -> t
         ) from error
 
 
-def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: Scheme, reason: str) -> GptqResult:
+def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -> GptqResult:
     """Nearest codes on a searched grid; the Hessian counts only in the error that is reported."""
     import torch
 
     from ..kernels import reference
+    from ..kernels.codes import values_of, weight_of
 
     scale, zero = search_grid(w, torch.ones(w.shape[1], device=w.device), scheme)
     codes = reference.quantize(w, scale, zero, scheme.bits)
-    q = QTensor(codes, scale, zero, scheme)
+    q = weight_of(codes, scale, zero, scheme.bits)
     w = w.float()
-    delta = w - q.dequantize()
+    delta = w - values_of(q)
     if reason == UNREACHED:
         total, lost = float(w.square().sum()), float(delta.square().sum())
     else:

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
+from ..kernels.weight import Weight
+from ..spec import LayerSpec
 from ..spec.dtypes import dtype_name
-from ..spec.scheme import QTensor, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +24,12 @@ class NonFiniteWeight(QkitError):
     """The weight holds NaN or infinity; the caller knows which tensor it is and says so."""
 
 
-def quantize(w: torch.Tensor, scheme: Scheme, clip_search: bool = False) -> QTensor:
+def quantize(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False) -> Weight:
     """`quantize_with_error` without the error."""
     return quantize_with_error(w, scheme, clip_search)[0]
 
 
-def quantize_with_error(w: torch.Tensor, scheme: Scheme, clip_search: bool = False) -> tuple[QTensor, float]:
+def quantize_with_error(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False) -> tuple[Weight, float]:
     """w float [out, in] on the grid of `scheme`, every code the nearest one.
 
     The grid spans each group exactly (`kernels.reference.grid`). With clip_search each group takes the
@@ -40,6 +41,7 @@ def quantize_with_error(w: torch.Tensor, scheme: Scheme, clip_search: bool = Fal
     where the group size does not divide in.
     """
     from .. import kernels
+    from ..kernels.codes import weight_of
 
     if dtype_name(w.dtype) not in ("F32", "F16", "BF16"):
         w = w.float()
@@ -61,4 +63,4 @@ def quantize_with_error(w: torch.Tensor, scheme: Scheme, clip_search: bool = Fal
             f"(largest magnitude {float(w.abs().max()):.3g})",
             "store the scales as BF16 or F32",
         ) from e
-    return QTensor(codes, scale, zero, scheme), math.sqrt(error / norm) if norm else 0.0
+    return weight_of(codes, scale, zero, scheme.bits), math.sqrt(error / norm) if norm else 0.0

@@ -1,4 +1,4 @@
-"""One callable decides each tensor: `(name, meta) -> Scheme | reason it is left alone`."""
+"""One callable decides each tensor: `(name, meta) -> LayerSpec | reason it is left alone`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from ..errors import QkitError
+from ..spec import AUTO_GROUP_SIZES, CHANNEL, LayerSpec
 from ..spec.dtypes import FLOATS, TensorMeta
-from ..spec.scheme import AUTO_GROUP_SIZES, CHANNEL, Scheme, with_group_size
 
 # A decoder block's tensors carry its index after one of these words; everything else is left alone.
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
@@ -18,7 +18,7 @@ _HEADS = {"lm_head", "output", "embed_out", "score"}
 # `gate` alone is a MoE router (a gated MLP has gate_proj); it is small and every expert hangs on it.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
-Chooser = Callable[[str, TensorMeta], "Scheme | str"]
+Chooser = Callable[[str, TensorMeta], "LayerSpec | str"]
 
 
 def module_of(name: str) -> str:
@@ -55,13 +55,13 @@ def left_alone(name: str, meta: TensorMeta) -> str | None:
     return None
 
 
-def chooser(scheme: Scheme | None, skip: Iterable[str] = ()) -> Chooser:
+def chooser(scheme: LayerSpec | None, skip: Iterable[str] = ()) -> Chooser:
     """The default policy: every linear of every decoder block, except those `skip` patterns match.
 
     skip: shell patterns on module names ("*.down_proj", "model.layers.0.*")."""
     patterns = tuple(skip)
 
-    def choose(name: str, meta: TensorMeta) -> Scheme | str:
+    def choose(name: str, meta: TensorMeta) -> LayerSpec | str:
         reason = left_alone(name, meta)
         if reason is not None:
             return reason
@@ -85,7 +85,7 @@ def check_skip(skip: Iterable[str], names: Iterable[str]) -> None:
             )
 
 
-def pick_group_size(scheme: Scheme, requested: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Scheme:
+def pick_group_size(scheme: LayerSpec, requested: int | None, shapes: Mapping[str, tuple[int, ...]]) -> LayerSpec:
     """`scheme` with its group size settled for weights of `shapes` (name -> [out, in]).
 
     requested None: the largest of 128, 64, 32 that divides every input width. A requested size that does not
@@ -95,15 +95,15 @@ def pick_group_size(scheme: Scheme, requested: int | None, shapes: Mapping[str, 
     fitting = [g for g in AUTO_GROUP_SIZES if all(w % g == 0 for w in widths)]
     if requested is None:
         if fitting:
-            return with_group_size(scheme, fitting[0])
+            return scheme.with_group_size(fitting[0])
         name = next(n for n, s in shapes.items() if s[1] % AUTO_GROUP_SIZES[-1])
         raise QkitError(
             f"no group size of {_listed(AUTO_GROUP_SIZES)} divides every layer ({name} is {shapes[name][1]} wide)",
             "use --group-size channel, or leave that layer alone with --skip",
         )
     if requested == CHANNEL:
-        return with_group_size(scheme, CHANNEL)
-    settled = with_group_size(scheme, requested)  # validates the size itself
+        return scheme.with_group_size(CHANNEL)
+    settled = scheme.with_group_size(requested)  # validates the size itself
     bad = next((n for n, s in shapes.items() if s[1] % requested), None)
     if bad is not None:
         usable = [str(g) for g in fitting] + ["channel"]

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..formats.base import Packed
-from ..kernels import pack
+from ..kernels.codes import values_of
 from ..kernels.select import Kernel, Weight, select
-from ..spec.scheme import QTensor, Scheme
+from ..spec import LayerSpec
 
 
 class QuantLinear(nn.Module):
@@ -31,11 +30,12 @@ class QuantLinear(nn.Module):
     zero: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, weight: Packed, bias: torch.Tensor | None = None):
+    def __init__(self, weight: Weight, bias: torch.Tensor | None = None):
         super().__init__()
         self.in_features = weight.in_features
         self.out_features = weight.packed.shape[0]
-        self.scheme: Scheme = weight.scheme
+        self.kind, self.bits, self.multiplier = weight.kind, weight.bits, weight.multiplier
+        self.scheme: LayerSpec = weight.spec
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(self.out_features,)}")
         self.register_buffer("packed", weight.packed)
@@ -46,11 +46,6 @@ class QuantLinear(nn.Module):
         self._ready: dict[torch.dtype, tuple[Kernel, Any]] = {}
         self._compact: torch.dtype | None = None  # the one of these that holds the weight, where the buffers do not
 
-    @classmethod
-    def from_qtensor(cls, q: QTensor, bias: torch.Tensor | None = None) -> QuantLinear:
-        """A layer with the weight `q` [out, in]; the codes are packed, the rest is shared."""
-        return cls(Packed(pack(q.codes, q.scheme.bits), q.scale, q.zero, q.codes.shape[1], q.scheme), bias)
-
     @property
     def qweight(self) -> torch.Tensor:
         """A tensor of the weight, under the name by which PEFT tells a packed layer's device."""
@@ -60,13 +55,13 @@ class QuantLinear(nn.Module):
         """The kernel for activations of `dtype`, where the weight is now; the weight moves into its layout."""
         return self._prepared(dtype)[0]
 
-    def weight_parts(self) -> Weight:
+    def quantized(self) -> Weight:
         """The quantized weight as it was given, restored where the layer is compact."""
         if self._compact is not None:
             kernel, state = self._ready[self._compact]
             return kernel.restore(state)
         assert self.packed is not None and self.scale is not None
-        return Weight(self.packed, self.scale, self.zero, self.scheme.bits, self.in_features)
+        return Weight(self.packed, self.scale, self.zero, self.bits, self.in_features, self.kind, self.multiplier)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor the layer holds memory for."""
@@ -78,7 +73,7 @@ class QuantLinear(nn.Module):
     def _expand(self) -> None:
         """Puts the buffers back; kernels are chosen anew at the next call."""
         if self._compact is not None:
-            weight = self.weight_parts()
+            weight = self.quantized()
             self.packed, self.scale, self.zero = weight.packed, weight.scale, weight.zero
             self._compact = None
         self._ready = {}
@@ -86,7 +81,7 @@ class QuantLinear(nn.Module):
     def _prepared(self, dtype: torch.dtype) -> tuple[Kernel, Any]:
         ready = self._ready.get(dtype)
         if ready is None:
-            weight = self.weight_parts()
+            weight = self.quantized()
             kernel = select(weight, dtype)
             ready = self._ready[dtype] = (kernel, kernel.prepack(weight, None))
             if self._compact is None and kernel.name != "reference":  # which works on the buffers themselves
@@ -107,11 +102,7 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight, [out, in] in `dtype` (default float32): what `forward` multiplies by, rounded once."""
-        return self.qtensor().dequantize(dtype)
-
-    def qtensor(self) -> QTensor:
-        w = self.weight_parts()
-        return Packed(w.packed, w.scale, w.zero, self.in_features, self.scheme).unpack()
+        return values_of(self.quantized(), dtype or torch.float32)
 
     def extra_repr(self) -> str:
         chosen = ", ".join(f"{kernel.name} ({dtype})" for dtype, (kernel, _) in self._ready.items())
@@ -132,7 +123,7 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._compact is not None:
-            weight = self.weight_parts()
+            weight = self.quantized()
             for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
                 if tensor is not None:
                     destination[prefix + name] = tensor
@@ -146,7 +137,7 @@ class QuantLinear(nn.Module):
         """For pickling and deepcopy: the weight as its buffers."""
         state = {**self.__dict__, "_ready": {}, "_compact": None}
         if self._compact is not None:
-            w = self.weight_parts()
+            w = self.quantized()
             state["_buffers"] = {**self._buffers, "packed": w.packed, "scale": w.scale, "zero": w.zero}
         return state
 

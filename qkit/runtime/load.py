@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..formats import FormatReader
     from ..sources.types import Source
-    from ..spec.scheme import Scheme
+    from ..spec import LayerSpec
 
 _log = logging.getLogger("qkit")
 
@@ -93,7 +93,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _check_tensors(
-    model: nn.Module, source: Source, reader: FormatReader | None, schemes: Mapping[str, Scheme]
+    model: nn.Module, source: Source, reader: FormatReader | None, schemes: Mapping[str, LayerSpec]
 ) -> None:
     """Names and shapes, before anything is read. `build` left what a checkpoint must hold on meta."""
     from torch import nn
@@ -142,12 +142,12 @@ def _list(names: list[str]) -> str:
 
 
 def _quant_linear(
-    source: Source, reader: FormatReader, module: str, scheme: Scheme, dtype: torch.dtype, linear: Any
+    source: Source, reader: FormatReader, module: str, scheme: LayerSpec, dtype: torch.dtype, linear: Any
 ) -> Any:
-    from ..formats import read_packed
+    from ..formats import read_weight
     from .linear import QuantLinear
 
-    weight = read_packed(reader, source, module, scheme)
+    weight = read_weight(reader, source, module, scheme)
     shape = (weight.packed.shape[0], weight.in_features)
     if shape != (linear.out_features, linear.in_features):
         raise QkitError(f"{module} is {list(shape)}, its config says {[linear.out_features, linear.in_features]}")

@@ -34,7 +34,7 @@ from .load import log_kernels
 
 if TYPE_CHECKING:
     from ..formats import Format
-    from ..spec.scheme import Scheme
+    from ..spec import LayerSpec
 
 NAME = "qkit"  # in transformers' tables
 _log = logging.getLogger("qkit")
@@ -92,7 +92,7 @@ class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class Stored(nn.Module):
     """The tensors of one quantized linear as they lie on disk: what transformers' loading fills."""
 
-    def __init__(self, metas: Mapping[str, TensorMeta], scheme: Scheme):
+    def __init__(self, metas: Mapping[str, TensorMeta], scheme: LayerSpec):
         super().__init__()
         self.scheme = scheme
         for local, meta in metas.items():
@@ -102,7 +102,7 @@ class Stored(nn.Module):
         """Raises QkitError where the tensors disagree with each other or the config."""
         tensors = {local: t for local, t in self.named_buffers() if local != "bias"}
         bias = getattr(self, "bias", None)
-        return QuantLinear(fmt.to_packed(tensors, self.scheme), None if bias is None else bias.to(dtype))
+        return QuantLinear(fmt.unpack(tensors, self.scheme), None if bias is None else bias.to(dtype))
 
 
 class _Headers:
@@ -155,8 +155,8 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
             linear = model.get_submodule(name)
             if not isinstance(linear, nn.Linear):
                 raise QkitError(f"{module!r} is stored quantized, but is a {type(linear).__name__}, not a linear layer")
-            locals_ = formats.local_names(self.reader, headers, module, schemes[module])
-            metas = {local: headers.meta(f"{module}.{local}") for local in locals_}
+            names = formats.local_names(self.reader, headers, module, schemes[module])
+            metas = {local: headers.meta(f"{module}.{local}") for local in names}
             if f"{module}.bias" in headers.names():
                 metas["bias"] = headers.meta(f"{module}.bias")
             elif linear.bias is not None:
@@ -205,7 +205,7 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantLinear):
                 for local in [key for key in module.state_dict() if key != "bias"]:
                     del state[f"{name}.{local}"]
-                state |= {f"{name}.{k}": v for k, v in self.reader.format.pack(module.qtensor()).items()}
+                state |= {f"{name}.{k}": v for k, v in self.reader.format.pack(module.quantized()).items()}
         return state, {"format": "pt"}
 
     def is_serializable(self) -> bool:

@@ -1,0 +1,20 @@
+"""What a user asks for and what a file holds, in words: no torch, no I/O."""
+
+from __future__ import annotations
+
+from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, integer, table
+from .presets import AUTO_GROUP_SIZES, PRESETS, preset
+
+__all__ = [
+    "AUTO_GROUP_SIZES",
+    "CHANNEL",
+    "PRESETS",
+    "Activations",
+    "Grid",
+    "LayerSpec",
+    "Scale",
+    "fp8",
+    "integer",
+    "preset",
+    "table",
+]

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qtensors import random_qtensor, same
+from weights import random_weight, same
 
 from qkit import formats
 from qkit.errors import QkitError
+from qkit.kernels.codes import codes_of, values_of, weight_of
+from qkit.spec import CHANNEL, integer
 from qkit.spec.dtypes import dtype_name
-from qkit.spec.scheme import CHANNEL, QTensor, Scheme
 
 
 def numpy_field(words: torch.Tensor, bits: int, index: int) -> np.ndarray:
@@ -38,10 +39,10 @@ def test_round_trip(name, bits, symmetric, group_size, out, groups, ragged, dtyp
     in_ = ragged if group_size == CHANNEL else group_size * groups
     if name != "compressed-tensors":
         out, in_ = -(-out // 32) * 32, -(-in_ // max(group_size, 32)) * max(group_size, 32)
-    scheme = fmt.scheme_for(Scheme(bits, group_size, symmetric), dtype)
+    scheme = fmt.scheme_for(integer(bits, group_size, symmetric), dtype)
     assert fmt.check((out, in_), scheme) is None
-    q = random_qtensor(out, in_, scheme, seed)
-    before = QTensor(q.codes.clone(), q.scale.clone(), None if q.zero is None else q.zero.clone(), scheme)
+    q = random_weight(out, in_, scheme, seed)
+    before = weight_of(codes_of(q), q.scale.clone(), None if q.zero is None else q.zero.clone(), q.bits)
     tensors = fmt.pack(q)
     metas = fmt.out_metas((out, in_), scheme)
     assert list(tensors) == list(metas)
@@ -64,10 +65,10 @@ def test_compressed_tensors_package_reads_and_writes_the_same_bytes(bits, out, i
     from compressed_tensors.quantization import QuantizationConfig
 
     fmt = formats.get("compressed-tensors")
-    scheme = fmt.scheme_for(Scheme(bits, group_size, symmetric), "F32")
-    q = random_qtensor(out, in_, scheme)
+    scheme = fmt.scheme_for(integer(bits, group_size, symmetric), "F32")
+    q = random_weight(out, in_, scheme)
     tensors = fmt.pack(q)
-    signed = (q.codes.int() - scheme.mid).to(torch.int8)
+    signed = (codes_of(q).int() - scheme.mid).to(torch.int8)
     assert torch.equal(pack_to_int32(signed, bits), tensors["weight_packed"])
     if q.zero is not None:
         signed = (q.zero.int() - scheme.mid).to(torch.int8)
@@ -75,22 +76,22 @@ def test_compressed_tensors_package_reads_and_writes_the_same_bytes(bits, out, i
 
     config = QuantizationConfig.model_validate(fmt.config({"a": scheme}, ["lm_head"], {}))
     read = PackedQuantizationCompressor.decompress(tensors, config.config_groups["group_0"])
-    assert torch.equal(read["weight"], q.dequantize())
+    assert torch.equal(read["weight"], values_of(q))
 
 
 @pytest.mark.parametrize(("bits", "v1", "v2"), [(4, 0x77777777, 0x88888888), (8, 0x7F7F7F7F, 0x80808080)])
 def test_gptq_symmetric_zero_words(bits, v1, v2):
     for name, word in (("gptq", v1), ("gptq_v2", v2)):
         fmt = formats.get(name)
-        scheme = fmt.scheme_for(Scheme(bits, 32), "BF16")
-        words = fmt.pack(random_qtensor(64, 64, scheme))["qzeros"].numpy().view(np.uint32)
+        scheme = fmt.scheme_for(integer(bits, 32), "BF16")
+        words = fmt.pack(random_weight(64, 64, scheme))["qzeros"].numpy().view(np.uint32)
         assert (words == word).all()
 
 
 @pytest.mark.parametrize(("bits", "one"), [(4, 0x11111111), (8, 0x01010101)])
 def test_gptq_v1_differs_from_v2_by_one_in_every_zero(bits, one):
     v1, v2 = formats.get("gptq"), formats.get("gptq_v2")
-    q = random_qtensor(64, 96, v1.scheme_for(Scheme(bits, 32, symmetric=False), "BF16"))
+    q = random_weight(64, 96, v1.scheme_for(integer(bits, 32, symmetric=False), "BF16"))
     a, b = v1.pack(q), v2.pack(q)
     assert torch.equal(a["qzeros"] + one, b["qzeros"])
     assert all(torch.equal(a[k], b[k]) for k in ("qweight", "scales", "g_idx"))
@@ -99,10 +100,10 @@ def test_gptq_v1_differs_from_v2_by_one_in_every_zero(bits, one):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_layout_by_its_definition(bits):
     fmt = formats.get("gptq_v2")
-    q = random_qtensor(32, 64, fmt.scheme_for(Scheme(bits, 32, symmetric=False), "BF16"))
+    q = random_weight(32, 64, fmt.scheme_for(integer(bits, 32, symmetric=False), "BF16"))
     tensors = fmt.pack(q)
     for i in range(64):
-        assert (numpy_field(tensors["qweight"].t().contiguous(), bits, i) == q.codes[:, i].numpy()).all()
+        assert (numpy_field(tensors["qweight"].t().contiguous(), bits, i) == codes_of(q)[:, i].numpy()).all()
     for o in range(32):
         assert (numpy_field(tensors["qzeros"], bits, o) == q.zero[o].numpy()).all()
     assert torch.equal(tensors["scales"], q.scale.t())
@@ -112,8 +113,8 @@ def test_gptq_layout_by_its_definition(bits):
 def test_gptq_v1_reads_zero_of_zero_as_gptqmodel_writes_it():
     """Others subtract from whole words: the borrow reaches the next field, and adding takes it back."""
     v1, v2 = formats.get("gptq"), formats.get("gptq_v2")
-    scheme = v2.scheme_for(Scheme(4, 32, symmetric=False), "BF16")
-    q = random_qtensor(32, 32, scheme)
+    scheme = v2.scheme_for(integer(4, 32, symmetric=False), "BF16")
+    q = random_weight(32, 32, scheme)
     q.zero[::3] = 0
     tensors = dict(v2.pack(q))
     tensors["qzeros"] = tensors["qzeros"] - 0x11111111
@@ -122,7 +123,7 @@ def test_gptq_v1_reads_zero_of_zero_as_gptqmodel_writes_it():
 
 def test_gptq_v1_refuses_to_write_a_zero_of_zero():
     v2 = formats.get("gptq_v2")
-    q = random_qtensor(32, 32, v2.scheme_for(Scheme(4, 32, symmetric=False), "BF16"))
+    q = random_weight(32, 32, v2.scheme_for(integer(4, 32, symmetric=False), "BF16"))
     q.zero[0, 0] = 0
     with pytest.raises(ValueError, match="zero point of 0"):
         formats.get("gptq").pack(q)
@@ -130,16 +131,16 @@ def test_gptq_v1_refuses_to_write_a_zero_of_zero():
 
 @pytest.mark.parametrize(("written", "read"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
 def test_mislabelled_gptq_version_is_refused(written, read):
-    scheme = formats.get(written).scheme_for(Scheme(4, 32), "BF16")
-    tensors = formats.get(written).pack(random_qtensor(32, 32, scheme))
+    scheme = formats.get(written).scheme_for(integer(4, 32), "BF16")
+    tensors = formats.get(written).pack(random_weight(32, 32, scheme))
     with pytest.raises(QkitError, match="zero points"):
         formats.get(read).unpack(tensors, scheme)
 
 
 def test_activation_order_is_refused():
     fmt = formats.get("gptq")
-    scheme = fmt.scheme_for(Scheme(4, 32), "BF16")
-    tensors = dict(fmt.pack(random_qtensor(32, 64, scheme)))
+    scheme = fmt.scheme_for(integer(4, 32), "BF16")
+    tensors = dict(fmt.pack(random_weight(32, 64, scheme)))
     tensors["g_idx"] = tensors["g_idx"].flip(0)
     with pytest.raises(QkitError, match="g_idx"):
         fmt.unpack(tensors, scheme)
@@ -149,8 +150,8 @@ def test_activation_order_is_refused():
 
 def test_old_compressed_tensors_zero_points_are_plain_int8():
     fmt = formats.get("compressed-tensors")
-    scheme = fmt.scheme_for(Scheme(4, 32, symmetric=False), "BF16")
-    q = random_qtensor(5, 64, scheme)
+    scheme = fmt.scheme_for(integer(4, 32, symmetric=False), "BF16")
+    q = random_weight(5, 64, scheme)
     tensors = {**fmt.pack(q), "weight_zero_point": (q.zero.int() - 8).to(torch.int8)}
     assert same(fmt.unpack(tensors, scheme), q)
 
@@ -159,8 +160,8 @@ def test_old_compressed_tensors_zero_points_are_plain_int8():
 @pytest.mark.parametrize("damage", ["dtype", "shape"])
 def test_damaged_tensors_are_named(name, damage):
     fmt = formats.get(name)
-    scheme = fmt.scheme_for(Scheme(4, 32, symmetric=False), "BF16")
-    good = fmt.pack(random_qtensor(32, 64, scheme))
+    scheme = fmt.scheme_for(integer(4, 32, symmetric=False), "BF16")
+    good = fmt.pack(random_weight(32, 64, scheme))
     for local in good:
         if local in ("weight_shape", "qweight"):  # what the others are measured against
             continue
@@ -171,24 +172,21 @@ def test_damaged_tensors_are_named(name, damage):
 
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32), (40, 64)])
 def test_gptq_needs_both_sides_divisible_by_32(shape):
-    scheme = Scheme(4, 16)
+    scheme = integer(4, 16)
     assert "32" in str(formats.get("gptq").check(shape, scheme))
     assert formats.get("compressed-tensors").check(shape, scheme) is None
 
 
 def test_what_formats_dictate():
-    asymmetric = Scheme(4, 128, symmetric=False)
+    asymmetric = integer(4, 128, symmetric=False)
     assert formats.get("gptq").scheme_for(asymmetric, "BF16").min_zero == 1
     assert formats.get("gptq_v2").scheme_for(asymmetric, "BF16").min_zero == 0
     assert formats.get("gptq").scheme_for(asymmetric, "BF16").scale_dtype == "F16"
     assert formats.get("compressed-tensors").scheme_for(asymmetric, "F16").scale_dtype == "F16"
     with pytest.raises(QkitError, match="group size 48"):
-        formats.get("gptq").scheme_for(Scheme(4, 48), "BF16")
+        formats.get("gptq").scheme_for(integer(4, 48), "BF16")
     with pytest.raises(QkitError, match="int4"):
         formats.get("safetensors").scheme_for(asymmetric, "BF16")
     with pytest.raises(QkitError) as caught:
         formats.get("exl2")
     assert "compressed-tensors, gptq, gptq_v2, safetensors" in str(caught.value)
-    assert formats.get("gptq", checkpoint_format="gptq_v2").name == "gptq_v2"
-    with pytest.raises(QkitError):
-        formats.get("compressed-tensors", checkpoint_format="gptq_v2")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qtensors import random_qtensor, same
+from weights import random_weight, same
 
 from qkit import formats
 from qkit.errors import QkitError
+from qkit.spec import CHANNEL, LayerSpec, integer
 from qkit.spec.dtypes import TensorMeta, dtype_name
-from qkit.spec.scheme import CHANNEL, Scheme
 
-SCHEMES = [Scheme(b, g, s) for b in (4, 8) for g in (CHANNEL, 64) for s in (True, False)]
+SCHEMES = [integer(b, g, s) for b in (4, 8) for g in (CHANNEL, 64) for s in (True, False)]
 LLM_COMPRESSOR = {  # the keys llm-compressor 0.14 writes
     "config_groups": {
         "group_0": {
@@ -54,7 +54,7 @@ def reader(config: dict[str, Any]) -> formats.FormatReader:
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "gptq_v2"])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=LayerSpec.describe)
 def test_own_config_is_read_back(name, scheme):
     fmt = formats.get(name)
     config = json.loads(json.dumps(fmt.config({"model.layers.0.a": scheme}, ["lm_head", "model.layers.0.gate"], {})))
@@ -89,7 +89,7 @@ def test_compressed_tensors_package_accepts_the_config():
 
 
 def test_gptq_quantize_config_is_config_json_s():
-    config = formats.get("gptq").config({"m": Scheme(4, 128)}, ["lm_head"], {"damp_percent": 0.05, "desc_act": True})
+    config = formats.get("gptq").config({"m": integer(4, 128)}, ["lm_head"], {"damp_percent": 0.05, "desc_act": True})
     files = formats.extra_files({"quantization_config": config})
     assert json.loads(files["quantize_config.json"]) == config
     assert config["desc_act"] is False and config["lm_head"] is False and config["checkpoint_format"] == "gptq"
@@ -101,10 +101,10 @@ def test_gptq_quantize_config_is_config_json_s():
 
 def test_llm_compressor_config():
     found = reader(LLM_COMPRESSOR)
-    assert found.scheme("model.layers.3.mlp.up_proj") == Scheme(4, 128)
+    assert found.scheme("model.layers.3.mlp.up_proj") == integer(4, 128)
     assert found.scheme("lm_head") is None
     assert found.scheme("model.layers.3.mlp.gate") is None
-    assert found.scheme("model.layers.3.mlp.gate_proj") == Scheme(4, 128)
+    assert found.scheme("model.layers.3.mlp.gate_proj") == integer(4, 128)
 
 
 def test_compressed_tensors_targets_by_name_and_pattern():
@@ -115,17 +115,17 @@ def test_compressed_tensors_targets_by_name_and_pattern():
     third["targets"], third["weights"]["symmetric"] = ["model.layers.0.mlp.down_proj"], False
     config["config_groups"].update(group_1=second, group_2=third)
     found = reader(config)
-    assert found.scheme("model.layers.0.mlp.up_proj") == Scheme(4, 128)
-    assert found.scheme("model.layers.1.mlp.down_proj") == Scheme(8, 128)
-    assert found.scheme("model.layers.0.mlp.down_proj") == Scheme(8, 128, symmetric=False)
+    assert found.scheme("model.layers.0.mlp.up_proj") == integer(4, 128)
+    assert found.scheme("model.layers.1.mlp.down_proj") == integer(8, 128)
+    assert found.scheme("model.layers.0.mlp.down_proj") == integer(8, 128, symmetric=False)
 
 
 def test_auto_gptq_config_without_method_or_version():
     found = reader(AUTO_GPTQ)
     assert found.format.name == "gptq"
-    assert found.scheme("x") == Scheme(4, 128, True, "F16")
+    assert found.scheme("x") == integer(4, 128, True, "F16")
     without_sym = {k: v for k, v in AUTO_GPTQ.items() if k != "sym"}
-    assert reader(without_sym).scheme("x") == Scheme(4, 128, False, "F16")  # the zeros on disk decide
+    assert reader(without_sym).scheme("x") == integer(4, 128, False, "F16")  # the zeros on disk decide
 
 
 def test_gptqmodel_dynamic():
@@ -135,9 +135,9 @@ def test_gptqmodel_dynamic():
     found = reader(config)
     assert found.format.name == "gptq_v2"
     assert found.scheme("model.layers.1.gate") is None
-    assert found.scheme("model.layers.1.up") == Scheme(8, 64, True, "F16")
-    assert found.scheme("model.layers.2.up") == Scheme(4, 128, False, "F16")
-    assert found.scheme("model.layers.3.up") == Scheme(4, 128, True, "F16")
+    assert found.scheme("model.layers.1.up") == integer(8, 64, True, "F16")
+    assert found.scheme("model.layers.2.up") == integer(4, 128, False, "F16")
+    assert found.scheme("model.layers.3.up") == integer(4, 128, True, "F16")
 
 
 def test_nothing_quantized():
@@ -233,15 +233,15 @@ class FakeSource:
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
 def test_modules_of_a_source(name):
     fmt = formats.get(name)
-    scheme = fmt.scheme_for(Scheme(4, 32, symmetric=False), "BF16")
-    q = random_qtensor(64, 96, scheme)
+    scheme = fmt.scheme_for(integer(4, 32, symmetric=False), "BF16")
+    q = random_weight(64, 96, scheme)
     tensors = {f"a.b.{k}": v for k, v in fmt.pack(q).items()} | {"norm.weight": torch.ones(4)}
     config = {"quantization_config": fmt.config({"a.b": scheme}, ["lm_head"], {})}
     source = FakeSource(tensors, config)
     found = formats.reader(config)
     modules = formats.quantized_modules(found, source)
     assert list(modules) == ["a.b"] and modules["a.b"].scale_dtype == scheme.scale_dtype
-    assert same(formats.read_packed(found, source, "a.b", modules["a.b"]).unpack(), q)
+    assert same(formats.read_weight(found, source, "a.b", modules["a.b"]), q)
 
     ignored = formats.reader({"quantization_config": fmt.config({"x": scheme}, ["a.b"], {})})
     with pytest.raises(QkitError, match="config says"):

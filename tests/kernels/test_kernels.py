@@ -10,8 +10,8 @@ import torch
 from qkit import kernels
 from qkit.kernels import reference
 from qkit.kernels.cpu import lib
-from qkit.spec.scheme import Scheme
-from qkit.spec.scheme import round_scale as scheme_round_scale
+from qkit.spec import integer
+from qkit.spec import round_scale as scheme_round_scale
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_non_contiguous_tensors() -> None:
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_scales_round_as_the_scheme_says(dtype: str) -> None:
     values = torch.cat([torch.randn(1000), torch.randn(1000) * 1e-6, torch.tensor([0.0, 65504.0, 1e-8])])
-    scheme = Scheme(scale_dtype=dtype)
+    scheme = integer(scale_dtype=dtype)
     expected = scheme_round_scale(values, scheme)
     assert torch.equal(reference.round_scale(values, expected.dtype), expected)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkit.errors import QkitError
+from qkit.kernels.codes import codes_of, values_of
 from qkit.methods import gptq
-from qkit.spec.scheme import Scheme
+from qkit.spec import integer
 
 
 def case(out=24, in_=128, tokens=512, seed=0):
@@ -20,7 +21,7 @@ def case(out=24, in_=128, tokens=512, seed=0):
 
 
 def objective(w, q, h):
-    d = (w.double() - q.dequantize().double()) @ torch.linalg.cholesky(
+    d = (w.double() - values_of(q).double()) @ torch.linalg.cholesky(
         h.double() + 1e-9 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     )
     return float(d.square().sum())
@@ -48,17 +49,19 @@ def paper_loop(w, h, scale, zero, scheme, damp, order):
     return result.to(torch.uint8)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(group_size=32), Scheme(group_size=0), Scheme(8, 32), Scheme(4, 64, False)])
+@pytest.mark.parametrize(
+    "scheme", [integer(group_size=32), integer(group_size=0), integer(8, 32), integer(4, 64, False)]
+)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("in_", [128, 320])
 def test_equals_the_papers_loop(scheme, act_order, in_):
     w, h = case(in_=in_)
     result = gptq.quantize(w, h, scheme, act_order=act_order, sweeps=0)
-    q = result.qtensor
+    q = result.weight
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(in_)
     expected = paper_loop(w, h, q.scale, q.zero, scheme, 0.01, order)
     # A value within float32's error of the middle between two codes may go either way, and what follows with it.
-    same = (q.codes == expected).all(dim=1)
+    same = (codes_of(q) == expected).all(dim=1)
     assert same.float().mean() > 0.8
     assert result.method == "gptq" and result.fallback is None and result.damp == 0.01
     assert result.error == pytest.approx(objective(w, q, h) / float(((w @ h) * w).sum()), rel=1e-3)
@@ -79,70 +82,70 @@ def test_equals_the_papers_loop(scheme, act_order, in_):
 )
 def test_objective_is_at_most_rounding_on_the_same_grid(out, groups, size, tokens, bits, symmetric, sweeps, seed):
     w, h = case(out, groups * size, tokens, seed)
-    scheme = Scheme(bits, size, symmetric)
+    scheme = integer(bits, size, symmetric)
     result = gptq.quantize(w, h, scheme, sweeps=sweeps)
-    q = result.qtensor
+    q = result.weight
     rounded = gptq._rounded(w, h, scheme, "for comparison")
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(len(h))
-    assert objective(w, q, damped) <= objective(w, rounded.qtensor, damped) * 1.02
-    assert result.error >= 0 and q.codes.max() <= scheme.max_code
+    assert objective(w, q, damped) <= objective(w, rounded.weight, damped) * 1.02
+    assert result.error >= 0 and codes_of(q).max() <= scheme.max_code
 
 
 def test_descent_never_raises_the_damped_objective():
     w, h = case(in_=192, tokens=96)
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(len(h))
-    values = [objective(w, gptq.quantize(w, h, Scheme(group_size=64), sweeps=k).qtensor, damped) for k in range(4)]
+    values = [objective(w, gptq.quantize(w, h, integer(group_size=64), sweeps=k).weight, damped) for k in range(4)]
     assert values == sorted(values, reverse=True) and values[1] < values[0]
 
 
 def test_scales_are_rounded_before_codes_are_chosen_and_the_sign_is_free():
     w, h = case(in_=256)
     w[:, 5] = 9.0  # the positive end must be reachable: scale negative, code 0
-    q = gptq.quantize(w, h, Scheme(group_size=64)).qtensor
+    q = gptq.quantize(w, h, integer(group_size=64)).weight
     assert q.scale.dtype == torch.bfloat16 and q.scale.isfinite().all() and (q.scale != 0).all()
     assert (q.scale < 0).any() and (q.scale > 0).any()
-    assert gptq.quantize(w, h, Scheme(group_size=64, scale_dtype="F16")).qtensor.scale.dtype == torch.float16
+    assert gptq.quantize(w, h, integer(group_size=64, scale_dtype="F16")).weight.scale.dtype == torch.float16
 
 
 def test_least_zero_point_is_respected():
     w, h = case()
-    q = gptq.quantize(w.abs() + 1, h, Scheme(4, 32, False, min_zero=1)).qtensor
+    q = gptq.quantize(w.abs() + 1, h, integer(4, 32, False, min_zero=1)).weight
     assert q.zero.dtype == torch.uint8 and q.zero.min() >= 1
-    assert gptq.quantize(w.abs() + 1, h, Scheme(4, 32, False)).qtensor.zero.min() == 0
+    assert gptq.quantize(w.abs() + 1, h, integer(4, 32, False)).weight.zero.min() == 0
 
 
 def test_weights_that_share_an_input_come_out_as_by_themselves():
     a, h = case(out=8)
     b, _ = case(out=5, seed=1)
     c, _ = case(out=3, seed=2)
-    schemes = [Scheme(group_size=32), Scheme(8, 32), Scheme(group_size=32)]
+    schemes = [integer(group_size=32), integer(8, 32), integer(group_size=32)]
     for w, scheme, result in zip([a, b, c], schemes, gptq.quantize_all([a, b, c], h, schemes), strict=True):
         alone = gptq.quantize(w, h, scheme)
-        assert torch.equal(result.qtensor.scale, alone.qtensor.scale)
-        assert (result.qtensor.codes == alone.qtensor.codes).float().mean() > 0.99
+        assert torch.equal(result.weight.scale, alone.weight.scale)
+        assert (codes_of(result.weight) == codes_of(alone.weight)).float().mean() > 0.99
         assert result.error == pytest.approx(alone.error, rel=1e-2)
 
 
 def test_singular_hessian_climbs_the_ladder():
     w, h = case(in_=128, tokens=16)  # rank 16
-    result = gptq.quantize(w, h, Scheme(group_size=32), damp=0.0)
+    result = gptq.quantize(w, h, integer(group_size=32), damp=0.0)
     assert result.fallback is None and result.method == "gptq" and 0 < result.damp <= 1e-2
-    assert result.error < gptq._rounded(w, h, Scheme(group_size=32), "for comparison").error
+    assert result.error < gptq._rounded(w, h, integer(group_size=32), "for comparison").error
 
 
 def test_indefinite_hessian_falls_back_and_says_so():
     w, h = case()
     h = h - 20 * h.diagonal().mean() * torch.ones_like(h).fill_diagonal_(0)
-    result = gptq.quantize(w, h, Scheme(group_size=32))
+    result = gptq.quantize(w, h, integer(group_size=32))
     assert result.method == "rtn" and "not positive definite" in result.fallback
-    assert torch.isfinite(result.qtensor.dequantize()).all()
+    assert torch.isfinite(values_of(result.weight)).all()
 
 
 def test_no_token_falls_back_and_says_so():
     w, h = case()
-    result = gptq.quantize(w, torch.zeros_like(h), Scheme(group_size=32))
+    result = gptq.quantize(w, torch.zeros_like(h), integer(group_size=32))
     assert result.fallback == gptq.UNREACHED and result.method == "rtn"
-    assert (result.qtensor.dequantize() - w).abs().max() < 0.5
+    assert (values_of(result.weight) - w).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -154,37 +157,37 @@ def test_dead_columns(symmetric):
     h[dead] = 0
     h[:, dead] = 0
     w[:, 3] = 1e4  # would ruin the scale of its group if it counted
-    scheme = Scheme(group_size=32, symmetric=symmetric)
-    q = gptq.quantize(w, h, scheme).qtensor
-    values = q.dequantize()
+    scheme = integer(group_size=32, symmetric=symmetric)
+    q = gptq.quantize(w, h, scheme).weight
+    values = values_of(q)
     assert torch.isfinite(values).all()
     assert (values[:, 64:96] - w[:, 64:96]).abs().max() < 0.6  # rounded to the nearest
-    alive = gptq.quantize(w[:, 96:], h[96:, 96:], scheme).qtensor
-    assert alive.codes.shape == (24, 32)
+    alive = gptq.quantize(w[:, 96:], h[96:, 96:], scheme).weight
+    assert codes_of(alive).shape == (24, 32)
 
 
 def test_degenerate_weights():
     _, h = case(in_=64)
-    zero = gptq.quantize(torch.zeros(4, 64), h, Scheme(group_size=32))
-    assert zero.error == 0 and not zero.qtensor.dequantize().any()
-    constant = gptq.quantize(torch.full((4, 64), -0.25), h, Scheme(group_size=32, symmetric=False))
-    assert torch.allclose(constant.qtensor.dequantize(), torch.full((4, 64), -0.25), rtol=0.01)
-    tiny = gptq.quantize(torch.full((4, 64), 1e-12), h, Scheme(group_size=32, scale_dtype="F16"))
-    assert torch.isfinite(tiny.qtensor.dequantize()).all() and (tiny.qtensor.scale != 0).all()
+    zero = gptq.quantize(torch.zeros(4, 64), h, integer(group_size=32))
+    assert zero.error == 0 and not values_of(zero.weight).any()
+    constant = gptq.quantize(torch.full((4, 64), -0.25), h, integer(group_size=32, symmetric=False))
+    assert torch.allclose(values_of(constant.weight), torch.full((4, 64), -0.25), rtol=0.01)
+    tiny = gptq.quantize(torch.full((4, 64), 1e-12), h, integer(group_size=32, scale_dtype="F16"))
+    assert torch.isfinite(values_of(tiny.weight)).all() and (tiny.weight.scale != 0).all()
     with pytest.raises(QkitError, match="does not fit F16"):
-        gptq.quantize(torch.full((4, 64), 1e9), h, Scheme(group_size=32, scale_dtype="F16"))
+        gptq.quantize(torch.full((4, 64), 1e9), h, integer(group_size=32, scale_dtype="F16"))
 
 
 def test_bad_input():
     w, h = case()
     with pytest.raises(QkitError, match="weight contains NaN"):
-        gptq.quantize(w.index_fill(0, torch.tensor([1]), float("nan")), h, Scheme(group_size=32))
+        gptq.quantize(w.index_fill(0, torch.tensor([1]), float("nan")), h, integer(group_size=32))
     with pytest.raises(QkitError, match="statistics contain NaN"):
-        gptq.quantize(w, h.index_fill(0, torch.tensor([1]), float("inf")), Scheme(group_size=32))
+        gptq.quantize(w, h.index_fill(0, torch.tensor([1]), float("inf")), integer(group_size=32))
     with pytest.raises(ValueError, match="do not match"):
-        gptq.quantize(w, h[:64, :64], Scheme(group_size=32))
+        gptq.quantize(w, h[:64, :64], integer(group_size=32))
     with pytest.raises(ValueError, match="does not divide"):
-        gptq.quantize(w, h, Scheme(group_size=48))
+        gptq.quantize(w, h, integer(group_size=48))
 
 
 @pytest.mark.parametrize("n", [7, 640, 1100])

@@ -2,8 +2,8 @@ import pytest
 
 from qkit.errors import QkitError
 from qkit.models.families import check_skip, chooser, pick_group_size
+from qkit.spec import CHANNEL, integer
 from qkit.spec.dtypes import TensorMeta
-from qkit.spec.scheme import CHANNEL, Scheme
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,20 @@ from qkit.spec.scheme import CHANNEL, Scheme
     ],
 )
 def test_what_is_quantized(name, shape, reason):
-    choice = chooser(Scheme())(name, TensorMeta("BF16", shape))
-    assert choice == (Scheme() if reason is None else reason)
+    choice = chooser(integer())(name, TensorMeta("BF16", shape))
+    assert choice == (integer() if reason is None else reason)
 
 
 def test_integer_weights_are_left_alone():
-    assert chooser(Scheme())("model.layers.0.x_proj.weight", TensorMeta("I8", (64, 64))) == "stored as I8"
+    assert chooser(integer())("model.layers.0.x_proj.weight", TensorMeta("I8", (64, 64))) == "stored as I8"
 
 
 def test_skip_patterns():
-    choose = chooser(Scheme(), ["*.down_proj", "model.layers.0.*"])
+    choose = chooser(integer(), ["*.down_proj", "model.layers.0.*"])
     meta = TensorMeta("BF16", (64, 64))
     assert choose("model.layers.1.mlp.down_proj.weight", meta) == "skipped on request"
     assert choose("model.layers.0.mlp.up_proj.weight", meta) == "skipped on request"
-    assert choose("model.layers.1.mlp.up_proj.weight", meta) == Scheme()
+    assert choose("model.layers.1.mlp.up_proj.weight", meta) == integer()
     with pytest.raises(QkitError, match="matches no tensor"):
         check_skip(["*.dwon_proj"], ["model.layers.0.mlp.down_proj.weight"])
 
@@ -50,16 +50,16 @@ def test_skip_patterns():
 @pytest.mark.parametrize(("widths", "expected"), [((128, 256), 128), ((576, 1536), 64), ((96,), 32)])
 def test_largest_group_that_divides_all(widths, expected):
     shapes = {f"l{i}": (8, w) for i, w in enumerate(widths)}
-    assert pick_group_size(Scheme(), None, shapes).group_size == expected
+    assert pick_group_size(integer(), None, shapes).group_size == expected
 
 
 def test_group_sizes_that_do_not_divide_are_refused():
     with pytest.raises(QkitError) as e:
-        pick_group_size(Scheme(), 128, {"a": (8, 576), "b": (8, 1536)})
+        pick_group_size(integer(), 128, {"a": (8, 576), "b": (8, 1536)})
     assert "a, which is 576 wide" in e.value.message
     assert e.value.hint == "sizes that divide every quantized layer: 64, 32, channel"
     with pytest.raises(QkitError, match="100 wide"):
-        pick_group_size(Scheme(), None, {"a": (8, 100)})
+        pick_group_size(integer(), None, {"a": (8, 100)})
     with pytest.raises(QkitError, match="group size 7"):
-        pick_group_size(Scheme(), 7, {"a": (8, 700)})
-    assert pick_group_size(Scheme(), CHANNEL, {"a": (8, 100)}).group_size == CHANNEL
+        pick_group_size(integer(), 7, {"a": (8, 700)})
+    assert pick_group_size(integer(), CHANNEL, {"a": (8, 100)}).group_size == CHANNEL

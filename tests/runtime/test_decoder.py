@@ -32,15 +32,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def packed(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The model with packed 4-bit linears, from plain weights."""
-    from qkit.formats.base import Packed
     from qkit.kernels import pack, quantize_rtn
-    from qkit.spec.scheme import Scheme
+    from qkit.kernels.weight import Weight
 
     model = load(folder, device="cpu", dtype=dtype)
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and ".layers." in name:
             codes, scale, zero, *_ = quantize_rtn(module.weight.detach(), 4, 32, False, "BF16")
-            weight = Packed(pack(codes, 4), scale, zero, module.in_features, Scheme(4, 32, False))
+            weight = Weight(pack(codes, 4), scale, zero, 4, module.in_features)
             model.set_submodule(name, QuantLinear(weight, None if module.bias is None else module.bias.detach()))
     return model
 

@@ -8,19 +8,20 @@ import pickle
 
 import pytest
 import torch
-from qtensors import random_qtensor
 from torch import nn
+from weights import random_weight
 
+from qkit.kernels.codes import codes_of, values_of, weight_of
 from qkit.runtime import QuantLinear
-from qkit.spec.scheme import CHANNEL, QTensor, Scheme
+from qkit.spec import CHANNEL, LayerSpec, integer
 
-SCHEMES = [Scheme(b, g, s, d) for b in (4, 8) for g in (CHANNEL, 32) for s in (True, False) for d in ("BF16", "F16")]
+SCHEMES = [integer(b, g, s, d) for b in (4, 8) for g in (CHANNEL, 32) for s in (True, False) for d in ("BF16", "F16")]
 
 
-def make(scheme: Scheme, out: int = 33, in_: int = 96, bias: bool = True) -> QuantLinear:
-    q = random_qtensor(out, in_, scheme)
-    q = QTensor(q.codes, q.scale * 0.01, q.zero, scheme)
-    return QuantLinear.from_qtensor(q, torch.randn(out).to(torch.bfloat16) if bias else None)
+def make(scheme: LayerSpec, out: int = 33, in_: int = 96, bias: bool = True) -> QuantLinear:
+    q = random_weight(out, in_, scheme)
+    q = weight_of(codes_of(q), q.scale * 0.01, q.zero, q.bits)
+    return QuantLinear(q, torch.randn(out).to(torch.bfloat16) if bias else None)
 
 
 def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -45,20 +46,22 @@ def test_forward_within_twice_the_low_precision_error(scheme, rows, dtype):
 
 @pytest.mark.parametrize("in_", [5, 123, 96])
 def test_ragged_channelwise(in_):
-    layer = make(Scheme(4, CHANNEL, False), out=7, in_=in_)
+    layer = make(integer(4, CHANNEL, False), out=7, in_=in_)
     x = torch.randn(4, in_)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias.float()))
 
 
 def test_qtensor_comes_back():
-    q = random_qtensor(33, 96, Scheme(4, 32, symmetric=False))
-    back = QuantLinear.from_qtensor(q).qtensor()
-    assert torch.equal(back.codes, q.codes) and torch.equal(back.scale, q.scale) and torch.equal(back.zero, q.zero)
-    assert torch.equal(QuantLinear.from_qtensor(q).dequantize(), q.dequantize())
+    q = random_weight(33, 96, integer(4, 32, symmetric=False))
+    back = QuantLinear(q).quantized()
+    assert (
+        torch.equal(codes_of(back), codes_of(q)) and torch.equal(back.scale, q.scale) and torch.equal(back.zero, q.zero)
+    )
+    assert torch.equal(QuantLinear(q).dequantize(), values_of(q))
 
 
 def test_weights_stay_packed():
-    layer = make(Scheme(4, 32), out=256, in_=512, bias=False)
+    layer = make(integer(4, 32), out=256, in_=512, bias=False)
     layer(torch.randn(1, 512).to(torch.bfloat16))
     held = sum(b.numel() * b.element_size() for b in layer.state_dict().values())
     assert held == 256 * 512 // 2 + 256 * 16 * 2
@@ -67,7 +70,7 @@ def test_weights_stay_packed():
 
 
 def test_state_dict_round_trip_replaces_what_was_computed_before():
-    a, b = make(Scheme(4, 32, symmetric=False)), make(Scheme(4, 32, symmetric=False))
+    a, b = make(integer(4, 32, symmetric=False)), make(integer(4, 32, symmetric=False))
     b.packed.zero_()
     x = torch.randn(3, 96).to(torch.bfloat16)
     assert not torch.equal(a(x), b(x))
@@ -80,7 +83,7 @@ def test_state_dict_round_trip_replaces_what_was_computed_before():
 
 
 def test_deepcopy_shares_nothing():
-    a = make(Scheme(8, 32))
+    a = make(integer(8, 32))
     x = torch.randn(3, 96).to(torch.bfloat16)
     before = a(x)
     b = copy.deepcopy(a)
@@ -89,7 +92,7 @@ def test_deepcopy_shares_nothing():
 
 
 def test_casts_keep_the_scale_and_follow_the_input():
-    layer = make(Scheme(4, 32, scale_dtype="F16"))
+    layer = make(integer(4, 32, scale_dtype="F16"))
     scale = layer.scale.clone()
     layer.to(torch.bfloat16).float().to("cpu")
     assert layer.scale.dtype == torch.float16 and torch.equal(layer.scale, scale)
@@ -99,7 +102,7 @@ def test_casts_keep_the_scale_and_follow_the_input():
 
 
 def test_a_chosen_kernel_keeps_one_copy_and_loses_nothing():
-    layer = make(Scheme(4, 128, False), out=40, in_=256)
+    layer = make(integer(4, 128, False), out=40, in_=256)
     x = torch.randn(3, 256).bfloat16()
     plain = copy.deepcopy(layer)
     expected = plain(x)
@@ -110,7 +113,7 @@ def test_a_chosen_kernel_keeps_one_copy_and_loses_nothing():
     assert layer.packed is None and layer.scale is None and layer.zero is None
     assert sum(t.nbytes for t in layer.tensors()) < 1.3 * sum(t.nbytes for t in buffers.values()) + 64 * 256
     assert torch.equal(layer(x), expected)
-    assert torch.equal(layer.qtensor().codes, plain.qtensor().codes) and torch.equal(
+    assert torch.equal(codes_of(layer.quantized()), codes_of(plain.quantized())) and torch.equal(
         layer.dequantize(), plain.dequantize()
     )
     state = layer.state_dict()
@@ -121,11 +124,11 @@ def test_a_chosen_kernel_keeps_one_copy_and_loses_nothing():
     layer.to(torch.float16)
     assert torch.equal(layer(x), expected)
     layer.load_state_dict({**buffers, "packed": torch.zeros_like(buffers["packed"])})
-    assert not layer.qtensor().codes.any() and not torch.equal(layer(x), expected)
+    assert not codes_of(layer.quantized()).any() and not torch.equal(layer(x), expected)
 
 
 def test_moves_between_devices():
-    layer = make(Scheme(4, 32, symmetric=False))
+    layer = make(integer(4, 32, symmetric=False))
     layer(torch.ones(1, 96))
     meta = copy.deepcopy(layer).to("meta")
     assert {b.device.type for b in meta.buffers()} == {"meta"}
@@ -134,7 +137,7 @@ def test_moves_between_devices():
 
 
 def test_repr_says_scheme_and_kernel():
-    layer = make(Scheme(4, 32))
+    layer = make(integer(4, 32))
     assert "int4 symmetric g32" in repr(layer) and "not chosen yet" in repr(layer)
     layer(torch.ones(1, 96))
     assert layer.select(torch.float32).name in repr(layer)
@@ -142,4 +145,4 @@ def test_repr_says_scheme_and_kernel():
 
 def test_reference_kernels_on_request(monkeypatch):
     monkeypatch.setenv("QKIT_REFERENCE", "1")
-    assert make(Scheme(4, 32)).select(torch.float32).name == "reference"
+    assert make(integer(4, 32)).select(torch.float32).name == "reference"

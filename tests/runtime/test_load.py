@@ -18,12 +18,12 @@ from qkit.errors import QkitError
 from qkit.methods import rtn
 from qkit.runtime import QuantLinear, load, load_tokenizer
 from qkit.sources import open_source
-from qkit.spec.scheme import CHANNEL, Scheme
+from qkit.spec import CHANNEL, LayerSpec, integer
 
 BLOCK = ".layers."
 
 
-def quantize_folder(source: Path, out: Path, fmt_name: str, scheme: Scheme) -> Path:
+def quantize_folder(source: Path, out: Path, fmt_name: str, scheme: LayerSpec) -> Path:
     """`source` rounded and packed, file by file as the format says: independent of `qkit.convert`."""
     fmt = formats.get(fmt_name)
     scheme = fmt.scheme_for(scheme, "BF16")
@@ -67,18 +67,18 @@ def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 CASES = [
-    ("llama", "compressed-tensors", Scheme(4, 32)),
-    ("llama", "compressed-tensors", Scheme(4, 64, symmetric=False)),
-    ("llama", "compressed-tensors", Scheme(8, CHANNEL)),
-    ("llama", "gptq", Scheme(4, 128)),
-    ("llama", "gptq", Scheme(4, 32, symmetric=False)),
-    ("llama", "gptq_v2", Scheme(8, 32, symmetric=False)),
-    ("qwen2", "compressed-tensors", Scheme(4, 32, symmetric=False)),
-    ("qwen2", "gptq", Scheme(4, 32)),
-    ("gemma3_text", "compressed-tensors", Scheme(4, 128)),
-    ("gemma3_text", "gptq_v2", Scheme(4, 64)),
-    ("mixtral", "compressed-tensors", Scheme(4, 32)),
-    ("mixtral", "gptq", Scheme(8, CHANNEL)),
+    ("llama", "compressed-tensors", integer(4, 32)),
+    ("llama", "compressed-tensors", integer(4, 64, symmetric=False)),
+    ("llama", "compressed-tensors", integer(8, CHANNEL)),
+    ("llama", "gptq", integer(4, 128)),
+    ("llama", "gptq", integer(4, 32, symmetric=False)),
+    ("llama", "gptq_v2", integer(8, 32, symmetric=False)),
+    ("qwen2", "compressed-tensors", integer(4, 32, symmetric=False)),
+    ("qwen2", "gptq", integer(4, 32)),
+    ("gemma3_text", "compressed-tensors", integer(4, 128)),
+    ("gemma3_text", "gptq_v2", integer(4, 64)),
+    ("mixtral", "compressed-tensors", integer(4, 32)),
+    ("mixtral", "gptq", integer(8, CHANNEL)),
 ]
 
 
@@ -94,7 +94,9 @@ def sources(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("family", "fmt", "scheme"), CASES, ids=lambda v: v.describe() if isinstance(v, Scheme) else v)
+@pytest.mark.parametrize(
+    ("family", "fmt", "scheme"), CASES, ids=lambda v: v.describe() if isinstance(v, LayerSpec) else v
+)
 def test_logits_are_those_of_the_dequantized_weights(family, fmt, scheme, sources, tmp_path):
     folder = quantize_folder(sources(family), tmp_path / "q", fmt, scheme)
     model = load(folder, device="cpu")
@@ -115,17 +117,17 @@ def test_plain_folder_is_transformers_own_load(family, sources):
 
 
 def test_packed_weights_are_the_files_bytes(sources, tmp_path):
-    folder = quantize_folder(sources("llama"), tmp_path / "q", "compressed-tensors", Scheme(4, 32))
+    folder = quantize_folder(sources("llama"), tmp_path / "q", "compressed-tensors", integer(4, 32))
     stored = load_file(folder / "model.safetensors")
     for name, module in load(folder, "cpu").named_modules():
         if isinstance(module, QuantLinear):
-            weight = module.weight_parts()
+            weight = module.quantized()
             assert torch.equal(weight.packed, stored[f"{name}.weight_packed"])
             assert torch.equal(weight.scale, stored[f"{name}.weight_scale"])
 
 
 def test_generate_eval_mode_and_kernel_line(sources, tmp_path, caplog):
-    folder = quantize_folder(sources("llama"), tmp_path / "q", "gptq", Scheme(4, 32))
+    folder = quantize_folder(sources("llama"), tmp_path / "q", "gptq", integer(4, 32))
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": 259}))
     with caplog.at_level(logging.INFO, logger="qkit"):
         model = load(open_source(str(folder)), device="cpu")
@@ -169,7 +171,7 @@ Q = "model.layers.1.self_attn.q_proj"
     ],
 )
 def test_every_tensor_is_accounted_for(edit, match, sources, tmp_path):
-    folder = quantize_folder(sources("llama"), tmp_path / "q", "compressed-tensors", Scheme(4, 32))
+    folder = quantize_folder(sources("llama"), tmp_path / "q", "compressed-tensors", integer(4, 32))
     change(folder, edit)
     with pytest.raises(QkitError, match=match):
         load(folder, "cpu")

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qkit.kernels import pack, reference
+from qkit.kernels import reference
 from qkit.kernels.select import Weight, select
 from qkit.methods import rtn
 from qkit.runtime import opaque
-from qkit.spec.scheme import Scheme
+from qkit.spec import integer
 
 
 def made(out: int, in_: int, seed: int = 0) -> Weight:
     generator = torch.Generator().manual_seed(seed)
-    q = rtn.quantize(torch.randn(out, in_, generator=generator) / in_**0.5, Scheme(4, 32))
-    return Weight(pack(q.codes, 4), q.scale, None, 4, in_)
+    q = rtn.quantize(torch.randn(out, in_, generator=generator) / in_**0.5, integer(4, 32))
+    return q
 
 
 def prepared(weight: Weight, dtype: torch.dtype = torch.float32):

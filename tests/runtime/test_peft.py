@@ -12,9 +12,10 @@ from torch import nn
 
 import qkit
 from qkit.errors import QkitError
+from qkit.kernels.codes import codes_of
 from qkit.methods import rtn
 from qkit.runtime import QuantLinear
-from qkit.spec.scheme import CHANNEL, Scheme
+from qkit.spec import CHANNEL, integer
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -50,11 +51,11 @@ def train(peft: Any, tokens: torch.Tensor, steps: int = 4) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 64, symmetric=False), Scheme(8, CHANNEL)])
+@pytest.mark.parametrize("scheme", [integer(4, 32), integer(4, 64, symmetric=False), integer(8, CHANNEL)])
 @pytest.mark.parametrize("shape", [(1, 128), (2, 40, 128)])
 def test_input_gradient_is_that_of_the_dequantized_weight(dtype, scheme, shape):
     torch.manual_seed(1)
-    layer = QuantLinear.from_qtensor(rtn.quantize(torch.randn(96, 128), scheme), torch.randn(96).to(dtype))
+    layer = QuantLinear(rtn.quantize(torch.randn(96, 128), scheme), torch.randn(96).to(dtype))
     plain = nn.Linear(128, 96, dtype=dtype)
     plain.weight.data, plain.bias.data = layer.dequantize(dtype), layer.bias
     x = torch.randn(shape).to(dtype)
@@ -71,7 +72,7 @@ def test_input_gradient_is_that_of_the_dequantized_weight(dtype, scheme, shape):
 
 
 def test_the_graph_keeps_no_dequantized_weight_and_no_input():
-    layer = QuantLinear.from_qtensor(rtn.quantize(torch.randn(96, 128), Scheme(4, 32)))
+    layer = QuantLinear(rtn.quantize(torch.randn(96, 128), integer(4, 32)))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(torch.randn(4, 128, requires_grad=True))
@@ -81,13 +82,13 @@ def test_the_graph_keeps_no_dequantized_weight_and_no_input():
 def test_trains_and_only_the_adapter(folder, tokens):
     peft = model(folder)
     assert sum(isinstance(m, QuantLinear) for m in peft.modules()) == 14
-    before = [m.qtensor() for m in peft.modules() if isinstance(m, QuantLinear)]
+    before = [m.quantized() for m in peft.modules() if isinstance(m, QuantLinear)]
     assert all("lora_" in n for n, p in peft.named_parameters() if p.requires_grad)
     losses = train(peft, tokens)
     assert losses[-1] < losses[0] - 0.05
-    after = [m.qtensor() for m in peft.modules() if isinstance(m, QuantLinear)]
+    after = [m.quantized() for m in peft.modules() if isinstance(m, QuantLinear)]
     for a, b in zip(after, before, strict=True):
-        assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+        assert torch.equal(codes_of(a), codes_of(b)) and torch.equal(a.scale, b.scale)
 
 
 def test_checkpointing_gives_the_same_gradients(folder, tokens):

@@ -1,0 +1,27 @@
+"""Codes <-> `Weight` <-> values: what methods make, formats store and kernels multiply by is one type."""
+
+from __future__ import annotations
+
+import torch
+
+from . import dequantize, pack, reference, unpack
+from .weight import FLOATS, Weight
+
+
+def weight_of(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, kind: str = "int"
+) -> Weight:
+    """codes uint8 [out, in], each below 2**bits -> the weight; scale and zero as in `Weight`, shared."""
+    return Weight(pack(codes, bits), scale, zero, bits, codes.shape[1], kind)
+
+
+def codes_of(weight: Weight) -> torch.Tensor:
+    """The weight's codes, uint8 [out, in], unpacked anew."""
+    return unpack(weight.packed, weight.bits, weight.in_features)
+
+
+def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[out, in] in `dtype`: computed in float32, rounded once."""
+    if weight.kind == "int" and dtype in FLOATS:
+        return dequantize(weight.packed, weight.scale, weight.zero, weight.bits, weight.in_features, dtype)
+    return reference.dequantize_weight(weight, dtype)
