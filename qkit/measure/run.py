@@ -67,7 +67,7 @@ def profile(model: str, options: Options) -> Profile:
     limit = _max_positions(source)
     context = _context(options.context, limit)
     tokenizer = load_tokenizer(source)
-    tokens, evaluated = _evaluation(options.text, tokenizer, min(N_CTX, limit), options.chunks, identity)
+    tokens, evaluated = _evaluation(options, tokenizer, min(N_CTX, limit), identity)
     for each in [s for s in (source, base_source) if s]:
         _check_fit(each, where)
     folder = _out_folder(options.out, model)
@@ -167,23 +167,26 @@ def _context(context: int | None, limit: int) -> int:
 
 
 def _evaluation(
-    spec: str | None, tokenizer: Any, n_ctx: int, chunks: int, identity: dict[str, Any]
+    options: Options, tokenizer: Any, n_ctx: int, identity: dict[str, Any]
 ) -> tuple[torch.Tensor, EvaluationText]:
     from ..text.windows import read_text, token_windows
 
-    named = text.evaluation_text() if spec is None else read_text(spec, tokenizer)
-    tokens, used, bos = token_windows(named, tokenizer, chunks, n_ctx, allow_fewer=True)
+    named = text.evaluation_text() if options.text is None else read_text(options.text, tokenizer)
+    tokens, used, bos = token_windows(named, tokenizer, options.chunks, n_ctx, allow_fewer=True)
     calibration = identity.get("calibration")
     if isinstance(calibration, dict) and calibration.get("sketch"):
         shared = text.overlap(calibration["sketch"], used)
-        if shared.count:
+        if shared.count and not options.allow_overlap:
             raise QkitError(
                 f"the evaluation text {named.name} shares {shared.fraction:.1%} of its words with the text that the "
                 f"model was calibrated on, for instance: {shared.example[:120]!r}",
-                "evaluate on another text with --text FILE",
+                "evaluate on another text with --text FILE, or accept it, said in the report, with --allow-overlap",
             )
         name = calibration.get("name")
-        verdict = f"checked: no passage of 20 or more words in common with the calibration text {name}"
+        if shared.count:
+            verdict = f"OVERLAPS: {shared.fraction:.1%} of its words stand in the calibration text {name} (allowed)"
+        else:
+            verdict = f"checked: no passage of 20 or more words in common with the calibration text {name}"
     elif isinstance(calibration, dict):
         verdict = "not checked: the model's manifest holds no sketch of its calibration text"
     elif identity:

@@ -121,6 +121,8 @@ def test_overlap_with_the_calibration_text_is_checked(folders, tmp_path, overlap
     if overlapping:
         with pytest.raises(QkitError, match=r"shares .* of its words with the text that the model was calibrated on"):
             run(str(folder), tmp_path)
+        assert run(str(folder), tmp_path, context=16, allow_overlap=True).text.overlap.startswith("OVERLAPS: ")
+        assert "OVERLAPS: " in (tmp_path / "report" / "profile.md").read_text()
         return
     result = run(str(folder), tmp_path, context=16)
     assert result.text.overlap.startswith("checked: no passage") and "their text" in result.text.overlap
