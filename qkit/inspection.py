@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import units
 from .errors import QkitError
+from .models.config import text_config
 from .progress import track
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     if verify and manifest is not None:
         with track("verifying", sum(f["bytes"] for f in manifest.files.values()), "bytes") as advance:
             problems = manifest.verify(folder, advance)
-    text = source.config.get("text_config") or source.config
+    text = text_config(source.config)
     return Inspection(
         model=model,
         base_model=manifest.identity["source"]["base_model"] if manifest else source.base_model,

@@ -14,6 +14,7 @@ import torch
 
 import qkit
 from qkit.cli import COMMANDS, build_parser, main
+from qkit.errors import QkitError
 
 
 def test_help_imports_nothing_heavy():
@@ -115,6 +116,18 @@ def test_public_names():
     for name in qkit.__all__:
         assert getattr(qkit, name) is not None
     assert callable(qkit.convert) and callable(qkit.load) and callable(qkit.profile)
+
+
+@pytest.mark.parametrize("command", [["convert", "-o", "out", "--method", "gptq"], ["profile"]])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_in_a_checkpoint_needs_the_flag(command, trusted, llama, tmp_path, capsys, monkeypatch):
+    def load_tokenizer(source, trust_remote_code=False):
+        raise QkitError(f"trusted: {trust_remote_code}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qkit.runtime.load_tokenizer", load_tokenizer)
+    assert main([command[0], str(llama), *command[1:], *(["--trust-remote-code"] if trusted else [])]) == 2
+    assert f"error: trusted: {trusted}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--max-memory", "1TB"]])

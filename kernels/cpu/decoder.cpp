@@ -12,8 +12,9 @@
 
 using namespace qkit;
 
-// Compiled for three levels of x86 and chosen by the loader; everywhere else once.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
+// Compiled for three levels of x86 and chosen by the loader; everywhere else, and by GCC before 12, which does not
+// know these names, once.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
 #define QK_LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define QK_LEVELS

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..models import skeleton
+from ..models.config import positive_int
 from .block import Block, LayerResult, Runner, install
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
     weights = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
     groups = {(name.rsplit(".", 2)[0], weights[name][1]) for name in schemes}
     config = source.config
-    experts = config.get("num_local_experts") or config.get("num_experts") or 1
-    share = min(1.0, config.get("num_experts_per_tok", 1) / experts)
+    experts = positive_int(config, "num_local_experts", positive_int(config, "num_experts", 1))
+    share = min(1.0, positive_int(config, "num_experts_per_tok", 1) / experts)
 
     def reached(name: str) -> float:
         return tokens * share if ".experts." in name else tokens
@@ -137,7 +138,7 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
         forward *= 2.5  # partial passes per stage
     widest = max((in_ for _, in_ in groups), default=0)
     rows = max((weights[name][0] for name in schemes), default=0)
-    hidden = 2 * tokens * int(source.config.get("hidden_size", widest))
+    hidden = 2 * tokens * positive_int(config, "hidden_size", max(1, widest))
     per_block: dict[str, int] = {}
     for name in schemes:
         head, _, tail = name.partition("layers.")

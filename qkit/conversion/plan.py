@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from .. import units
 from ..errors import QkitError
 from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores, resolve
+from ..models.config import text_config
 from ..models.families import BLOCK, check_skip, chooser, left_alone, module_of, pick_group_size
 from ..models.skeleton import check_architecture
 from ..spec import LayerSpec, preset
@@ -152,7 +153,7 @@ def is_linear_like(t: TensorPlan) -> bool:
 def model_dtype(config: dict[str, Any]) -> str:
     """The safetensors name of the dtype a config declares, "BF16" where it declares none."""
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    for part in (config, config.get("text_config") or {}):
+    for part in (config, text_config(config)):
         declared = part.get("dtype") or part.get("torch_dtype")
         if declared:
             return names.get(str(declared).removeprefix("torch."), "BF16")
@@ -226,10 +227,9 @@ def _settle(options: Options, source: Source) -> tuple[LayerSpec | None, str, li
             f"--format {options.format} and --scheme {options.scheme} do not go together",
             "--format safetensors exports without quantizing (--scheme none); the other formats hold w4a16 or w8a16",
         )
-    if "quantization_config" in source.config:
+    if source.config.get("quantization_config"):
         raise QkitError(
-            f"{source.label} is already quantized "
-            f"({source.config['quantization_config'].get('quant_method', 'unknown method')})",
+            f"{source.label} is already quantized ({_quantization(source.config)})",
             "convert from the original checkpoint; quantizing twice adds the errors up",
         )
     if source.config.get("model_type") in ("gpt2", "gptj", "codegen"):
@@ -252,6 +252,12 @@ def _settle(options: Options, source: Source) -> tuple[LayerSpec | None, str, li
     if method not in CALIBRATED and options.calib is not None:
         raise QkitError(f"--calib is not used by method {method}", "drop it, or use --method gptq")
     return scheme, method, notes
+
+
+def _quantization(config: Mapping[str, Any]) -> str:
+    given = config["quantization_config"]
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    return str(method or "unknown method")
 
 
 def _settle_group(
@@ -281,7 +287,7 @@ def _settle_group(
 
 def check_blocks(source: Source) -> None:
     """Refuse a checkpoint whose decoder blocks are not all there."""
-    text = source.config.get("text_config") or source.config
+    text = text_config(source.config)
     expected = text.get("num_hidden_layers")
     found = {int(m[1]) for n in source.names() if "vision" not in n and (m := BLOCK.search(n))}
     if not isinstance(expected, int) or not found:

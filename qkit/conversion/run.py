@@ -99,10 +99,12 @@ def convert(
 
 def _calibration(plan: Plan, source: Source) -> CalibrationSet:
     from ..runtime import load_tokenizer
-    from ..text.windows import calibration_tokens
+    from ..text.windows import calibration_tokens, check_vocabulary
 
     o = plan.options
-    calibration = calibration_tokens(o.calib, load_tokenizer(source), o.calib_samples, o.calib_len)
+    tokenizer = load_tokenizer(source, o.trust_remote_code)
+    calibration = calibration_tokens(o.calib, tokenizer, o.calib_samples, o.calib_len)
+    check_vocabulary(calibration.tokens, source, tokenizer)
     notify(f"calibrating on {calibration.tokens.shape[0]} x {calibration.tokens.shape[1]} tokens of {calibration.name}")
     if calibration.note:
         notify(calibration.note)

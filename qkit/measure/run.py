@@ -15,6 +15,7 @@ from ..errors import QkitError
 from ..hardware import memory as process
 from ..hardware.catalogue import catalogue
 from ..hardware.detect import LocalDevice, resolve
+from ..models.config import positive_int, text_config
 from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
@@ -66,7 +67,7 @@ def profile(model: str, options: Options) -> Profile:
     identity, manifest_sha = _manifest(model)
     limit = _max_positions(source)
     context = _context(options.context, limit)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, options.trust_remote_code)
     tokens, evaluated = _evaluation(options, tokenizer, min(N_CTX, limit), identity)
     for each in [s for s in (source, base_source) if s]:
         _check_fit(each, where)
@@ -148,12 +149,8 @@ def _conversion(identity: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def _text_config(source: Source) -> dict[str, Any]:
-    return source.config.get("text_config") or source.config
-
-
 def _max_positions(source: Source) -> int:
-    return int(_text_config(source).get("max_position_embeddings") or 1 << 30)
+    return positive_int(text_config(source.config), "max_position_embeddings", 1 << 30)
 
 
 def _context(context: int | None, limit: int) -> int:

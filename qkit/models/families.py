@@ -13,7 +13,7 @@ from ..spec.dtypes import FLOATS, TensorMeta
 # A decoder block's tensors carry its index after one of these words; everything else is left alone.
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|vit|audio|image|mm_|multi_modal|multimodal|speech)[a-z_]*\.")
-_EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embeddings", "tok_embeddings"}
+EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embeddings", "tok_embeddings"}
 _HEADS = {"lm_head", "output", "embed_out", "score"}
 # `gate` alone is a MoE router (a gated MLP has gate_proj); it is small and every expert hangs on it.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -36,7 +36,7 @@ def left_alone(name: str, meta: TensorMeta) -> str | None:
         return "bias or norm"
     if not meta.numel:
         return "empty"
-    if last in _EMBEDDINGS:
+    if last in EMBEDDINGS:
         return "embedding"
     if last in _HEADS:
         return "output head"

@@ -32,22 +32,44 @@ _MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
 
 
 def attach(model: Any) -> str | None:
-    """Gives `model` the fast decoding step; returns None, or why it keeps its own (logged nowhere: it still works)."""
+    """Gives `model` the fast decoding step; returns None, or why it keeps its own (logged nowhere: it still works).
+
+    The model becomes an instance of a subclass of its class. A copy or a pickle of it is of the class it had, and runs
+    its own weights by its own forward; `detach` turns it back."""
     reason = _unsupported(model)
     if reason is None:
-        runner = _Runner(model)
-        original = model.forward
-
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = None if args else runner.step(kwargs)
-            if output is None:
-                runner.checked = False
-                output = original(*args, **kwargs)
-            return output
-
-        model.forward = forward
+        model.__dict__["_qkit_runner"] = _Runner()
+        model.__class__ = _fast_class(type(model))  # type: ignore[arg-type]
     return reason
+
+
+def detach(model: Any) -> None:
+    """Takes the fast decoding step away again; does nothing to a model without one."""
+    if model.__dict__.pop("_qkit_runner", None) is not None:
+        model.__class__ = type(model).__mro__[1]
+
+
+def _new(base: type) -> Any:
+    """An empty instance, for copies and pickles that are of a class which can be found by its name."""
+    return object.__new__(base)
+
+
+@functools.cache
+def _fast_class(base: type) -> type:
+    """`base` with a forward that tries the fast step first."""
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runner = self.__dict__.get("_qkit_runner")
+        output = None if args or runner is None else runner.step(self, kwargs)
+        return base.forward(self, *args, **kwargs) if output is None else output  # type: ignore[attr-defined]
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        state = {k: v for k, v in self.__dict__.items() if k != "_qkit_runner"}
+        return _new, (base,), state
+
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), members)
 
 
 def _unsupported(model: Any) -> str | None:
@@ -124,11 +146,35 @@ def _linears(model: Any) -> list[Linear]:
     return found
 
 
-def _fingerprint(model: Any, linears: list[Linear]) -> tuple[int, ...]:
-    """Changes when a linear, a norm or the embedding is replaced. linears: those of `_linears`."""
-    weights = [x.weight if hasattr(x.weight, "data_ptr") else x.weight.codes for x in linears]
-    norms = [p for name, p in model.named_parameters() if "norm" in name]
-    return tuple(t.data_ptr() for t in (*weights, *norms, model.get_input_embeddings().weight))
+def _state(model: Any) -> tuple[int, ...] | None:
+    """Changes when a module or a tensor of the model is replaced or changed in place; None where a hook, or a forward
+    that somebody assigned, would be passed over by the fast step."""
+    from torch.nn.modules import module as nn_module
+
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return None
+    found: list[int] = []
+    stack = [model]
+    try:
+        while stack:
+            module = stack.pop()
+            own = module.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                return None
+            found.append(id(module))
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+                if tensor is not None:
+                    found += (tensor.data_ptr(), tensor._version)
+            stack += [child for child in own["_modules"].values() if child is not None]
+    except RuntimeError:  # tensors made in inference mode count no versions
+        return None
+    return tuple(found)
+
+
+def _own_classes(model: Any) -> bool:
+    """Whether every module is transformers', torch's or ours: an adapter's stand-in computes something else."""
+    known = ("transformers.", "torch.nn.", "qkit.")
+    return all(type(module).__module__.startswith(known) for module in model.modules())
 
 
 def _build(model: Any, positions: int) -> Decoder:
@@ -225,6 +271,11 @@ class _Store:
         self.cache: Cache = Cache.of(*both)
 
 
+def _apart(layer: Any) -> bool:
+    """Whether a grown layer's keys or values were assigned since: its store no longer is the cache."""
+    return "store" in layer.__dict__ and bool({"_plain_keys", "_plain_values"} & layer.__dict__.keys())
+
+
 @functools.cache
 def _grown_class(base: type) -> type:
     """`base` (a DynamicLayer) whose keys and values are views of a `_Store` until something assigns them."""
@@ -241,6 +292,8 @@ def _grown_class(base: type) -> type:
             return getattr(store.cache, name)[self.index][:, :, begin : store.length]
 
         def put(self: Any, value: Any) -> None:
+            if self.__dict__.get("store") is not None and not _apart(self):
+                self.__dict__["_cumulative"] = self.store.length  # what the store stops counting here
             self.__dict__[plain] = value
 
         return property(get, put)
@@ -256,8 +309,18 @@ def _grown_class(base: type) -> type:
             self.__dict__["_plain_keys"], self.__dict__["_plain_values"] = keys, values
         self.__dict__["_cumulative"] = value
 
-    members: dict[str, Any] = {"keys": view("keys"), "values": view("values")}
-    if hasattr(base, "sliding_window") or "Sliding" in base.__name__:
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A copy or a pickle is an ordinary layer with tensors of its own."""
+        held = ("store", "index", "_cumulative", "_plain_keys", "_plain_values")
+        state = {k: v for k, v in self.__dict__.items() if k not in held}
+        state |= {name: getattr(self, name).clone() for name in ("keys", "values")}
+        if sliding:
+            state["cumulative_length"] = self.cumulative_length
+        return _new, (base,), state
+
+    sliding = hasattr(base, "sliding_window") or "Sliding" in base.__name__
+    members: dict[str, Any] = {"keys": view("keys"), "values": view("values"), "__reduce_ex__": reduce}
+    if sliding:
         members["cumulative_length"] = property(cumulative, set_cumulative)
     return type(f"Grown{base.__name__}", (base,), members)
 
@@ -286,31 +349,29 @@ def _grow(cache: Any, length: int) -> _Store:
 
 
 class _Runner:
-    def __init__(self, model: Any):
-        self.model = model
+    """What the fast step keeps between steps. It holds the model's tensors, not the model."""
+
+    def __init__(self) -> None:
         self.decoder: Decoder | None = None
-        self.fingerprint: tuple[int, ...] = ()
+        self.seen: tuple[int, ...] = ()
+        self.fits = False
         self.positions = 0
-        self.checked = False  # since the model's own forward last ran: between steps nobody replaces a weight
 
-    def _ready(self, positions: int) -> bool:
+    def _ready(self, model: Any, positions: int) -> bool:
         """Whether the C structures describe the model as it is now, for that many positions."""
-        if not self.checked:
-            if _foreign(self.model) is not None:
-                return False
-            try:
-                now = _fingerprint(self.model, _linears(self.model))
-            except (AttributeError, TypeError):  # a linear that is neither packed nor plain, as an adapter's
-                return False
-            if now != self.fingerprint:
-                self.decoder, self.fingerprint = None, now
-            self.checked = True
-        if self.decoder is None or positions > self.positions:
-            self.positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
-            self.decoder = _build(self.model, self.positions)
-        return True
+        now = _state(model)
+        if now is None:
+            return False
+        if now != self.seen or (self.fits and positions > self.positions):
+            self.decoder = None
+            self.fits = _own_classes(model) and _unsupported(model) is None
+            if self.fits:
+                self.positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
+                self.decoder = _build(model, self.positions)
+            self.seen = _state(model) or ()  # packing a weight for its kernel replaces its buffers
+        return self.fits
 
-    def step(self, given: dict[str, Any]) -> Any:
+    def step(self, model: Any, given: dict[str, Any]) -> Any:
         """The model's output for one new token a sequence, or None where the model's own forward is needed."""
         import torch
         from transformers import DynamicCache
@@ -321,16 +382,18 @@ class _Runner:
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or type(cache) is not DynamicCache:
             return None
-        if torch.is_grad_enabled() or self.model.training or ids.shape[0] > _MAX_BATCH:
+        if torch.is_grad_enabled() or model.training or ids.shape[0] > _MAX_BATCH:
             return None
         rest = given.keys() - {"input_ids", "past_key_values", "attention_mask", "position_ids", "logits_to_keep"}
         if any(given[k] is not None for k in rest - _KNOWN - {"use_cache"}) or given.get("use_cache") is False:
             return None
-        config = self.model.config
+        config = model.config
         if given.get("output_attentions") or given.get("output_hidden_states") or given.get("return_dict") is False:
             return None
         if config.output_attentions or config.output_hidden_states or config.return_dict is False:
             return None
+        if any(_apart(layer) for layer in cache.layers):
+            return None  # somebody assigned keys or values (beam search, a crop): the cache is on its own from there
         length = cache.get_seq_length()
         layers: list[Any] = cache.layers
         if length == 0 or len(layers) != config.num_hidden_layers or getattr(layers[0], "record_past", False):
@@ -343,7 +406,7 @@ class _Runner:
         positions = torch.full((batch,), length) if position_ids is None else position_ids.reshape(-1).long()
         if positions.numel() != batch or layers[0].keys.shape[0] != batch or layers[0].keys.dtype != torch.bfloat16:
             return None
-        if not self._ready(int(positions.max()) + 1):
+        if not self._ready(model, int(positions.max()) + 1):
             return None
         assert self.decoder is not None
         store = _grow(cache, length)
@@ -357,6 +420,8 @@ def _first(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor |
     """The first entry each sequence sees, int64 [batch]; None for a mask that is not padding on the left."""
     import torch
 
+    if mask is not None and not isinstance(mask, torch.Tensor):  # a mask for each kind of layer
+        return None
     if mask is None or (mask.dim() == 2 and mask.shape == (batch, length) and bool(mask.all())):
         return torch.zeros(batch, dtype=torch.int64)
     if mask.dim() != 2 or mask.shape != (batch, length):

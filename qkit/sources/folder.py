@@ -177,7 +177,7 @@ class FolderSource:
         for name in self._names:
             digest.update(f"{name}\0{self._where[name].path.name}\n".encode())
         for sidecar in self.sidecars:
-            digest.update(f"{sidecar.name}\0{(folder / sidecar.name).stat().st_size}\n".encode())
+            digest.update(f"{sidecar.name}\0{hashlib.sha256(sidecar.read()).hexdigest()}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def names(self) -> list[str]:

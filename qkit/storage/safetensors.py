@@ -18,13 +18,13 @@ from ..errors import QkitError
 from ..spec.dtypes import ITEMSIZE, TensorMeta
 from .buffers import empty
 from .files import os_error
+from .samples import spots
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 _MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB per call
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _BROKEN = "the file is damaged or was not downloaded completely: fetch it again"
 
 
@@ -167,25 +167,17 @@ class SafetensorsFile:
         entry = self.entries[name]
         return self._tensor(entry.meta, entry.offset)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1 of the first dimension, as `read` returns them; IndexError outside it."""
-        meta, offset = self.entries[name]
-        if not meta.shape or not 0 <= start <= stop <= meta.shape[0]:
-            raise IndexError(f"rows {start}:{stop} of {name}, whose shape is {meta.shape}")
-        row = TensorMeta(meta.dtype, meta.shape[1:])
-        return self._tensor(TensorMeta(meta.dtype, (stop - start, *row.shape)), offset + start * row.nbytes)
-
     def fingerprint(self) -> str:
-        """Hex digest over the header, the size and 16 samples of 4 KiB, evenly spaced: it tells two fine-tunes
-        of one model apart without reading them."""
+        """Hex digest over the header, the size and a few spots of every tensor: it tells two fine-tunes of one model
+        apart, whichever tensors differ, without reading them."""
         digest = hashlib.sha256(self._header_digest)
         digest.update(self.nbytes.to_bytes(8, "little"))
-        for i in range(_SAMPLES):
-            at = max(self.nbytes - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1)
-            try:
-                digest.update(os.pread(self._fd, _SAMPLE_BYTES, at))
-            except OSError as error:
-                raise os_error("read", self.path, error) from error
+        try:
+            for entry in self.entries.values():
+                for at, length in spots(entry.offset, entry.meta.nbytes):
+                    digest.update(os.pread(self._fd, length, at))
+        except OSError as error:
+            raise os_error("read", self.path, error) from error
         return digest.hexdigest()
 
     def _tensor(self, meta: TensorMeta, offset: int) -> torch.Tensor:

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..models.families import EMBEDDINGS
 from . import defaults as texts
 from .defaults import NamedText
 
 if TYPE_CHECKING:
     import torch
 
+    from ..sources.types import Source
+
+LOCAL = "a local file"  # a path or a file name has no place in a model card
 _HUB_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 _HUB_TEXT_LIMIT = 64 << 20  # characters read of a Hub data set; calibration needs a few million at most
 
@@ -86,6 +90,21 @@ def token_windows(
     return tokens, prefix, bos
 
 
+def check_vocabulary(tokens: torch.Tensor, source: Source, tokenizer: Any) -> None:
+    """Raises QkitError, naming the token, where the embedding of `source` has no row for one of `tokens`."""
+    from ..models.config import text_config
+
+    names = [n for n in source.names() if n.rpartition(".weight")[0].rpartition(".")[2] in EMBEDDINGS]
+    rows = source.meta(names[0]).shape[0] if names else text_config(source.config).get("vocab_size")
+    highest = int(tokens.max())
+    if isinstance(rows, int) and highest >= rows:
+        word = tokenizer.convert_ids_to_tokens(highest)
+        raise QkitError(
+            f"the tokenizer gives token {highest} ({word!r}), and the model's embedding has {rows} rows",
+            "tokenizer and weights do not belong together: tokens were added without resizing the embedding",
+        )
+
+
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts BOS before a text."""
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -124,16 +143,17 @@ def read_text(spec: str, tokenizer: Any = None) -> NamedText:
     if path.is_dir():
         raise QkitError(f"{spec} is a folder, not a text file")
     if path.exists():
-        return _named(spec, _parse(path.name, _read_bytes(path), tokenizer, spec))
+        return _named(spec, _parse(path.name, _read_bytes(path), tokenizer, spec), shown=LOCAL)
     if path.is_absolute() or spec.count("/") != 1 or spec.startswith((".", "~")) or path.suffix:
         raise QkitError(f"no such text file: {spec}", "give a UTF-8 text file, a .jsonl file, or a Hub data set id")
     return _hub_text(spec, tokenizer)
 
 
-def _named(name: str, text: str) -> NamedText:
+def _named(name: str, text: str, shown: str | None = None) -> NamedText:
+    """shown: what results call it, where its name is the user's own business."""
     if not text.strip():
         raise QkitError(f"{name} holds no text")
-    return NamedText(name, text, hashlib.sha256(text.encode()).hexdigest())
+    return NamedText(shown or name, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -61,17 +61,6 @@ def test_memory_is_its_own(tmp_path: Path) -> None:
     assert file.read("a").sum() == 0
 
 
-def test_rows(tmp_path: Path) -> None:
-    expected = torch.randn(11, 3, 2).bfloat16()
-    save_file({"other": torch.ones(5), "a": expected}, tmp_path / "m.safetensors")
-    file = SafetensorsFile(tmp_path / "m.safetensors")
-    for start, stop in ((0, 11), (3, 7), (10, 11), (4, 4)):
-        assert torch.equal(file.read_rows("a", start, stop), expected[start:stop])
-    for start, stop in ((-1, 3), (5, 4), (0, 12)):
-        with pytest.raises(IndexError):
-            file.read_rows("a", start, stop)
-
-
 def test_threads_read_the_right_tensors(tmp_path: Path) -> None:
     expected = {f"t{i}": torch.full((64, 65), i) for i in range(40)}
     save_file(expected, tmp_path / "m.safetensors")

@@ -1,18 +1,19 @@
 """The vLLM plug-in: checkpoints that vLLM quantizes its own way run on qkit's kernels.
 
 vLLM loads `register` through the entry point group `vllm.general_plugins`, in every one of its processes. It puts
-our kernels (`vllm_kernels`) before vLLM's own in the tables that vLLM chooses from, for CPUs and CUDA; layers they do
+our kernels (`kernels`) into the tables that vLLM chooses from: on CPUs, where they were measured, before vLLM's own; on
+CUDA, where they were not, after them, so that Machete, Marlin and the like keep what they take. Layers that ours do
 not support go to vLLM's own kernels as before. It changes nothing else: model code, loading, tensor parallelism and
 the configs of the formats are vLLM's.
 
 What runs on them: integer weights of 4 and 8 bits, symmetric and asymmetric, per group and per channel
 (compressed-tensors, symmetric GPTQ without act-order, AWQ), int8 weights with dynamic int8 activations, and on CPUs
-the experts of compressed-tensors mixtures (`vllm_moe`).
+the experts of compressed-tensors mixtures (`moe`).
 What does not: what vLLM refuses before it looks for a kernel (asymmetric GPTQ, act-order, on CPUs GPTQ's 8 bits), and
 other experts, whose kernels vLLM chooses from an enumeration in its own code.
 
-To turn it off: `QKIT_VLLM=0`, or leave "qkit" out of vLLM's own `VLLM_PLUGINS`. One kind of layer alone:
-`VLLM_DISABLED_KERNELS=QkitLinearKernel` or `QkitInt8LinearKernel`.
+To put ours first on CUDA as well: `QKIT_VLLM=1`. To turn them off: `QKIT_VLLM=0`, or leave "qkit" out of vLLM's own
+`VLLM_PLUGINS`. One kind of layer alone: `VLLM_DISABLED_KERNELS=QkitLinearKernel` or `QkitInt8LinearKernel`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SWITCH = "QKIT_VLLM"
 
 
 def register() -> None:
-    """Put qkit's kernels first in line; called by vLLM, any number of times. Raises nothing: a vLLM whose interface
+    """Put qkit's kernels in line; called by vLLM, any number of times. Raises nothing: a vLLM whose interface
     is another runs without them and says so."""
     if os.environ.get(SWITCH, "1") == "0":
         return
@@ -43,8 +44,9 @@ def register() -> None:
         ):
             for platform in (PlatformEnum.CPU, PlatformEnum.CUDA):
                 if kernel not in table.get(platform, ()):
-                    linear.register_linear_kernel(kernel, platform, kind)
-                    table[platform].insert(0, table[platform].pop())  # vLLM takes the first that can
+                    linear.register_linear_kernel(kernel, platform, kind)  # vLLM takes the first that can
+                    if platform is PlatformEnum.CPU or os.environ.get(SWITCH) == "1":
+                        table[platform].insert(0, table[platform].pop())
     except (ImportError, AttributeError) as error:
         log.warning("qkit's kernels are not used: this vLLM offers no place for them (%s)", error)
         return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import QkitError
 from ...storage.files import os_error
+from ...storage.samples import spots
 from .ggml import GGML_TYPES, GgmlType, dequantize
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ MAX_NAME_BYTES = 1 << 10
 MAX_DIMS = 4  # GGML_MAX_DIMS
 _FIRST_READ, _READ = 1 << 16, 1 << 20
 _DATA_READ = 8 << 20  # bytes of blocks in memory at a time
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _BROKEN = "the file is damaged or was not downloaded completely: fetch it again"
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 # enum gguf_metadata_value_type
@@ -284,18 +284,17 @@ class GgufFile:
             part.close()
 
     def fingerprint(self) -> str:
-        """Hex digest over every part's header, size and 16 samples of 4 KiB, evenly spaced: it tells two
-        fine-tunes of one model apart without reading them."""
+        """Hex digest over every part's header, size and a few spots of every tensor: it tells two fine-tunes of one
+        model apart, whichever tensors differ, without reading them."""
         digest = hashlib.sha256()
         for part in self._parts:
-            size = part.stamp[0]
-            digest.update(part.header_digest + size.to_bytes(8, "little"))
-            for i in range(_SAMPLES):
-                at = max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1)
-                try:
-                    digest.update(os.pread(part.fd, _SAMPLE_BYTES, at))
-                except OSError as error:
-                    raise os_error("read", part.path, error) from error
+            digest.update(part.header_digest + part.stamp[0].to_bytes(8, "little"))
+            try:
+                for info in part.tensors.values():
+                    for at, length in spots(info.offset, info.nbytes):
+                        digest.update(os.pread(part.fd, length, at))
+            except OSError as error:
+                raise os_error("read", part.path, error) from error
         return digest.hexdigest()
 
     def read(self, name: str, dtype: torch.dtype, index: int | None = None) -> torch.Tensor:

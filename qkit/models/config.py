@@ -1,0 +1,24 @@
+"""Values of a config.json as they are meant: null is the default, a number is a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import QkitError
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that describes the text decoder: of a multimodal model `text_config`, else the whole."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) and nested else config
+
+
+def positive_int(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number from 1 up; `default` where it is absent or null. Raises QkitError naming key and value."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise QkitError(f"{name} in config.json is {value!r}, not a positive whole number", "check the file's origin")
+    return value
