@@ -37,7 +37,6 @@ class Options:
     method: str | None = option(
         None, "rtn or gptq; default: gptq below 8 bits, rtn at 8", metavar="NAME", identity=True
     )
-    recipe: str | None = option(None, "rules that give modules schemes of their own", metavar="FILE")
     group_size: int | None = option(
         None,
         "input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits",
