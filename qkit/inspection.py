@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import units
@@ -53,8 +52,8 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     from .storage.manifest import MANIFEST, Manifest
 
     source = open_source(model)
-    folder = Path(model)
-    manifest = Manifest.load(folder) if (folder / MANIFEST).is_file() else None
+    folder = source.folder  # not the user's words: `demo` beside a folder of that name is not that folder
+    manifest = Manifest.load(folder) if folder is not None and (folder / MANIFEST).is_file() else None
     if verify and manifest is None:
         raise QkitError(f"{model} has no {MANIFEST}", "only folders written by qkit convert can be verified")
     metas = {name: source.meta(name) for name in source.names()}
@@ -66,6 +65,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     problems = None
     if verify and manifest is not None:
         with track("verifying", sum(f["bytes"] for f in manifest.files.values()), "bytes") as advance:
+            assert folder is not None
             problems = manifest.verify(folder, advance)
     text = text_config(source.config)
     return Inspection(
@@ -74,8 +74,8 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
         architecture=", ".join(source.config.get("architectures") or [str(text.get("model_type", "unknown"))]),
         tensors=len(metas),
         parameters=parameters,
-        nbytes=stored_bytes(source),
-        dtypes=dict(Counter(m.dtype for m in metas.values())),
+        nbytes=source.stored.nbytes,
+        dtypes=source.stored.types,
         quantization=source.config.get("quantization_config"),
         schemes=dict(schemes),
         converted_by=f"qkit {manifest.identity.get('qkit')}" if manifest else None,
@@ -83,12 +83,6 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
         fallbacks={n: t["fallback"] for n, t in manifest.tensors.items() if t.get("fallback")} if manifest else {},
         problems=problems,
     )
-
-
-def stored_bytes(source: Any) -> int:
-    """Bytes of tensor data on disk: a GGUF's are smaller than what `read` returns."""
-    stored = getattr(source, "stored_bytes", None)
-    return int(stored) if stored is not None else sum(source.meta(n).nbytes for n in source.names())
 
 
 def _without_sketch(calibration: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import units
 from ..spec import CHANNEL
@@ -16,18 +15,20 @@ if TYPE_CHECKING:
 
 def card(plan: Plan, source: Source, manifest: Manifest) -> str:
     """The model card. Everything in it is measured while writing and repeatable: no date, no time."""
+    from huggingface_hub import ModelCardData
+
     from .. import __version__
 
     name = title(plan, source)
-    header = [f"base_model: {json.dumps(source.base_model)}", "base_model_relation: quantized"]
-    if plan.scheme is None:
-        header = header[:1]
-    licence = source_licence(source)
-    if licence:
-        header.append(f"license: {json.dumps(licence)}")
-    header += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- qkit"]
+    declared: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["qkit"]}
+    declared |= source.metadata
+    if "/" in source.base_model:
+        declared["base_model"] = source.base_model
+        if plan.scheme is not None:
+            declared["base_model_relation"] = "quantized"
     if plan.scheme is not None:
-        header.append(f"- {plan.options.format}")
+        declared["tags"].append(plan.options.format)
+    header = ModelCardData(**declared).to_yaml().splitlines()
     lines = ["---", *header, "---", "", f"# {name}", ""]
     if plan.scheme is None:
         lines += [f"`{source.base_model}` as plain safetensors, exported by qkit {__version__}.", ""]
@@ -44,7 +45,13 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
                 f"(sha256 `{calibration['sha256'][:16]}`).",
                 "",
             ]
-    lines += _table(plan, manifest)
+    if source.stored.quantized:
+        lines += [
+            f"The source is itself quantized ({source.stored.describe()}; {units.size(source.stored.nbytes)} stored, "
+            f"{units.size(plan.bytes_in)} expanded): what it lost before is lost here too.",
+            "",
+        ]
+    lines += _table(plan, source, manifest)
     fallbacks = [f"- `{n}`: {t['fallback']}" for n, t in sorted(manifest.tensors.items()) if t.get("fallback")]
     if fallbacks:
         lines += ["", "## Layers that fell back to rounding", "", *fallbacks]
@@ -67,9 +74,9 @@ def title(plan: Plan, source: Source) -> str:
     return f"{base} W{plan.scheme.bits}A16 {group} {plan.method.upper()}"
 
 
-def _table(plan: Plan, manifest: Manifest) -> list[str]:
+def _table(plan: Plan, source: Source, manifest: Manifest) -> list[str]:
     rows = [
-        ("weights, source", units.size(plan.bytes_in)),
+        ("weights, source as stored", units.size(source.stored.nbytes)),
         ("weights, here", units.size(plan.bytes_out)),
         ("bits per weight", f"{plan.bits_per_weight:.3f}"),
     ]
@@ -81,9 +88,3 @@ def _table(plan: Plan, manifest: Manifest) -> list[str]:
             if errors:
                 rows.append((f"{label}, median and worst layer", f"{errors[len(errors) // 2]:.4f}, {errors[-1]:.4f}"))
     return ["| measured while converting | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)]
-
-
-def source_licence(source: Source) -> str | None:
-    """The licence the source declares (its config, or a GGUF's metadata), None where it declares none."""
-    declared = getattr(source, "license", None)
-    return str(declared) if declared else None

@@ -14,11 +14,12 @@ from .. import units
 from ..errors import QkitError
 from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores, resolve
-from ..models.config import text_config
+from ..models.config import positive_int, text_config
 from ..models.families import BLOCK, check_skip, chooser, left_alone, module_of, pick_group_size
 from ..models.skeleton import check_architecture
 from ..spec import LayerSpec, preset
 from ..spec.dtypes import TensorMeta
+from ..text.windows import check_spec
 from .options import Options
 from .workspace import partial_dir
 
@@ -167,6 +168,11 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     device = resolve(options.device)
     fmt = formats.get(options.format)
     base_scheme, method, notes = _settle(options, source)
+    if source.stored.quantized:
+        notes.append(
+            f"the source is itself quantized: {source.stored.describe()}, {units.size(source.stored.nbytes)} stored; "
+            "its values are expanded, and what it lost before is lost in the result too"
+        )
     check_blocks(source)
     names = source.names()
     check_skip(options.skip, names)
@@ -247,6 +253,13 @@ def _settle(options: Options, source: Source) -> tuple[LayerSpec | None, str, li
         raise QkitError(f"unknown method {method!r}", "known methods: " + ", ".join(METHODS))
     if method in CALIBRATED:
         check_architecture(source.config)
+        check_spec(options.calib)
+        longest = positive_int(text_config(source.config), "max_position_embeddings", 1 << 30)
+        if options.calib_len > longest:
+            raise QkitError(
+                f"--calib-len {options.calib_len} is longer than the {longest} tokens the model takes",
+                f"use --calib-len {longest} or less",
+            )
     if options.clip_search and method != "rtn":
         raise QkitError("--clip-search belongs to --method rtn", "gptq always searches its scales")
     if method not in CALIBRATED and options.calib is not None:

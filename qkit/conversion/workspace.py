@@ -40,6 +40,8 @@ def resolve_out(out: str | os.PathLike[str], inputs: Iterable[str | None] = ()) 
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if not path.name:
         raise QkitError(f"the output cannot be {path}", hint)
+    if len(os.fsencode(partial_dir(path).name)) > 255 - 24:  # what stands beside it has a longer name
+        raise QkitError(f"the name of the output folder is too long: {path.name[:60]}...", hint)
     if path.is_symlink():
         target = "a folder" if path.is_dir() else "something that is not there" if not path.exists() else "a file"
         raise QkitError(f"{path} is a link to {target}, which the result would replace", hint)

@@ -64,7 +64,7 @@ def profile(model: str, options: Options) -> Profile:
     where = resolve(options.device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
-    identity, manifest_sha = _manifest(model)
+    identity, manifest_sha = _manifest(source.folder)
     limit = _max_positions(source)
     context = _context(options.context, limit)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
@@ -131,14 +131,13 @@ def _out_folder(out: str | None, model: str) -> Path:
     return folder
 
 
-def _manifest(model: str) -> tuple[dict[str, Any], str | None]:
+def _manifest(folder: Path | None) -> tuple[dict[str, Any], str | None]:
     """(identity of the conversion, sha256 of the manifest file); ({}, None) where there is no manifest."""
     from ..storage.manifest import MANIFEST, Manifest, hash_file
 
-    path = Path(model) / MANIFEST
-    if not path.is_file():
+    if folder is None or not (folder / MANIFEST).is_file():
         return {}, None
-    return Manifest.load(model).identity, hash_file(path).sha256
+    return Manifest.load(folder).identity, hash_file(folder / MANIFEST).sha256
 
 
 def _conversion(identity: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import first_few, is_plain_name, natural_key, os_error, read_json
 from ..storage.safetensors import SafetensorsFile
-from .types import Sidecar
+from .types import CARD_KEYS, Sidecar, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +145,19 @@ def _base_model(folder: Path, config: dict[str, Any]) -> str:
     name = config.get("_name_or_path")
     if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
         return name
-    return folder.name or "model"
+    kind = config.get("model_type")
+    return f"{kind} model" if isinstance(kind, str) else "model"
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What the front matter of the model card declares, for the card of what is made from it; {} where unreadable."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, or YAML that is none: never a reason to refuse weights
+        return {}
+    return {key: found[key] for key in CARD_KEYS if found.get(key)}
 
 
 class FolderSource:
@@ -171,6 +184,11 @@ class FolderSource:
         self.sidecars = find_sidecars(folder)
         self.base_model = base_model or _base_model(folder.absolute(), self.config)
         self._names = sorted(self._where, key=natural_key)
+        self.folder: Path | None = folder
+        metas = [self._where[name].meta(name) for name in self._names]
+        quantized = bool(self.config.get("quantization_config") or self.config.get("compression_config"))
+        self.stored = Stored(sum(m.nbytes for m in metas), dict(Counter(m.dtype for m in metas)), quantized)
+        self.metadata = _metadata(folder) if (folder / "README.md").is_file() else {}
         digest = hashlib.sha256(hashlib.sha256(raw).digest())
         for file in self._files:
             digest.update(f"{file.path.name}\0{file.fingerprint()}\n".encode())

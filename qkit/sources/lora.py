@@ -171,6 +171,8 @@ class LoraSource:
         self.base_model = base.base_model
         self.config = base.config
         self.sidecars = base.sidecars
+        self.stored, self.metadata = base.stored, base.metadata
+        self.folder: Path | None = None
         digest = hashlib.sha256(f"{base.fingerprint}\0{self._file.fingerprint()}\0".encode())
         digest.update(raw)
         self.fingerprint = digest.hexdigest()

@@ -26,21 +26,45 @@ class Sidecar:
         return self.data if isinstance(self.data, bytes) else self.data.read_bytes()
 
 
+# Of a model card's front matter, what stays true of a quantized copy.
+CARD_KEYS = ("license", "license_name", "license_link", "language", "datasets")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensor data as it lies on disk. types: type name -> tensors of it; quantized: whether the source is itself so."""
+
+    nbytes: int
+    types: dict[str, int]
+    quantized: bool
+
+    def describe(self) -> str:
+        """ "210 x Q4_1, 61 x F32"."""
+        return ", ".join(f"{n} x {kind}" for kind, n in sorted(self.types.items(), key=lambda item: -item[1]))
+
+
 class Source(Protocol):
     """A readable checkpoint. Opening one validates every header; no tensor is read until asked for.
 
     label        what the user named: a path, a Hub id, "demo"
-    base_model   what the model card calls it (a Hub id where known, else a plain name)
+    base_model   what the model card calls it: a Hub id where known, else what kind of model it is; never a name of
+                 the user's folder
     config       config.json, parsed
     sidecars     files other than weights and config.json
-    fingerprint  hex digest that changes when any header, file size or sampled content does; independent of
-                 where the files lie; cheap (a few samples per file, no tensor)
+    fingerprint  hex digest that changes when any header, sidecar or sampled content does; independent of where the
+                 files lie; cheap (a few spots of every tensor)
+    stored       what the tensors take on disk, which for a quantized source is not what `meta` says
+    folder       where the files lie, to look for a manifest; None where there is no folder of the model's own
+    metadata     what its model card or its file declares: license, language, ... (huggingface_hub's ModelCardData)
     """
 
     label: str
     base_model: str
     config: dict[str, Any]
     fingerprint: str
+    stored: Stored
+    folder: Path | None
+    metadata: dict[str, Any]
 
     @property
     def sidecars(self) -> tuple[Sidecar, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,19 +134,31 @@ def _tokenize_prefix(text: str, tokenizer: Any, need: int) -> tuple[str, list[in
         size = max(2 * size, int(1.1 * size * (need + spare) / max(1, len(ids))))
 
 
+def check_spec(spec: str | None) -> None:
+    """Raises QkitError where `spec` is neither a readable file here nor of the form of a Hub data set id. Reads no text
+    and asks no network."""
+    if spec is None:
+        return
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        raise QkitError(f"{spec} is a folder, not a text file")
+    if path.exists():
+        if not os.access(path, os.R_OK):
+            raise QkitError(f"cannot read {spec}", "check the permissions of the file and of its folder")
+    elif path.is_absolute() or spec.count("/") != 1 or spec.startswith((".", "~")) or path.suffix:
+        raise QkitError(f"no such text file: {spec}", "give a UTF-8 text file, a .jsonl file, or a Hub data set id")
+
+
 def read_text(spec: str, tokenizer: Any = None) -> NamedText:
     """The text a user named: a UTF-8 file, a .jsonl file ("text" or "messages" per line), or a Hub data set id.
 
     "messages" are rendered with the tokenizer's chat template where it has one. Raises QkitError for text
     that is missing, empty, not UTF-8, or a data set that cannot be reached.
     """
+    check_spec(spec)
     path = Path(spec).expanduser()
-    if path.is_dir():
-        raise QkitError(f"{spec} is a folder, not a text file")
     if path.exists():
         return _named(spec, _parse(path.name, _read_bytes(path), tokenizer, spec), shown=LOCAL)
-    if path.is_absolute() or spec.count("/") != 1 or spec.startswith((".", "~")) or path.suffix:
-        raise QkitError(f"no such text file: {spec}", "give a UTF-8 text file, a .jsonl file, or a Hub data set id")
     return _hub_text(spec, tokenizer)
 
 

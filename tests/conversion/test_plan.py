@@ -7,6 +7,7 @@ import torch
 
 from qkit.conversion.plan import Options, TensorPlan, describe, make_plan, make_shards, model_dtype
 from qkit.errors import QkitError
+from qkit.sources.types import Stored
 from qkit.spec.dtypes import TensorMeta
 
 
@@ -16,6 +17,8 @@ class Stub:
     label = base_model = "stub"
     sidecars = ()
     fingerprint = "0"
+    folder, metadata = None, {}
+    stored = Stored(0, {}, False)
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], config: dict | None = None):
         self.shapes, self.config = shapes, config or {"model_type": "llama", "num_hidden_layers": 1}

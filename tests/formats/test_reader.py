@@ -216,6 +216,7 @@ def _places(value: Any):
 
 class FakeSource:
     label, base_model, sidecars, fingerprint = "fake", "fake", (), ""
+    stored, folder, metadata = None, None, {}  # type: ignore[var-annotated]
 
     def __init__(self, tensors: dict[str, torch.Tensor], config: dict[str, Any]):
         self.tensors, self.config = tensors, config

@@ -53,7 +53,7 @@ def test_sharded(tmp_path: Path) -> None:
         assert torch.equal(source.read(name), expected)
         assert source.meta(name).shape == (4, 3) and source.meta(name).dtype == "F32"
     assert source.config == {"model_type": "llama"}
-    assert source.base_model == "m"
+    assert source.base_model == "llama model"  # never a name of the user's folder
     with pytest.raises(KeyError):
         source.meta("absent")
 
@@ -112,11 +112,11 @@ def test_links_into_a_hub_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("org/name", "org/name"), ("/home/x/name", "m"), ("./a/b", "m"), ("", "m"), (None, "m"), (3, "m")],
+    [("org/name", "org/name"), ("/home/x/name", None), ("./a/b", None), ("", None), (None, None), (3, None)],
 )
 def test_base_model(tmp_path: Path, name: object, expected: str) -> None:
     make_sharded(tmp_path / "m", {"model_type": "llama", "_name_or_path": name})
-    assert FolderSource(tmp_path / "m").base_model == expected
+    assert FolderSource(tmp_path / "m").base_model == (expected or "llama model")
 
 
 def test_quantized_source_opens(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def make_folder(folder: Path) -> Path:
 def test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "org" / "name")
     source = open_source(str(tmp_path / "org" / "name"))
-    assert source.label == str(tmp_path / "org" / "name") and source.base_model == "name"
+    assert source.label == str(tmp_path / "org" / "name") and source.base_model == "llama model"
     monkeypatch.setattr(hub, "open_hub", lambda spec: pytest.fail("asked the Hub for what is here"))
     monkeypatch.chdir(tmp_path)
     assert open_source("org/name").names() == ["a"]

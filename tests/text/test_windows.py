@@ -56,7 +56,7 @@ def test_windows_are_the_tokens_of_the_whole_text(plain, corpus, samples, length
     whole = plain(content, add_special_tokens=False)["input_ids"]
     assert got.tokens.dtype == torch.int64 and got.tokens.shape == (samples, length)
     assert got.tokens.flatten().tolist() == whole[: samples * length]
-    assert not got.bos and got.note == "" and got.name == str(corpus)
+    assert not got.bos and got.note == "" and got.name == text.LOCAL
     assert got.sha256 == hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import QkitError
 from ...spec.dtypes import TensorMeta, torch_dtype
 from ...storage.files import first_few, natural_key
-from ..types import Sidecar
+from ..types import CARD_KEYS, Sidecar, Stored
 from . import tokenizer as gguf_tokenizer
 from .config import Arch, Keys, build_config, find_arch
 from .file import GgufFile
@@ -44,7 +46,6 @@ class Slot:
 class GgufSource:
     """`types.Source` over a GGUF file; every tensor is dequantized to `dtype` as it is read. Thread-safe.
 
-    license  what the file says, or None
     Raises QkitError on opening as `gguf.open_gguf` says.
     """
 
@@ -59,8 +60,13 @@ class GgufSource:
         self._check()
         gguf_tokenizer.check(file.metadata, name, self.config["vocab_size"], file.path)
         self.base_model = base_model or _base_model(file)
-        license_ = file.metadata.get("general.license")
-        self.license = license_ if isinstance(license_, str) else None
+        facts = {key: file.metadata.get(f"general.{key.replace('_', '.')}") for key in CARD_KEYS}
+        self.metadata: dict[str, Any] = {key: value for key, value in facts.items() if isinstance(value, str) and value}
+        self.folder: Path | None = None
+        infos = file.tensors.values()
+        types = Counter(info.type.name for info in infos)
+        quantized = any(info.type.plain is None for info in infos)
+        self.stored = Stored(sum(info.nbytes for info in infos), dict(types), quantized)
         self.fingerprint = hashlib.sha256(f"{file.fingerprint()} {dtype}".encode()).hexdigest()
 
     def names(self) -> list[str]:
