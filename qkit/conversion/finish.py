@@ -47,15 +47,13 @@ def complete(work: Workspace) -> None:
 
 def _generated(plan: Plan, source: Source, fmt: Format, calibration: dict[str, Any] | None) -> dict[str, bytes]:
     """Config and index: everything that is made, but for the card."""
-    from .. import formats
-
     config = dict(source.config)
     files: dict[str, bytes] = {}
     if plan.scheme is not None:
         options = {"method": plan.method, "calibration": calibration}
         schemes = {t.name.removesuffix(".weight"): t.scheme for t in plan.tensors if t.scheme}
         config["quantization_config"] = fmt.config(schemes, plan.ignored, options)
-        files.update(formats.extra_files(config))
+        files.update(fmt.extra_files(config["quantization_config"]))
     return {**files, "config.json": _json(config), INDEX: _json(index(plan))}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from .gptq import GPTQ
 from .plain import Plain
 
 __all__ = [
-    "FORMATS", "Format", "FormatReader", "extra_files", "get", "local_names", "quantized_modules",
+    "FORMATS", "Format", "FormatReader", "get", "local_names", "quantized_modules",
     "read_weight", "reader",
 ]  # fmt: skip
 
@@ -48,14 +47,8 @@ def reader(config: Mapping[str, Any]) -> FormatReader | None:
     method = given.get("quant_method")
     if method is None and {"bits", "group_size", "desc_act"} <= set(given):
         method = "gptq"  # AutoGPTQ left it out
-    if method not in ("compressed-tensors", "gptq"):
-        raise QkitError(f"quantization method {method!r} is not supported", "supported: compressed-tensors, gptq")
-    return FORMATS[method].parse(given)
-
-
-def extra_files(config: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files a converted folder needs beside config.json, whose contents `config` is: name -> bytes."""
-    given = config.get("quantization_config") or {}
-    if given.get("quant_method") != "gptq":
-        return {}
-    return {"quantize_config.json": (json.dumps(given, indent=2) + "\n").encode()}
+    for fmt in FORMATS.values():
+        if fmt.quant_method is not None and fmt.quant_method == method:
+            return fmt.parse(given)
+    known = ", ".join(dict.fromkeys(f.quant_method for f in FORMATS.values() if f.quant_method))
+    raise QkitError(f"quantization method {method!r} is not supported", f"supported: {known}")

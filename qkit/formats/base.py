@@ -23,6 +23,11 @@ class Format(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def quant_method(self) -> str | None:
+        """What `quant_method` in a config.json says of folders in this format; None: they are not quantized."""
+        ...
+
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         """`scheme` with what the format dictates filled in (scale dtype, least zero point).
 
@@ -51,6 +56,10 @@ class Format(Protocol):
     ) -> dict[str, Any]:
         """The `quantization_config`. schemes: module name -> LayerSpec for each quantized module; ignored: names
         of the linear modules left alone; options: method facts (damp_percent, desc_act, ...)."""
+        ...
+
+    def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
+        """Files that a folder needs beside config.json: name -> bytes."""
         ...
 
     def parse(self, quantization_config: Mapping[str, Any]) -> FormatReader:

@@ -33,6 +33,7 @@ class CompressedTensors:
     """
 
     name: str = "compressed-tensors"
+    quant_method: ClassVar[str | None] = "compressed-tensors"
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         # Readers hold the scale in the model's dtype: any other would be rounded a second time.
@@ -133,6 +134,9 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "version": _VERSION,
         }
+
+    def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
+        return {}
 
     def parse(self, quantization_config: Mapping[str, Any]) -> CompressedTensorsReader:
         given = quantization_config

@@ -6,6 +6,7 @@ The two differ in one thing: v1 stores zero - 1, v2 stores zero. A zero of 0 has
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ class GPTQ:
     """
 
     name: str = "gptq"
+    quant_method: ClassVar[str | None] = "gptq"
 
     @property
     def v1(self) -> bool:
@@ -148,6 +150,9 @@ class GPTQ:
             "meta": {"quantizer": [f"qkit:{__version__}"], "static_groups": True, **facts},
         }
         return {**config, "dynamic": dynamic} if dynamic else config
+
+    def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
+        return {"quantize_config.json": (json.dumps(quantization_config, indent=2) + "\n").encode()}
 
     def parse(self, quantization_config: Mapping[str, Any]) -> GPTQReader:
         given = quantization_config

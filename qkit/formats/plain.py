@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ..errors import QkitError
 from ..spec import LayerSpec
@@ -22,6 +22,7 @@ class Plain:
     """Holds no quantized weight: every scheme is refused, and there is no quantization_config."""
 
     name: str = "safetensors"
+    quant_method: ClassVar[str | None] = None
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         raise QkitError(
@@ -45,6 +46,9 @@ class Plain:
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Empty: such a folder has no quantization_config."""
+        return {}
+
+    def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
         return {}
 
     def parse(self, quantization_config: Mapping[str, Any]) -> FormatReader:

@@ -90,13 +90,12 @@ def test_compressed_tensors_package_accepts_the_config():
 
 def test_gptq_quantize_config_is_config_json_s():
     config = formats.get("gptq").config({"m": integer(4, 128)}, ["lm_head"], {"damp_percent": 0.05, "desc_act": True})
-    files = formats.extra_files({"quantization_config": config})
+    files = formats.get("gptq").extra_files(config)
     assert json.loads(files["quantize_config.json"]) == config
     assert config["desc_act"] is False and config["lm_head"] is False and config["checkpoint_format"] == "gptq"
     assert config["meta"]["damp_percent"] == 0.05 and config["meta"]["quantizer"][0].startswith("qkit:")
     assert "dynamic" not in config
-    assert formats.extra_files({}) == {}
-    assert formats.extra_files({"quantization_config": formats.get("compressed-tensors").config({}, [], {})}) == {}
+    assert formats.get("compressed-tensors").extra_files({}) == {}
 
 
 def test_llm_compressor_config():
