@@ -25,7 +25,7 @@ from .workspace import partial_dir
 
 if TYPE_CHECKING:
     from ..formats.base import Format
-    from ..sources.types import Source
+    from ..sources.types import Source, Stored
 
 METHODS = ("rtn", "gptq")
 CALIBRATED = ("gptq",)
@@ -79,6 +79,7 @@ class Plan:
     seconds_predicted: float
     disk_needed: int
     disk_free: int
+    stored: Stored
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -105,6 +106,14 @@ class Plan:
         return sum(t.bytes_out for t in self.tensors)
 
     @property
+    def sizes(self) -> str:
+        """ "269.0 MB -> 113.1 MB"; of a quantized source what it takes on disk beside what it expands to."""
+        before = units.size(self.bytes_in)
+        if self.stored.quantized:
+            before = f"{units.size(self.stored.nbytes)} stored quantized, {before} expanded"
+        return f"{before} -> {units.size(self.bytes_out)}"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes_out / max(1, sum(t.meta.numel for t in self.tensors))
 
@@ -122,6 +131,7 @@ class Plan:
             "method": self.method,
             "scheme": asdict(self.scheme) if self.scheme else None,
             "bytes_in": self.bytes_in,
+            "bytes_stored": self.stored.nbytes,
             "bytes_out": self.bytes_out,
             "bits_per_weight": self.bits_per_weight,
             "bits_per_quantized_weight": self.bits_per_quantized_weight,
@@ -221,6 +231,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         seconds,
         needed,
         free,
+        source.stored,
     )
 
 
@@ -433,7 +444,7 @@ def describe(plan: Plan) -> str:
     lines.append("")
     per_quantized = plan.bits_per_quantized_weight
     lines.append(
-        f"size     {units.size(plan.bytes_in)} -> {units.size(plan.bytes_out)} in {len(plan.shards)} file(s), "
+        f"size     {plan.sizes} in {len(plan.shards)} file(s), "
         f"{plan.bits_per_weight:.2f} bits per weight"
         + (f" ({per_quantized:.2f} in the quantized layers)" if per_quantized else "")
     )

@@ -154,10 +154,7 @@ def _fallbacks(manifest: Manifest) -> tuple[str, ...]:
 def summary(result: ConvertResult) -> str:
     """The last words of a conversion."""
     plan = result.plan
-    lines = [
-        f"{result.out}: {units.size(plan.bytes_in)} -> {units.size(plan.bytes_out)}, "
-        f"{plan.bits_per_weight:.2f} bits per weight"
-    ]
+    lines = [f"{result.out}: {plan.sizes}, {plan.bits_per_weight:.2f} bits per weight"]
     if result.already_done:
         lines.append("already converted with the same source, options and version: nothing to do")
     elif result.seconds is not None:
