@@ -27,6 +27,8 @@ __all__ = ["Layer", "Packed", "dequantize", "layer", "linear", "prepack", "resto
 
 DTYPES = (torch.float16, torch.bfloat16)
 
+LEAST = (8, 0)  # compute capability
+
 
 def supports(p: Problem) -> str | None:
     """None where `linear` computes the problem, else why not."""
@@ -43,6 +45,10 @@ def unavailable(device: torch.device) -> str | None:
         return f"runs on CUDA and ROCm devices, not on {device.type}"
     if reference.forced():
         return "QKIT_REFERENCE=1"
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST:  # bfloat16 products and asynchronous copies: Triton fails there with pages of PTX
+            return f"needs compute capability {LEAST[0]}.{LEAST[1]}, this GPU has {capability[0]}.{capability[1]}"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 

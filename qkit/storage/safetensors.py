@@ -28,6 +28,10 @@ _MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB per call
 _BROKEN = "the file is damaged or was not downloaded completely: fetch it again"
 
 
+class UnknownDtype(ValueError):
+    """The format grows: a type we do not know is newer than we are, not damage."""
+
+
 class Entry(NamedTuple):
     """Where a tensor lies: meta, and the first byte of its data counted from the start of the file."""
 
@@ -52,8 +56,10 @@ def _entry(name: str, info: Any, data_start: int) -> Entry:
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str):
+        raise ValueError(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if dtype not in ITEMSIZE:
+        raise UnknownDtype(f"tensor {name!r} has the unknown dtype {dtype[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 64 or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"tensor {name!r} has the invalid shape {str(shape)[:100]}")
     span = 1
@@ -123,6 +129,10 @@ class SafetensorsFile:
         except OSError as error:
             self.close()
             raise os_error("read", self.path, error) from error
+        except UnknownDtype as error:
+            self.close()
+            hint = "a newer qkit may; or take a version of the model in BF16, F16 or F32"
+            raise QkitError(f"{self.path}: {error}", hint) from error
         except ValueError as error:
             self.close()
             raise QkitError(f"{self.path} is not a valid safetensors file: {error}", _BROKEN) from error

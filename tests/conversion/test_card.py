@@ -114,3 +114,18 @@ def test_null_values_in_the_config_are_defaults(llama: Path, tmp_path: Path) -> 
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(QkitError, match="num_local_experts"):
         convert(str(source), tmp_path / "odd", **QUICK)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_the_largest_finite_weight_is_no_traceback(llama: Path, tmp_path: Path, method: str, format: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = 3e38
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    options = QUICK if method == "gptq" else {"method": "rtn"}
+    try:
+        convert(str(source), tmp_path / "out", format=format, **options)
+    except QkitError as error:
+        assert "down_proj" in error.message

@@ -212,3 +212,12 @@ def test_mutated_files(tmp_path: Path, data: st.DataObject) -> None:
         return
     for name in file.names():
         assert file.read(name).numel() == file.meta(name).numel
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "C64", "F8_E4M3FNUZ", "F128", "Q9"])
+def test_a_newer_dtype_is_not_called_damage(tmp_path: Path, dtype: str) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(QkitError, match=dtype) as caught:
+        SafetensorsFile(tmp_path / "m")
+    assert "damaged" not in str(caught.value) and "newer" in (caught.value.hint or "")

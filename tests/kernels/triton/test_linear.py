@@ -270,3 +270,17 @@ def test_candidates_fit_and_tuning_needs_a_device() -> None:
         assert found[0] == config.rule(key, m, 132)
     with pytest.raises(ValueError, match="not on cpu"):
         tune.tune(layout.prepack(make("int", 4, 128, False, torch.float16, 8, 128)), torch.float16)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((6, 1), False), ((8, 0), True), ((9, 0), True)])
+def test_older_gpus_fall_back(monkeypatch, capability, runs) -> None:
+    """Every Triton kernel refuses them, so that the reference serves."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    w = make("int", 8, 128, True, torch.float16, 32, 128)
+    for activations in (None, "int8"):
+        asked = dataclasses.replace(problem(w, torch.float16, activations), device=torch.device("cuda", 0))
+        first = next(kernel.name for kernel in KERNELS if kernel.supports(asked) is None)
+        assert first.startswith("triton") == runs
+        if not runs:
+            assert first == "reference" and "capability" in triton.unavailable(asked.device)
