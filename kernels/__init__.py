@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from qkit.spec.dtypes import torch_dtype
+
 from . import reference
 from .cpu import lib
 from .errors import NonFiniteError, ScaleOverflowError
@@ -30,7 +32,7 @@ __all__ = [
     "unpack_transposed",
 ]
 
-_SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SCALE_DTYPES = ("F32", "F16", "BF16")
 _log = logging.getLogger("qkit")
 _warned = False
 
@@ -182,4 +184,4 @@ def quantize_rtn(
         raise ValueError(f"multipliers must be finite, not 0, and above 0 where asymmetric: {multipliers}")
     groups = in_ // group_size if group_size else 1
     run = lib.quantize_rtn if _native(w) else reference.quantize_rtn
-    return run(w.contiguous(), bits, groups, symmetric, _SCALE_DTYPES[scale_dtype], min_zero, multipliers)
+    return run(w.contiguous(), bits, groups, symmetric, torch_dtype(scale_dtype), min_zero, multipliers)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from . import _SCALE_DTYPES, _native, reference
+from qkit.spec.dtypes import torch_dtype
+
+from . import _native, reference
 from .cpu import lib
 from .errors import NonFiniteError, ScaleOverflowError
 
@@ -35,7 +37,7 @@ def search(
     if cost.shape != (w.shape[1],) or w.shape[1] % groups:
         raise ValueError(f"w {tuple(w.shape)}, cost {tuple(cost.shape)} and {groups} groups do not fit")
     cost = cost.float().contiguous()
-    dtype = _SCALE_DTYPES[scale_dtype]
+    dtype = torch_dtype(scale_dtype)
     if _native(w):
         return lib.gptq_search(w.contiguous(), cost, bits, groups, symmetric, dtype, min_zero, multipliers)
     parts = [

@@ -57,14 +57,9 @@ class Command:
 
 
 def _conversion_text(module: Any, result: Any) -> str:
-    from .conversion.plan import describe
-    from .progress import notify
+    from .conversion.render import describe, summary
 
-    if result.plan.options.dry_run:
-        return describe(result.plan)
-    for note in result.plan.notes:
-        notify(note)
-    return str(module.summary(result))
+    return describe(result.plan) if result.plan.options.dry_run else summary(result)
 
 
 COMMANDS = (

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..spec.dtypes import torch_dtype
+from .statistics import STATISTICS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ..kernels.weight import Weight
+    from ..methods import Method, Quantized
     from ..sources.types import Source
     from ..spec import LayerSpec
+    from .statistics import Statistic
+
+    # Linears of one parent that share their input: (the parent's name, number of the stage).
+    Group = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """error: squared output error / squared output on the calibration inputs; tokens: how many reached the layer.
+class BlockResult:
+    """One decoder block, done. Names are whole tensor names.
 
-    method, fallback: as in `gptq.GptqResult`."""
+    index     counts decoder blocks from 0
+    layers    weight name -> result; empty for a block that was finished before
+    tokens    weight name -> how many calibration tokens reached it (an expert gets its share)
+    replaced  tensors that the method changed beside or before quantizing, in the source's dtype
+    """
 
-    weight: Weight
-    error: float
-    method: str
-    fallback: str | None
-    tokens: int
+    index: int
+    layers: Mapping[str, Quantized] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Stop(Exception):
@@ -52,6 +62,12 @@ class Runner:
             hidden[i] = self(states).to("cpu")
 
 
+def set_tensor(block: nn.Module, local: str, value: torch.Tensor) -> None:
+    """Copy `value` into a parameter or buffer of the block, in the dtype and on the device it has there."""
+    module, _, name = local.rpartition(".")
+    getattr(block.get_submodule(module), name).copy_(value)
+
+
 def install(module: nn.Module, q: Weight) -> None:
     """Put the quantized values in place of the weight, on its device and in its dtype."""
     from ..kernels.codes import values_of
@@ -70,22 +86,29 @@ class Block:
     def __init__(
         self,
         runner: Runner,
-        names: dict[str, str],
+        index: int,
+        prefix: str,
         source: Source,
         schemes: Mapping[str, LayerSpec],
-        progress: Callable[[str], None] | None,
-        options: dict[str, Any],
+        method: Method,
+        options: Mapping[str, Any],
     ):
-        self.runner, self.names, self.source, self.schemes = runner, names, source, schemes
-        self.progress, self.options = progress, options
-        self.modules = {local: runner.block.get_submodule(local) for local in names}
-        self.results: dict[str, LayerResult] = {}
-        self.hessians: dict[tuple[str, int], torch.Tensor] = {}
-        self.counts: dict[tuple[str, int], int] = {}
+        """prefix: what the names of the block's tensors begin with; schemes: weight name -> LayerSpec; options: of
+        the method."""
+        self.runner, self.index, self.prefix = runner, index, prefix
+        self.source, self.schemes, self.method, self.options = source, schemes, method, options
+        self.names = {n.removeprefix(prefix).removesuffix(".weight"): n for n in schemes}
+        self.modules = {local: runner.block.get_submodule(local) for local in self.names}
+        self.results: dict[str, Quantized] = {}
+        self.tokens: dict[str, int] = {}
+        self.replaced: dict[str, torch.Tensor] = {}
+        self.statistics: dict[Group, Statistic] = {}
 
-    def quantize(self, hidden: list[torch.Tensor]) -> dict[str, LayerResult]:
+    def quantize(self, hidden: list[torch.Tensor]) -> BlockResult:
         """Quantize every linear and replace `hidden` by the quantized block's output, in place."""
         self._discover(hidden[0][:1])
+        if self.method.prepares:
+            self._prepare(hidden)
         if len(hidden) == 1:
             with self._hooks(self._quantize_on_arrival):
                 hidden[0] = self.runner(hidden[0]).to("cpu")
@@ -100,7 +123,26 @@ class Block:
                             continue
                 self._solve([group for group in self.groups if group[1] == stage])
             self.runner.advance(hidden)
-        return {name: self.results[name] for name in self.names.values()}
+        layers = {name: self.results[name] for name in self.names.values()}
+        return BlockResult(self.index, layers, self.tokens, self.replaced)
+
+    def _prepare(self, hidden: list[torch.Tensor]) -> None:
+        """Let the method fold what it wants into the block, from the inputs of the block as it was."""
+        with self._hooks(self._observe):
+            for states in hidden:
+                self.runner(states)
+        statistics = {tuple(m): self._statistic(group).result() for group, m in self.groups.items()}
+        self.statistics.clear()
+        for local, value in self.method.prepare(self.runner.block, self._read, statistics).items():
+            name = self.prefix + local
+            self.replaced[name] = value.to("cpu", torch_dtype(self.source.meta(name).dtype)).contiguous()
+            set_tensor(self.runner.block, local, self.replaced[name])
+
+    def _read(self, local: str) -> torch.Tensor:
+        """A tensor of the block at the source's precision, on the device, as the method may have replaced it."""
+        name = self.prefix + local
+        found = self.replaced.get(name)
+        return (self.source.read(name) if found is None else found).to(self.runner.device)
 
     def _discover(self, sample: torch.Tensor) -> None:
         """Find stages and groups: which leaf names share an input, and in which order they are called."""
@@ -130,72 +172,63 @@ class Block:
             else False
             for stage in range(len(merged))
         ]
-        self.groups: dict[tuple[str, int], list[str]] = {}
+        self.groups: dict[Group, list[str]] = {}
         for local in self.names:
             self.groups.setdefault(self._group(local), []).append(local)
 
     def _stage(self, leaf: str) -> int:
         return next(i for i, stage in enumerate(self.stages) if leaf in stage)
 
-    def _group(self, local: str) -> tuple[str, int]:
+    def _group(self, local: str) -> Group:
         return local.rpartition(".")[0], self._stage(_leaf(local))
 
     def _hooks(self, see: Callable[[str, torch.Tensor], None]) -> _Hooks:
         return _Hooks(self.modules, see)
 
+    def _statistic(self, group: Group) -> Statistic:
+        if group not in self.statistics:
+            in_ = self.source.meta(self.names[self.groups[group][0]]).shape[1]
+            assert self.method.needs is not None
+            self.statistics[group] = STATISTICS[self.method.needs](in_, self.runner.device)
+        return self.statistics[group]
+
+    def _observe(self, local: str, x: torch.Tensor) -> None:
+        group = self._group(local)
+        if local == self.groups[group][0]:  # once for all that share the input
+            self._statistic(group).add(x)
+
     def _quantize_on_arrival(self, local: str, x: torch.Tensor) -> None:
         group = self._group(local)
         if group in self.groups and self.names[local] not in self.results:
-            self._accumulate(group, x)
+            self._statistic(group).add(x)
             self._solve([group])
 
     def _observe_stage(self, stage: int, local: str, x: torch.Tensor) -> None:
         group = self._group(local)
         if group[1] == stage:
-            if local == self.groups[group][0]:  # once for all that share the input
-                self._accumulate(group, x)
+            self._observe(local, x)
         elif group[1] > stage and self.clean[stage]:
             raise _Stop
 
-    def _accumulate(self, group: tuple[str, int], x: torch.Tensor) -> None:
-        import torch
-
-        from ..methods import gptq
-
-        if group not in self.hessians:
-            n = x.shape[-1]
-            self.hessians[group] = torch.zeros(n, n, dtype=torch.float32, device=x.device)
-        gptq.accumulate(self.hessians[group], x)
-        self.counts[group] = self.counts.get(group, 0) + x.shape[:-1].numel()
-
-    def _solve(self, groups: Iterable[tuple[str, int]]) -> None:
+    def _solve(self, groups: Iterable[Group]) -> None:
         """Quantize what is left of `groups` and put it into the block."""
-        import torch
-
-        from ..methods import gptq
-
         for group in groups:
             members = [local for local in self.groups[group] if self.names[local] not in self.results]
             if not members:
                 continue
-            weights = [self.source.read(self.names[local]).to(self.runner.device) for local in members]
-            hessian = self.hessians.pop(group, None)
-            if hessian is None:
-                hessian = torch.zeros(weights[0].shape[1], weights[0].shape[1], device=self.runner.device)
+            weights = [self._read(f"{local}.weight") for local in members]
+            seen = self._statistic(group)
+            del self.statistics[group]
             schemes = [self.schemes[self.names[local]] for local in members]
             try:
-                solved = gptq.quantize_all(weights, gptq.symmetrize(hessian), schemes, **self.options)
+                solved = self.method.quantize(weights, seen.result(), schemes, **self.options)
             except QkitError as error:
                 names = ", ".join(self.names[local] for local in members)
                 raise QkitError(f"{names}: {error.message}", error.hint) from error
             for local, result in zip(members, solved, strict=True):
-                name = self.names[local]
                 install(self.modules[local], result.weight)
-                q = result.weight.to("cpu")
-                count = self.counts.get(group, 0)
-                self.results[name] = LayerResult(q, result.error, result.method, result.fallback, count)
-                if self.progress is not None:
-                    self.progress(name)
+                self.tokens[self.names[local]] = seen.tokens
+                self.results[self.names[local]] = replace(result, weight=result.weight.to("cpu"))
 
 
 class _Hooks:

@@ -6,20 +6,21 @@ to layer, through what is already quantized: o_proj is fitted to what the quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..methods.base import Cost
 from ..models import skeleton
 from ..models.config import positive_int
-from .block import Block, LayerResult, Runner, install
+from .block import Block, BlockResult, Runner, install, set_tensor
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ..kernels.weight import Weight
+    from ..methods import Method
     from ..sources.types import Source
     from ..spec import LayerSpec
 
@@ -29,41 +30,25 @@ if TYPE_CHECKING:
 _ACTIVATION_BYTES = 4 << 30
 
 
-@dataclass(frozen=True)
-class BlockResult:
-    """index counts decoder blocks from 0; layers: weight name -> result. Empty for a block that was `done`."""
-
-    index: int
-    layers: dict[str, LayerResult]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """flops: multiply-adds count twice; peak_bytes: weights, activations and statistics, without the interpreter."""
-
-    flops: float
-    peak_bytes: int
-
-
 def quantize_blocks(
     source: Source,
     schemes: Mapping[str, LayerSpec],
     tokens: torch.Tensor,
+    method: Method,
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    done: Callable[[int], Mapping[str, Weight] | None] = lambda index: None,
-    progress: Callable[[str], None] | None = None,
+    done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None] = lambda index: None,
     **options: Any,
 ) -> Iterator[BlockResult]:
-    """Quantize the weights in `schemes` with GPTQ; yields one BlockResult per decoder block, in order.
+    """Quantize the weights in `schemes` with `method`; yields one BlockResult per decoder block, in order.
 
     schemes   weight name -> LayerSpec; each must be an nn.Linear of a decoder block
     tokens    int64 [samples, length]; no padding
     dtype     of the forward pass, bfloat16 by default; weights are quantized from what the source holds
-    done      weights of blocks finished earlier, or None; results are then bit-identical to an uninterrupted run
-    progress  called with each weight's name once it is quantized
-    options   passed to `gptq.quantize_all` (damp, act_order, sweeps)
+    done      tensors of blocks finished earlier by name, quantized and replaced ones, or None; results are then
+              bit-identical to an uninterrupted run
+    options   passed to `method.quantize`
 
     Deterministic on one device and thread count. Raises QkitError, before any work, for an architecture that cannot
     be run or a name in `schemes` that is no linear layer of a block; later for NaN in weights or activations.
@@ -75,9 +60,9 @@ def quantize_blocks(
     dtype = dtype or torch.bfloat16
     model = skeleton.build(source.config)
     prefix, blocks = _decoder_blocks(model)
-    _check_names(prefix, blocks, schemes)
+    _check_names(prefix, blocks, schemes, method)
     # As a decorator no_grad covers the generator's own code and not, between two blocks, its consumer's.
-    return torch.no_grad()(_run)(model, source, schemes, tokens, device, dtype, done, progress, options)
+    return torch.no_grad()(_run)(model, source, schemes, tokens, method, device, dtype, done, options)
 
 
 def _run(
@@ -85,10 +70,10 @@ def _run(
     source: Source,
     schemes: Mapping[str, LayerSpec],
     tokens: torch.Tensor,
+    method: Method,
     device: str,
     dtype: torch.dtype,
-    done: Callable[[int], Mapping[str, Weight] | None],
-    progress: Callable[[str], None] | None,
+    done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None],
     options: dict[str, Any],
 ) -> Iterator[BlockResult]:
     prefix, blocks = _decoder_blocks(model)
@@ -97,31 +82,47 @@ def _run(
     for index, block in enumerate(blocks):
         at = f"{prefix}{index}."
         skeleton.materialize(block, source.read, at, dtype, device)
-        names = {n.removeprefix(at).removesuffix(".weight"): n for n in schemes if n.startswith(at)}
+        own = {name: scheme for name, scheme in schemes.items() if name.startswith(at)}
         runner = Runner(block, calls[index], device)
         ready = done(index)
-        layers: dict[str, LayerResult] = {}
-        if names and ready is None:
-            layers = Block(runner, names, source, schemes, progress, options).quantize(hidden)
+        result = BlockResult(index)
+        if own and ready is None:
+            result = Block(runner, index, at, source, own, method, options).quantize(hidden)
         else:
-            for local, name in names.items():
-                assert ready is not None
-                if name not in ready:
-                    raise QkitError(f"the finished part of block {index} lacks {name}", "use --restart")
-                install(block.get_submodule(local), ready[name])
+            _put_back(block, index, at, own, ready or {})
             runner.advance(hidden)
         skeleton.dematerialize(block)
-        yield BlockResult(index, layers)
+        yield result
 
 
-def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int, length: int) -> Cost:
-    """What `quantize_blocks` will take. Reads no tensor; needs torch only for the shapes' names.
+def _put_back(
+    block: nn.Module, index: int, at: str, names: Iterable[str], ready: Mapping[str, Weight | torch.Tensor]
+) -> None:
+    """Give a block what an earlier run made of it."""
+    import torch
+
+    for name in names:
+        if name not in ready:
+            raise QkitError(f"the finished part of block {index} lacks {name}", "use --restart")
+    for name, value in ready.items():
+        local = name.removeprefix(at)
+        if isinstance(value, torch.Tensor):
+            set_tensor(block, local, value)
+        else:
+            install(block.get_submodule(local.removesuffix(".weight")), value)
+
+
+def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int, length: int, method: Method) -> Cost:
+    """What `quantize_blocks` will take, with weights, activations and statistics, without the interpreter. Reads no
+    tensor.
 
     Every weight counts as its own input group except those with a sibling of the same parent and width, which
     share one: q, k, v; gate, up."""
     tokens = samples * length
     weights = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
-    groups = {(name.rsplit(".", 2)[0], weights[name][1]) for name in schemes}
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in schemes:
+        groups.setdefault((name.rsplit(".", 2)[0], weights[name][1]), []).append(name)
     config = source.config
     experts = positive_int(config, "num_local_experts", positive_int(config, "num_experts", 1))
     share = min(1.0, positive_int(config, "num_experts_per_tok", 1) / experts)
@@ -130,25 +131,25 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
         return tokens * share if ".experts." in name else tokens
 
     forward = sum(2.0 * reached(name) * weights[name][0] * weights[name][1] for name in schemes)
-    hessians = sum(1.1 * reached(parent) * in_**2 for parent, in_ in groups)
-    # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
-    solve = sum(8.0 * weights[name][0] * weights[name][1] ** 2 for name in schemes)
     size = _batch_size(source, schemes, samples, length, 2)
     if size < samples:
         forward *= 2.5  # partial passes per stage
+    costs = [
+        method.cost([(weights[name][0], weights[name][1]) for name in members], reached(members[0]))
+        for members in groups.values()
+    ]
     widest = max((in_ for _, in_ in groups), default=0)
-    rows = max((weights[name][0] for name in schemes), default=0)
     hidden = 2 * tokens * positive_int(config, "hidden_size", max(1, widest))
     per_block: dict[str, int] = {}
     for name in schemes:
         head, _, tail = name.partition("layers.")
         key = head + tail.partition(".")[0]
         per_block[key] = per_block.get(key, 0) + 2 * weights[name][0] * weights[name][1]
-    statistics = 16 * widest**2 + 24 * rows * widest
     activations = _activation_bytes(source, schemes, size * length, 2)
     embedding = max((2 * out * in_ for name, (out, in_) in weights.items() if name not in schemes), default=0)
+    statistics = max((cost.nbytes for cost in costs), default=0)
     peak = max(embedding + hidden, 2 * hidden + max(per_block.values(), default=0) + activations + statistics)
-    return Cost(forward + hessians + solve, peak)
+    return Cost(forward + sum(cost.flops for cost in costs), peak)
 
 
 def _activation_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:
@@ -168,7 +169,7 @@ def _decoder_blocks(model: nn.Module) -> tuple[str, Any]:
     return prefix + ".", decoder.layers
 
 
-def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, LayerSpec]) -> None:
+def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, LayerSpec], method: Method) -> None:
     from torch import nn
 
     linears = {
@@ -180,7 +181,7 @@ def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, LayerSpec]) -> 
     for name in schemes:
         if name not in linears:
             raise QkitError(
-                f"{name} is not a linear layer of a decoder block, so gptq has no inputs to fit it to",
+                f"{name} is not a linear layer of a decoder block, so {method.name} has no inputs to fit it to",
                 "leave it out with --skip, or use --method rtn",
             )
 

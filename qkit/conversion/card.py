@@ -24,17 +24,18 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
     declared |= source.metadata
     if "/" in source.base_model:
         declared["base_model"] = source.base_model
-        if plan.scheme is not None:
+        if plan.kinds:
             declared["base_model_relation"] = "quantized"
-    if plan.scheme is not None:
+    if plan.kinds:
         declared["tags"].append(plan.options.format)
     header = ModelCardData(**declared).to_yaml().splitlines()
     lines = ["---", *header, "---", "", f"# {name}", ""]
-    if plan.scheme is None:
+    if not plan.kinds:
         lines += [f"`{source.base_model}` as plain safetensors, exported by qkit {__version__}.", ""]
     else:
+        what = " + ".join(scheme.describe() for scheme in plan.kinds)
         lines += [
-            f"`{source.base_model}` quantized by qkit {__version__}: {plan.scheme.describe()}, method {plan.method}, "
+            f"`{source.base_model}` quantized by qkit {__version__}: {what}, method {plan.method.name}, "
             f"format {plan.options.format}.",
             "",
         ]
@@ -68,10 +69,12 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
 def title(plan: Plan, source: Source) -> str:
     """ "SmolLM2-135M-Instruct W4A16 g64 GPTQ"; not the folder's name, on which no byte may depend."""
     base = source.base_model.rpartition("/")[2]
-    if plan.scheme is None:
+    if not plan.kinds:
         return base
-    group = "channel" if plan.scheme.group_size == CHANNEL else f"g{plan.scheme.group_size}"
-    return f"{base} W{plan.scheme.bits}A16 {group} {plan.method.upper()}"
+    most = plan.kinds[0]
+    group = "channel" if most.group_size == CHANNEL else f"g{most.group_size}"
+    mixed = "" if len(plan.kinds) == 1 else " mixed"
+    return f"{base} W{most.bits}A16 {group}{mixed} {plan.method.name.upper()}"
 
 
 def _table(plan: Plan, source: Source, manifest: Manifest) -> list[str]:

@@ -2,83 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
-from ..models.families import module_of
-from ..progress import track
+from ..progress import notify, track
+from .executor import Executor
+from .record import check_finite, computed_on, digest, record, weight_error
 
 if TYPE_CHECKING:
     import torch
 
-    from ..calibrate.block import LayerResult
+    from ..calibrate.block import BlockResult
     from ..formats.base import Format
     from ..kernels.weight import Weight
+    from ..methods import Method
     from ..sources.types import Source
-    from .plan import Plan, Shard, TensorPlan
+    from .plan import Plan
+    from .tasks import Shard, Task
     from .workspace import Workspace
 
-    # A tensor's outputs, in writing order, and its entry in the manifest (None where it is not quantized).
-    Produced = tuple[list[torch.Tensor], dict[str, Any] | None]
 
-_SLAB = 1 << 24  # weights compared at a time: 128 MiB in float64
+@dataclass
+class Produced:
+    """What a task gave: its outputs in writing order; entries of the manifest by name of the weight, for quantized
+    ones; digests of the source tensors by name."""
 
-
-class Executor(Protocol):
-    """Runs tasks anywhere and in any order, and gives their results in the order of the tasks, a bounded number ahead.
-
-    Here threads; on a cluster, remote workers. The bytes written are the same: what is committed, and in which order,
-    is decided by whoever iterates."""
-
-    def run(self, work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        """work(task) for each task, in order. What `work` raises is raised when its turn comes."""
-        ...
-
-
-class Threads:
-    """An `Executor` on threads of this process."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-
-    def run(self, work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        from collections import deque
-        from concurrent.futures import Future, ThreadPoolExecutor
-
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qkit")
-        pending: deque[Future[Any]] = deque()
-        try:
-            for task in tasks:
-                if len(pending) >= self.workers:
-                    yield pending.popleft().result()
-                pending.append(pool.submit(work, task))
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    outputs: Sequence[torch.Tensor]
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def write_weights(
-    plan: Plan,
-    source: Source,
-    fmt: Format,
-    work: Workspace,
-    executor: Executor,
-    tokens: torch.Tensor | None,
-    device: str,
+    plan: Plan, source: Source, fmt: Format, work: Workspace, executor: Executor, tokens: torch.Tensor | None
 ) -> None:
     """Write every file of weights that is not there yet. tokens: calibration windows, None for data-free methods."""
-    convert_one = _Direct(source, fmt, plan)
+    options = {name: getattr(plan.options, name) for name in plan.method.options}
+    direct = Direct(source, fmt, plan.method, options)
     if tokens is not None:
-        _write_blocks(plan, source, fmt, work, tokens, device, convert_one)
+        _write_blocks(plan, source, fmt, work, executor, tokens, direct, options)
     with track("writing", plan.bytes_in, "bytes") as advance:
         for shard in plan.shards:
             if work.has(shard.file):
-                advance(sum(t.meta.nbytes for t in shard.tensors))
+                advance(sum(t.bytes_in for t in shard.tasks))
             else:
-                _write_shard(shard, convert_one, work, executor, advance)
+                _write_shard(shard, direct, work, executor, advance)
 
 
 def _write_blocks(
@@ -86,13 +55,13 @@ def _write_blocks(
     source: Source,
     fmt: Format,
     work: Workspace,
+    executor: Executor,
     tokens: torch.Tensor,
-    device: str,
-    convert_one: Callable[[TensorPlan], Produced],
+    direct: Direct,
+    options: Mapping[str, Any],
 ) -> None:
     """Run the calibrated method over the decoder blocks; each goes to its file as soon as it is quantized."""
     from ..calibrate.blocks import quantize_blocks
-    from ..progress import notify
 
     shards: dict[int, list[Shard]] = {}
     for shard in plan.shards:
@@ -101,152 +70,148 @@ def _write_blocks(
     if all(work.has(shard.file) for own in shards.values() for shard in own):
         return
 
-    def finished(index: int) -> Mapping[str, Weight] | None:
+    def finished(index: int) -> Mapping[str, Weight | torch.Tensor] | None:
         own = shards.get(index, [])
-        return _read_back(own, fmt, work) if own and all(work.has(s.file) for s in own) else None
+        if not own or not all(work.has(shard.file) for shard in own):
+            return None
+        return _finished_block(own, fmt, work, replaced=plan.method.prepares)
 
-    with track(plan.method, len(shards), "blocks") as advance:
-        for result in quantize_blocks(source, plan.schemes, tokens, device=device, done=finished):
+    with track(plan.method.name, len(shards), "blocks") as advance:
+        for result in quantize_blocks(
+            source, plan.schemes, tokens, plan.method, device=plan.device, done=finished, **options
+        ):
             for name, layer in result.layers.items():
                 if layer.fallback:
                     notify(f"WARNING: {name} fell back to rounding: {layer.fallback}")
             if result.layers:
-                produce = _Calibrated(source, fmt, result.layers, convert_one, device)
+                produce = Calibrated(direct, result, plan.device)
                 for shard in shards[result.index]:
-                    _write_shard(shard, produce, work, Threads(1), lambda amount: None)
+                    _write_shard(shard, produce, work, executor, lambda amount: None)
             advance(1)
 
 
-def _read_back(shards: list[Shard], fmt: Format, work: Workspace) -> dict[str, Weight]:
-    """A finished block's quantized weights, for the forward pass of a resumed run."""
+def _finished_block(
+    shards: list[Shard], fmt: Format, work: Workspace, replaced: bool
+) -> dict[str, Weight | torch.Tensor]:
+    """What an earlier run made of a block, for the forward pass of this one. replaced: tensors that are not quantized
+    may differ from the source's."""
     from ..storage.safetensors import SafetensorsFile
 
-    weights = {}
+    found: dict[str, Weight | torch.Tensor] = {}
     for shard in shards:
         file = SafetensorsFile(work.folder / shard.file)
-        for t in shard.tensors:
-            if t.scheme is not None:
-                prefix = module_of(t.name) + "."
-                tensors = {name.removeprefix(prefix): file.read(name) for name, _ in t.outputs}
-                weights[t.name] = fmt.unpack(tensors, t.scheme)
+        for task in shard.tasks:
+            if task.scheme is not None:
+                found |= read_weights(task, fmt, file.read)
+            elif replaced:
+                found |= zip(task.sources, parts(task, file.read(task.outputs[0][0])), strict=True)
         file.close()
-    return weights
+    return found
 
 
-class _Direct:
-    """A tensor's outputs from the source alone: quantized by rounding, or passed through."""
-
-    def __init__(self, source: Source, fmt: Format, plan: Plan):
-        self.source, self.fmt, self.clip_search = source, fmt, plan.options.clip_search
-
-    def __call__(self, t: TensorPlan) -> Produced:
-        from ..methods import rtn
-
-        weight = self.source.read(t.name)
-        if t.scheme is None:
-            check_finite(t.name, weight)
-            return [weight], None
-        try:
-            q, error = rtn.quantize_with_error(weight, t.scheme, self.clip_search)
-        except QkitError as e:
-            raise QkitError(f"{t.name}: {e.message}", e.hint) from e
-        return list(self.fmt.pack(q).values()), record(t, "rtn", error)
-
-
-class _Calibrated:
-    """A tensor's outputs from a block's results; what the method left alone passes through."""
-
-    def __init__(
-        self,
-        source: Source,
-        fmt: Format,
-        layers: Mapping[str, LayerResult],
-        convert_one: Callable[[TensorPlan], Produced],
-        device: str,
-    ):
-        self.source, self.fmt, self.layers, self.convert_one = source, fmt, layers, convert_one
-        self.computed_on = computed_on(device)
-
-    def __call__(self, t: TensorPlan) -> Produced:
-        layer = self.layers.get(t.name)
-        if layer is None:
-            return self.convert_one(t)
-        entry = record(
-            t,
-            layer.method,
-            weight_error(self.source.read(t.name), layer.weight),
-            output_error=layer.error,
-            fallback=layer.fallback,
-            computed_on=self.computed_on,
-        )
-        return list(self.fmt.pack(layer.weight).values()), entry
-
-
-def computed_on(device: str) -> str:
-    """What a calibrated result's last bits depend on: the order of sums changes with it ("cpu avx512, 2 threads")."""
-    import torch
-
-    from ..kernels import backend
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}, kernels {backend()}, {torch.get_num_threads()} threads"
-
-
-def record(t: TensorPlan, method: str, weight_error: float, **more: Any) -> dict[str, Any]:
-    """The manifest's entry for a quantized weight. weight_error: ||W - Wq|| / ||W||, Frobenius."""
-    assert t.scheme is not None
-    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in more.items() if v is not None}
+def read_weights(task: Task, fmt: Format, read: Callable[[str], torch.Tensor]) -> dict[str, Weight]:
+    """Source name -> weight, from a quantized task's outputs as they were written. read: (name) -> tensor."""
+    assert task.scheme is not None
+    outputs = {name.rpartition(".")[2]: parts(task, read(name)) for name, _ in task.outputs}
     return {
-        "scheme": asdict(t.scheme),
-        "method": method,
-        "shape": list(t.meta.shape),
-        "weight_error": float(f"{weight_error:.6g}"),
-        **rounded,
+        source: fmt.unpack({local: tensors[i] for local, tensors in outputs.items()}, task.scheme)
+        for i, source in enumerate(task.sources)
     }
 
 
-def weight_error(weight: torch.Tensor, q: Weight) -> float:
-    """||W - Wq|| / ||W||, Frobenius, accumulated in float64, a slab of rows at a time: no whole copy is made."""
-    from ..kernels.codes import values_of
-
-    lost = total = 0.0
-    step = max(1, _SLAB // max(1, weight.shape[1]))
-    for a in range(0, weight.shape[0], step):
-        w = weight[a : a + step].double()
-        total += float(w.square().sum())
-        lost += float((w - values_of(q.rows(a, a + step)).double()).square_().sum())
-    return float((lost / total) ** 0.5) if total else 0.0
+def parts(task: Task, output: torch.Tensor) -> Sequence[torch.Tensor]:
+    """An output's share of each of the task's sources."""
+    return [output] if len(task.sources) == 1 else list(output)
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises QkitError naming the tensor where it holds NaN or infinity."""
+class Direct:
+    """A task's outputs from the source alone: quantized by a method that needs no data, or passed through."""
+
+    def __init__(self, source: Source, fmt: Format, method: Method, options: Mapping[str, Any]):
+        self.source, self.fmt, self.method, self.options = source, fmt, method, options
+
+    def __call__(self, task: Task) -> Produced:
+        made = Produced([])
+        pieces = []
+        for name in task.sources:
+            tensor = self.source.read(name)
+            made.digests[name] = digest(tensor)
+            if task.scheme is None:
+                check_finite(name, tensor)
+                pieces.append([tensor])
+                continue
+            try:
+                (result,) = self.method.quantize([tensor], None, [task.scheme], **self.options)
+            except QkitError as e:
+                raise QkitError(f"{name}: {e.message}", e.hint) from e
+            error = result.weight_error
+            if error is None:
+                error = weight_error(tensor, result.weight)
+            made.entries[name] = record(task, result.method, error, fallback=result.fallback)
+            pieces.append(list(self.fmt.pack(result.weight).values()))
+        made.outputs = stack(pieces)
+        return made
+
+
+class Calibrated:
+    """A task's outputs from a block's results; what the method did not touch passes through."""
+
+    def __init__(self, direct: Direct, result: BlockResult, device: str):
+        self.direct, self.result = direct, result
+        self.computed_on = computed_on(device)
+
+    def __call__(self, task: Task) -> Produced:
+        layers, replaced = self.result.layers, self.result.replaced
+        if not any(name in layers or name in replaced for name in task.sources):
+            return self.direct(task)
+        made = Produced([])
+        pieces = []
+        for name in task.sources:
+            original = self.direct.source.read(name)
+            made.digests[name] = digest(original)
+            layer = layers.get(name)
+            if layer is None:
+                pieces.append([replaced.get(name, original)])
+                continue
+            made.entries[name] = record(
+                task,
+                layer.method,
+                weight_error(original, layer.weight),
+                output_error=layer.output_error,
+                calibration_tokens=self.result.tokens.get(name),
+                fallback=layer.fallback,
+                computed_on=self.computed_on,
+            )
+            pieces.append(list(self.direct.fmt.pack(layer.weight).values()))
+        made.outputs = stack(pieces)
+        return made
+
+
+def stack(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The outputs of each source -> those of the task."""
     import torch
 
-    if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
-        low, high = torch.aminmax(tensor)  # NaN wins both, infinity one; unlike isfinite it makes no copy
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            hint = "the checkpoint is damaged: fetch or train it again"
-            raise QkitError(f"{name} contains NaN or infinite values", hint)
+    return pieces[0] if len(pieces) == 1 else [torch.stack(same) for same in zip(*pieces, strict=True)]
 
 
 def _write_shard(
-    shard: Shard, produce: Callable[[TensorPlan], Produced], work: Workspace, executor: Executor, advance: Any
+    shard: Shard, produce: Callable[[Task], Produced], work: Workspace, executor: Executor, advance: Any
 ) -> None:
     from ..storage.manifest import file_entry
     from ..storage.writer import write_safetensors
 
-    entries = [output for t in shard.tensors for output in t.outputs]
-    records: dict[str, dict[str, Any]] = {}
+    entries = [output for t in shard.tasks for output in t.outputs]
+    noted: list[Produced] = []
 
     def stream() -> Iterator[torch.Tensor]:
-        for t, (tensors, entry) in zip(shard.tensors, executor.run(produce, shard.tensors), strict=True):
-            if entry is not None:
-                records[t.name] = entry
-            yield from tensors
-            advance(t.meta.nbytes)
+        for task, made in zip(shard.tasks, executor.run(produce, shard.tasks), strict=True):
+            noted.append(Produced([], made.entries, made.digests))
+            yield from made.outputs
+            advance(task.bytes_in)
 
-    digest = write_safetensors(work.folder / shard.file, entries, stream())
-    work.manifest.tensors.update(records)
-    work.manifest.files[shard.file] = file_entry(digest)
+    written = write_safetensors(work.folder / shard.file, entries, stream())
+    for made in noted:
+        work.manifest.tensors.update(made.entries)
+        work.manifest.sources.update(made.digests)
+    work.manifest.files[shard.file] = file_entry(written)
     work.manifest.save(work.folder)

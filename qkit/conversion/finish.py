@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ..models.families import module_of
 from .card import card
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def _generated(plan: Plan, source: Source, fmt: Format, calibration: dict[str, A
     """Config and index: everything that is made, but for the card."""
     config = dict(source.config)
     files: dict[str, bytes] = {}
-    if plan.scheme is not None:
-        options = {"method": plan.method, "calibration": calibration}
-        schemes = {t.name.removesuffix(".weight"): t.scheme for t in plan.tensors if t.scheme}
+    if plan.kinds:
+        options = {"method": plan.method.name, "calibration": calibration}
+        schemes = {module_of(name): scheme for name, scheme in plan.schemes.items()}
         config["quantization_config"] = fmt.config(schemes, plan.ignored, options)
         files.update(fmt.extra_files(config["quantization_config"]))
     return {**files, "config.json": _json(config), INDEX: _json(index(plan))}
@@ -62,5 +63,5 @@ def _json(value: Any) -> bytes:
 
 
 def index(plan: Plan) -> dict[str, Any]:
-    weight_map = {name: shard.file for shard in plan.shards for t in shard.tensors for name, _ in t.outputs}
+    weight_map = {name: shard.file for shard in plan.shards for t in shard.tasks for name, _ in t.outputs}
     return {"metadata": {"total_size": plan.bytes_out}, "weight_map": dict(sorted(weight_map.items()))}

@@ -7,16 +7,15 @@ from typing import Any
 
 from ..errors import QkitError
 from ..options import option, size, whole
-
-PER_CHANNEL = 0  # a group size: one scale for each output channel
+from ..spec import CHANNEL
 
 
 def group_size(value: Any, name: str) -> int:
-    """128 or "128" -> 128; "channel", 0 and -1 (as other tools write it) -> PER_CHANNEL."""
+    """128 or "128" -> 128; "channel", 0 and -1 (as other tools write it) -> CHANNEL."""
     if isinstance(value, str) and value.strip().lower() in ("channel", "-1"):
-        return PER_CHANNEL
+        return CHANNEL
     if value == -1:
-        return PER_CHANNEL
+        return CHANNEL
     try:
         return int(whole(0)(value, name))
     except QkitError:
@@ -33,27 +32,27 @@ class Options:
         metavar="NAME",
         identity=True,
     )
-    scheme: str = option("w4a16", "w4a16, w4a16-asym, w8a16, w8a16-asym or none", metavar="NAME", identity=True)
-    method: str | None = option(
-        None, "rtn or gptq; default: gptq below 8 bits, rtn at 8", metavar="NAME", identity=True
+    scheme: str = option("w4a16", "w4a16, w4a16-asym, w8a16, w8a16-asym or none", metavar="NAME")
+    recipe: str | None = option(
+        None, "rules that give modules schemes of their own, before --scheme (YAML or JSON)", metavar="FILE"
     )
+    method: str | None = option(None, "rtn or gptq; default: gptq below 8 bits, rtn at 8", metavar="NAME")
     group_size: int | None = option(
         None,
         "input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits",
         parse=group_size,
         metavar="N",
-        identity=True,
     )
     clip_search: bool = option(False, "rtn: search each group's scale for the least error", identity=True)
     calib: str | None = option(
         None, "calibration text; default: text that comes with qkit or Python", metavar="FILE|HUB_ID"
     )
-    calib_samples: int = option(64, "calibration windows", parse=whole(1), metavar="N", identity=True)
-    calib_len: int = option(512, "tokens per window", parse=whole(16), metavar="N", identity=True)
+    calib_samples: int = option(64, "calibration windows", parse=whole(1), metavar="N")
+    calib_len: int = option(512, "tokens per window", parse=whole(16), metavar="N")
     device: str = option("auto", "where gptq computes: auto, cpu, cuda or cuda:<index>", metavar="NAME")
     max_memory: int | None = option(None, "memory to stay within, such as 8GiB", parse=size, metavar="SIZE")
     lora: str | None = option(None, "PEFT adapter to merge first", metavar="DIR")
-    skip: tuple[str, ...] = option((), "leave modules alone, such as '*.down_proj'", metavar="PATTERN", identity=True)
+    skip: tuple[str, ...] = option((), "leave modules alone, such as '*.down_proj'", metavar="PATTERN")
     trust_remote_code: bool = option(False, "run Python code that comes with the checkpoint (its tokenizer's)")
     dry_run: bool = option(False, "print the plan and stop")
     restart: bool = option(False, "discard an interrupted or earlier conversion at OUT")

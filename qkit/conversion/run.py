@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import units
 from ..hardware.memory import peak_resident
-from ..options import with_options
+from ..options import identity, with_options
 from ..progress import notify
 from .options import Options
-from .plan import CALIBRATED, Plan, make_plan
+from .plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from ..sources.types import Source
@@ -64,29 +63,32 @@ def convert(
     from .. import formats
     from ..sources import open_source
     from . import finish
-    from .execute import Threads, write_weights
+    from .execute import write_weights
+    from .executor import Threads
     from .verify import verify_result
     from .workspace import finished, open_workspace, resolve_out
 
     started = time.perf_counter()
     opened = open_source(source, lora=options.lora)
-    place = resolve_out(out, (source, options.lora, options.calib))
+    place = resolve_out(out, (source, options.lora, options.calib, options.recipe))
     plan = make_plan(opened, place, options)
     if options.dry_run:
         return ConvertResult(plan, plan.out)
-    calibration = _calibration(plan, opened) if plan.method in CALIBRATED else None
-    identity = _identity(plan, opened, calibration)
-    done = finished(plan.out, identity, options.restart)
+    for note in plan.notes:
+        notify(note)
+    calibration = _calibration(plan, opened) if plan.method.needs else None
+    made_of = _identity(plan, opened, calibration)
+    done = finished(plan.out, made_of, options.restart)
     if done is not None:
         return ConvertResult(plan, plan.out, fallbacks=_fallbacks(done), already_done=True)
 
     fmt = formats.get(plan.options.format)
     tokens = None if calibration is None else calibration.tokens
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened, fmt)]
-    with open_workspace(plan.out, identity, expected, options.restart) as work:
+    with open_workspace(plan.out, made_of, expected, options.restart) as work:
         if work.resumed:
             notify(f"resuming in {work.folder}")
-        write_weights(plan, opened, fmt, work, Threads(plan.workers), tokens, plan.device)
+        write_weights(plan, opened, fmt, work, Threads(plan.predicted.workers), tokens)
         finish.write_companions(plan, opened, fmt, work)
         if options.verify:
             verify_result(plan, opened, fmt, work)
@@ -115,15 +117,13 @@ def _identity(plan: Plan, source: Source, calibration: CalibrationSet | None) ->
     """Everything that decides the output's bytes; no paths, times or machine names."""
     from .. import __version__
 
-    identity: dict[str, Any] = {
+    made_of: dict[str, Any] = {
         "qkit": __version__,
         "source": {"base_model": source.base_model, "fingerprint": source.fingerprint},
-        "format": plan.options.format,
-        "method": plan.method,
-        "clip_search": plan.options.clip_search,
-        "scheme": asdict(plan.scheme) if plan.scheme else None,
-        "skip": list(plan.options.skip),
+        "method": plan.method.name,
+        "recipe": plan.recipe.as_list(),
         "calibration": None,
+        **identity(plan.options),
     }
     if calibration is not None:
         import torch
@@ -131,36 +131,21 @@ def _identity(plan: Plan, source: Source, calibration: CalibrationSet | None) ->
 
         # Sums may round differently in another release or on another kind of device. Threads and processor are
         # recorded with each weight instead: a run goes on wherever it is continued.
-        identity["compute"] = {
+        made_of["compute"] = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": plan.device.partition(":")[0],
         }
-        identity["calibration"] = {
+        made_of["calibration"] = {
             "name": calibration.name,
             "sha256": calibration.sha256,
             "samples": calibration.tokens.shape[0],
             "length": calibration.tokens.shape[1],
             "sketch": calibration.sketch,
         }
-    parsed: dict[str, Any] = json.loads(json.dumps(identity))  # as a manifest gives it back
+    parsed: dict[str, Any] = json.loads(json.dumps(made_of))  # as a manifest gives it back
     return parsed
 
 
 def _fallbacks(manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"{name}: {t['fallback']}" for name, t in manifest.tensors.items() if t.get("fallback"))
-
-
-def summary(result: ConvertResult) -> str:
-    """The last words of a conversion."""
-    plan = result.plan
-    lines = [f"{result.out}: {plan.sizes}, {plan.bits_per_weight:.2f} bits per weight"]
-    if result.already_done:
-        lines.append("already converted with the same source, options and version: nothing to do")
-    elif result.seconds is not None:
-        peak = f", peak memory {units.size(result.peak_memory)}" if result.peak_memory else ""
-        lines.append(f"took {units.duration(result.seconds)}{peak} (measured)")
-    if result.fallbacks:
-        lines.append(f"WARNING: {len(result.fallbacks)} layer(s) fell back to rounding:")
-        lines += [f"  {f}" for f in result.fallbacks]
-    return "\n".join(lines)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from ..errors import QkitError
 from ..models.families import module_of
 from ..progress import track
-from .execute import weight_error
+from .execute import read_weights
+from .record import digest, weight_error
 
 if TYPE_CHECKING:
     from ..formats.base import Format
     from ..sources.types import Source
-    from .plan import Plan, TensorPlan
+    from .plan import Plan
+    from .tasks import Task
     from .workspace import Workspace
 
 SAMPLES = 8  # weights measured again against the source: enough to catch a wrong layout, cheap enough to be default
@@ -27,29 +29,32 @@ def verify_result(plan: Plan, source: Source, fmt: Format, work: Workspace) -> N
     from ..sources.folder import FolderSource
 
     with track("verifying", 1, "steps") as advance:
-        damaged = {name: why for name, why in _damaged(work).items()}
+        damaged = _damaged(work)
         advance(1)
     if damaged:
         work.drop(damaged)
         raise QkitError(f"verification failed: {next(iter(damaged.values()))}", _HINT)
     written = FolderSource(work.folder)
-    files = {name: shard.file for shard in plan.shards for t in shard.tensors for name, _ in t.outputs}
-    for name, meta in ((name, meta) for t in plan.tensors for name, meta in t.outputs):
-        if written.meta(name) != meta:
-            work.drop([files[name]])
-            raise QkitError(f"verification failed: {name} is {written.meta(name)}, planned was {meta}", _HINT)
-    for t in sample([t for t in plan.tensors if t.scheme is not None]):
-        assert t.scheme is not None
-        prefix = module_of(t.name) + "."
-        tensors = {name.removeprefix(prefix): written.read(name) for name, _ in t.outputs}
-        error = weight_error(source.read(t.name), fmt.unpack(tensors, t.scheme))
-        noted = work.manifest.tensors[t.name]["weight_error"]
-        if abs(error - noted) > 1e-4 * max(noted, 1e-3):
-            work.drop({files[name] for name, _ in t.outputs})
-            raise QkitError(
-                f"verification failed: {t.name} reads back with error {error:.6g}, noted was {noted:.6g}",
-                "if the source changed during the run, leave it alone and use --restart; else " + _HINT,
-            )
+    files = {name: shard.file for shard in plan.shards for t in shard.tasks for name, _ in t.outputs}
+    for task in plan.tasks:
+        for name, meta in task.outputs:
+            if written.meta(name) != meta:
+                work.drop([files[name]])
+                raise QkitError(f"verification failed: {name} is {written.meta(name)}, planned was {meta}", _HINT)
+    for task in sample([t for t in plan.tasks if t.scheme is not None]):
+        for name, weight in read_weights(task, fmt, written.read).items():
+            original = source.read(name)
+            if digest(original) != work.manifest.sources[name]:
+                raise QkitError(
+                    f"verification failed: {name} is not what it was when it was converted",
+                    "leave the source alone while it is converted, and start again with --restart",
+                )
+            error, noted = weight_error(original, weight), work.manifest.tensors[name]["weight_error"]
+            if abs(error - noted) > 1e-4 * max(noted, 1e-3):
+                work.drop({files[output] for output, _ in task.outputs})
+                raise QkitError(
+                    f"verification failed: {name} reads back with error {error:.6g}, noted was {noted:.6g}", _HINT
+                )
 
 
 def _damaged(work: Workspace) -> dict[str, str]:
@@ -62,10 +67,10 @@ def _damaged(work: Workspace) -> dict[str, str]:
     return problems
 
 
-def sample(tensors: list[TensorPlan], count: int = SAMPLES) -> list[TensorPlan]:
+def sample(tensors: list[Task], count: int = SAMPLES) -> list[Task]:
     """Tensors of every kind (q_proj, down_proj, ...), from the first block to the last: at least `count` where there
     are as many, and at least one of each kind."""
-    kinds: dict[str, list[TensorPlan]] = {}
+    kinds: dict[str, list[Task]] = {}
     for t in tensors:
         kinds.setdefault(module_of(t.name).rpartition(".")[2], []).append(t)
     each = -(-count // max(1, len(kinds)))

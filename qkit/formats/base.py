@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Format(Protocol):
-    """One on-disk format. `name` is what the user types; local names are suffixes such as "weight_packed"."""
+    """One on-disk format. `name` is what the user types; local names are suffixes such as "weight_packed".
+
+    Formats are subclasses, which gives them what most have in common."""
 
     @property
     def name(self) -> str: ...
@@ -27,6 +29,12 @@ class Format(Protocol):
     def quant_method(self) -> str | None:
         """What `quant_method` in a config.json says of folders in this format; None: they are not quantized."""
         ...
+
+    def place(self, name: str) -> str:
+        """What a module, or a tensor that is not quantized, is called in this format's files. Those that get one name
+        are stacked there along a new first dimension, in the order of the source: experts, where a file has them as
+        one tensor."""
+        return name
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         """`scheme` with what the format dictates filled in (scale dtype, least zero point).
@@ -60,7 +68,7 @@ class Format(Protocol):
 
     def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
         """Files that a folder needs beside config.json: name -> bytes."""
-        ...
+        return {}
 
     def parse(self, quantization_config: Mapping[str, Any]) -> FormatReader:
         """A reader for a folder in this format: see `formats.reader`."""

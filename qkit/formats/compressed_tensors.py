@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import QkitError
 from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from .base import as_names, as_object, check_pattern, check_tensors
+from .base import Format, as_names, as_object, check_pattern, check_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ _VERSION = "0.17.0"
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Format):
     """weight_packed int32 [out, ceil(in*b/32)], low bits first; weight_scale [out, groups] in the model's
     dtype; weight_zero_point int32 [ceil(out*b/32), groups], packed along out, asymmetric only; weight_shape
     int64 [2].
@@ -134,9 +134,6 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "version": _VERSION,
         }
-
-    def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
-        return {}
 
     def parse(self, quantization_config: Mapping[str, Any]) -> CompressedTensorsReader:
         given = quantization_config

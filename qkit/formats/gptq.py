@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import QkitError
 from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from .base import as_object, check_pattern, check_tensors
+from .base import Format, as_object, check_pattern, check_tensors
 from .compressed_tensors import check_trivial_g_idx
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts, besi
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Format):
     """qweight int32 [in*b/32, out], packed along in; qzeros int32 [groups, out*b/32], packed along out;
     scales F16 [groups, out]; g_idx int32 [in], always i // group_size here.
     """

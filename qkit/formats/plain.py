@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from ..errors import QkitError
 from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta
-from .base import FormatReader
+from .base import Format, FormatReader
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Format):
     """Holds no quantized weight: every scheme is refused, and there is no quantization_config."""
 
     name: str = "safetensors"
@@ -46,9 +46,6 @@ class Plain:
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Empty: such a folder has no quantization_config."""
-        return {}
-
-    def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
         return {}
 
     def parse(self, quantization_config: Mapping[str, Any]) -> FormatReader:

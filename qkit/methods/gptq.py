@@ -16,12 +16,12 @@ Beyond the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
 from ..kernels.weight import Weight
 from ..spec import LayerSpec
+from .base import Cost, Method, Quantized, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -32,45 +32,24 @@ _MAX_DAMP = 1.0  # of the mean diagonal; beyond this the Hessian says nothing th
 UNREACHED = "no calibration token reached it"
 
 
-@dataclass(frozen=True)
-class GptqResult:
-    """error     tr((W-Q) H (W-Q)^T) / tr(W H W^T): squared output error relative to the squared output
-    method    "gptq", or "rtn" after a fallback
-    fallback  why the layer was only rounded, or None
-    damp      the damping that was needed, as a fraction of the mean diagonal"""
+class Gptq(Method):
+    """Needs the Hessian of a layer's inputs. Options of `quantize_all`: damp, act_order, sweeps."""
 
-    weight: Weight
-    error: float
-    method: str
-    fallback: str | None
-    damp: float
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[str | None] = "hessian"
 
+    def quantize(
+        self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
+    ) -> list[Quantized]:
+        return quantize_all(weights, statistic, specs, **options)
 
-def accumulate(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """hessian [in, in] (float32) += x^T x, in place. x [..., in], any float type.
-
-    float32: the sum of n products carries a relative error of about sqrt(n) * 6e-8, 1e-5 at 32,768 tokens;
-    damping at 1e-2 of the mean diagonal is three orders above it. Only blocks on and above the diagonal are
-    computed, the rest is mirrored by `symmetrize`: almost half the work of a full product.
-    """
-    x = x.reshape(-1, x.shape[-1])
-    n = hessian.shape[0]
-    step = max(128, n // 16)
-    # Slabs of tokens bound the float32 copy, and keep it in cache.
-    for rows in x.split(max(256, (16 << 20) // (4 * n))):
-        part = rows.to(hessian.dtype)
-        for a in range(0, n, step):
-            hessian[a : a + step, a:].addmm_(part[:, a : a + step].T, part[:, a:])
-
-
-def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
-    """Mirror the upper triangle onto the lower, in place; returns its argument."""
-    import torch
-
-    upper = torch.triu(hessian, 1)
-    hessian.triu_().add_(upper.T)
-    # The diagonal blocks were computed whole; only their upper half is used, so this is exact.
-    return hessian
+    def cost(self, shapes: Sequence[Shape], tokens: float) -> Cost:
+        in_ = shapes[0][1]
+        out = sum(shape[0] for shape in shapes)
+        # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
+        flops = 1.1 * tokens * in_**2 + 8.0 * out * in_**2
+        # The Hessian and its factor while the latter is made; weights, targets and errors in float32.
+        return Cost(flops, 16 * in_**2 + 24 * out * in_)
 
 
 def quantize(
@@ -81,7 +60,7 @@ def quantize(
     damp: float = 0.01,
     act_order: bool = True,
     sweeps: int = 1,
-) -> GptqResult:
+) -> Quantized:
     """`quantize_all` for one weight."""
     return quantize_all([w], hessian, [scheme], damp=damp, act_order=act_order, sweeps=sweeps)[0]
 
@@ -94,7 +73,7 @@ def quantize_all(
     damp: float = 0.01,
     act_order: bool = True,
     sweeps: int = 1,
-) -> list[GptqResult]:
+) -> list[Quantized]:
     """Quantize weights that share an input, such as q, k and v; the Hessian is factored once.
 
     weights  float [out_i, in], on the device to compute on
@@ -135,7 +114,7 @@ def quantize_all(
     if factor is None:
         back = torch.argsort(order)
         return [_rounded(w, h[back][:, back], s, reason) for w, s in zip(weights, schemes, strict=True)]
-    results: list[GptqResult | None] = [None] * len(weights)
+    results: list[Quantized | None] = [None] * len(weights)
     for scheme in dict.fromkeys(schemes):
         # One loop over the columns for all weights of a scheme: its cost is in the number of steps.
         members = [i for i, other in enumerate(schemes) if other == scheme]
@@ -147,7 +126,7 @@ def quantize_all(
             row = part.stop
             mine = q.rows(part.start, part.stop)
             error = float(lost[part].sum().clamp_min(0) / total[part].sum().clamp_min(1e-300))
-            results[i] = GptqResult(mine, error, "gptq", None, used)
+            results[i] = Quantized(mine, "gptq", output_error=error)
     return [result for result in results if result is not None]
 
 
@@ -287,7 +266,7 @@ def search_grid(
         ) from error
 
 
-def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -> GptqResult:
+def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -> Quantized:
     """Nearest codes on a searched grid; the Hessian counts only in the error that is reported."""
     import torch
 
@@ -303,4 +282,5 @@ def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -
         total, lost = float(w.square().sum()), float(delta.square().sum())
     else:
         total, lost = float(((w @ h) * w).sum()), float(((delta @ h) * delta).sum())
-    return GptqResult(q, max(lost, 0.0) / total if total > 0 else 0.0, "rtn", reason, 0.0)
+    error = max(lost, 0.0) / total if total > 0 else 0.0
+    return Quantized(q, "rtn", output_error=error, fallback=reason)

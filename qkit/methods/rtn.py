@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
 from ..kernels.weight import Weight
 from ..spec import LayerSpec
 from ..spec.dtypes import dtype_name
+from .base import Method, Quantized
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,19 @@ _EITHER_SIGN = (*_POSITIVE, *(-m for m in _POSITIVE))
 
 class NonFiniteWeight(QkitError):
     """The weight holds NaN or infinity; the caller knows which tensor it is and says so."""
+
+
+class Rtn(Method):
+    """Needs no data. Option clip_search: search each group's scale for the least error."""
+
+    name: ClassVar[str] = "rtn"
+    options: ClassVar[tuple[str, ...]] = ("clip_search",)
+
+    def quantize(
+        self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
+    ) -> list[Quantized]:
+        made = (quantize_with_error(w, spec, **options) for w, spec in zip(weights, specs, strict=True))
+        return [Quantized(weight, self.name, error) for weight, error in made]
 
 
 def quantize(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False) -> Weight:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QkitError
+from ..spec.dtypes import named_dtype
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -22,3 +23,12 @@ def positive_int(config: Mapping[str, Any], name: str, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise QkitError(f"{name} in config.json is {value!r}, not a positive whole number", "check the file's origin")
     return value
+
+
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The safetensors name of the float type a config declares, "BF16" where it declares none."""
+    for part in (config, text_config(config)):
+        declared = part.get("dtype") or part.get("torch_dtype")
+        if declared:
+            return named_dtype(declared) or "BF16"
+    return "BF16"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import formats
 from ..errors import QkitError
 from ..hardware.detect import resolve
-from ..spec.dtypes import torch_dtype
+from ..spec.dtypes import named_dtype, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ _log = logging.getLogger("qkit")
 
 # In checkpoints of old writers; every model computes them.
 _RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _SHOWN = 5
 
 
@@ -60,7 +59,7 @@ def load(
     target = torch.device(resolve(device).id)
     config = {k: v for k, v in opened.config.items() if k != "quantization_config"}
     name = _dtype_name(dtype if dtype is not None else config.get("dtype") or config.pop("torch_dtype", None))
-    config["dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[name]
+    config["dtype"] = str(torch_dtype(name)).removeprefix("torch.")
     act_dtype = torch_dtype(name)
 
     reader = formats.reader(opened.config)
@@ -86,10 +85,12 @@ def load(
 
 
 def _dtype_name(dtype: Any) -> str:
-    text = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.").lower()
-    if text not in _DTYPES:
-        raise QkitError(f"cannot run in dtype {text!r}", "use bfloat16, float16 or float32")
-    return _DTYPES[text]
+    name = named_dtype("bfloat16" if dtype is None else dtype)
+    if name is None:
+        raise QkitError(
+            f"cannot run in dtype {str(dtype).removeprefix('torch.')!r}", "use bfloat16, float16 or float32"
+        )
+    return name
 
 
 def _check_tensors(

@@ -22,6 +22,10 @@ class Sidecar:
     name: str
     data: bytes | Path
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.data) if isinstance(self.data, bytes) else self.data.stat().st_size
+
     def read(self) -> bytes:
         return self.data if isinstance(self.data, bytes) else self.data.read_bytes()
 

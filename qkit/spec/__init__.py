@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, integer, table
 from .presets import AUTO_GROUP_SIZES, PRESETS, preset
+from .recipe import Keep, Recipe, Rule
 
 __all__ = [
     "AUTO_GROUP_SIZES",
@@ -11,7 +12,10 @@ __all__ = [
     "PRESETS",
     "Activations",
     "Grid",
+    "Keep",
     "LayerSpec",
+    "Recipe",
+    "Rule",
     "Scale",
     "fp8",
     "integer",

@@ -22,6 +22,7 @@ _TORCH = {
     "F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
     "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64",
 }  # fmt: skip
+_NAMED = {"float32": "F32", "fp32": "F32", "bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -52,3 +53,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors dtype name for a torch dtype (torch.bfloat16 -> "BF16")."""
     text = str(dtype).removeprefix("torch.")
     return next(name for name, torch_name in _TORCH.items() if torch_name == text)
+
+
+def named_dtype(value: object) -> str | None:
+    """What a config or a user calls a float type ("bfloat16", "torch.float16", "fp32", torch.bfloat16) -> "BF16", ...;
+    None for anything else."""
+    return _NAMED.get(str(value).removeprefix("torch.").lower())

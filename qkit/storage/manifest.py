@@ -55,12 +55,14 @@ class Manifest:
     identity  what decides the output: source, options, versions. Two conversions that agree here may share files
     files     relative name -> {"sha256", "bytes"} of every finished file but the manifest itself
     tensors   tensor name -> what was done to it (scheme, error, fallback, ...)
+    sources   source tensor name -> digest of the values that were read
     complete  False while the conversion is under way
     """
 
     identity: dict[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
     def save(self, folder: str | Path) -> FileDigest:
@@ -71,9 +73,15 @@ class Manifest:
             "identity": self.identity,
             "files": self.files,
             "tensors": self.tensors,
+            "sources": self.sources,
         }
         text = json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return write_file(Path(folder) / MANIFEST, text.encode("utf-8") + b"\n")
+
+    @classmethod
+    def find(cls, folder: str | Path | None) -> Manifest | None:
+        """The manifest of `folder`, None where there is no folder or none in it. Raises QkitError for a broken one."""
+        return None if folder is None or not Path(folder, MANIFEST).is_file() else cls.load(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -90,7 +98,7 @@ class Manifest:
         problem = _problem(table)
         if problem:
             raise QkitError(f"{path} is not a valid manifest: {problem}", _HINT)
-        return cls(table["identity"], table["files"], table["tensors"], table["complete"])
+        return cls(**{key: table[key] for key in ("identity", "files", "tensors", "sources", "complete")})
 
     def verify(self, folder: str | Path, progress: Callable[[int], None] | None = None) -> list[str]:
         """Compare `folder` with the manifest, byte for byte; returns the problems, in a fixed order.
@@ -129,7 +137,8 @@ class Manifest:
 
 def _problem(table: dict[str, Any]) -> str | None:
     """What is wrong with a manifest's table, or None."""
-    for key in ("identity", "files", "tensors"):
+    table.setdefault("sources", {})  # manifests of 0.1 have none
+    for key in ("identity", "files", "tensors", "sources"):
         if not isinstance(table.get(key), dict):
             return f"{key} is not a table"
     if type(table.get("complete")) is not bool:

@@ -95,7 +95,7 @@ def test_an_export_keeps_every_value(llama, tmp_path):
 
 def test_dry_run_writes_nothing(llama, tmp_path):
     result = convert(str(llama), tmp_path / "out", dry_run=True)
-    assert result.plan.bytes_out > 0 and result.plan.peak_memory_predicted > 0
+    assert result.plan.bytes_out > 0 and result.plan.predicted.peak > 0
     assert list(tmp_path.iterdir()) == []
 
 

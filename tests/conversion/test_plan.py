@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkit.conversion.plan import Options, TensorPlan, describe, make_plan, make_shards, model_dtype
+from qkit.conversion.options import Options
+from qkit.conversion.plan import make_plan
+from qkit.conversion.render import describe
+from qkit.conversion.tasks import Task, make_shards
 from qkit.errors import QkitError
+from qkit.models.config import model_dtype
 from qkit.sources.types import Stored
 from qkit.spec.dtypes import TensorMeta
 
@@ -52,11 +56,11 @@ def test_sizes_are_exact():
     assert p.bytes_in == 2 * (1000 * 576 + 576 + weights)
     assert p.bytes_out == packed + 2 * (1000 * 576 + 576)
     assert p.bits_per_quantized_weight == pytest.approx(8 * packed / weights)
-    assert p.scheme.group_size == 64 and any("largest of 128, 64, 32" in n for n in p.notes)
+    assert p.kinds[0].group_size == 64 and any("largest of 128, 64, 32" in n for n in p.notes)
     assert p.ignored == ["lm_head"]  # tied: not in the checkpoint, but a linear to every engine
 
 
-def test_the_plan_says_why_each_tensor_is_left_alone():
+def test_the_plan_says_why_each_tensor_is_kept():
     text = describe(plan(skip=("*.down_proj",)))
     for part in ("embedding", "bias or norm", "skipped on request", "int4 symmetric g64", "predicted:"):
         assert part in text
@@ -66,7 +70,7 @@ def test_the_plan_says_why_each_tensor_is_left_alone():
 
 def test_eight_bits_default_to_rounding_and_four_to_gptq():
     stub = Stub(LAYER, {"model_type": "llama", "num_hidden_layers": 1})
-    assert make_plan(stub, Path("/tmp/never"), Options(scheme="w8a16")).method == "rtn"
+    assert make_plan(stub, Path("/tmp/never"), Options(scheme="w8a16")).method.name == "rtn"
     with pytest.raises(QkitError, match="'frobnicator' is not supported"):
         make_plan(Stub(LAYER, {"model_type": "frobnicator"}), Path("/tmp/never"), Options())
 
@@ -91,11 +95,11 @@ def test_refusals(changes, message):
 
 def test_shards_keep_order_and_size():
     tensors = [
-        TensorPlan(f"t{i}", TensorMeta("U8", (n,)), None, "", ((f"t{i}", TensorMeta("U8", (n,))),))
+        Task((f"t{i}",), TensorMeta("U8", (n,)), None, "", ((f"t{i}", TensorMeta("U8", (n,))),))
         for i, n in enumerate([40, 40, 40, 500, 10])
     ]
     shards = make_shards(tensors, limit=100)
-    assert [[t.name for t in s.tensors] for s in shards] == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
+    assert [[t.name for t in s.tasks] for s in shards] == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
     assert [s.file for s in shards] == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
 
 

@@ -273,7 +273,7 @@ def test_a_block_is_written_once(deep, tmp_path):
     blocks = [s for s in plan.shards if s.block is not None]
     assert [s.block for s in blocks] == [0, 1, 2, 3]
     for shard in blocks:
-        assert all(f"layers.{shard.block}." in t.name for t in shard.tensors)
+        assert all(f"layers.{shard.block}." in t.name for t in shard.tasks)
     assert plan.disk_needed < plan.bytes_out + (20 << 20)
     assert not (tmp_path / "out" / "parts").exists()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]

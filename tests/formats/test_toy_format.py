@@ -9,20 +9,22 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from models import make_model
 
 import qkit
 from qkit import formats
 from qkit.conversion.run import convert
 from qkit.inspection import inspect
-from qkit.kernels.codes import codes_of, weight_of
+from qkit.kernels.codes import codes_of, values_of, weight_of
 from qkit.kernels.weight import Weight
+from qkit.sources import open_source
 from qkit.spec import CHANNEL, LayerSpec, integer
 from qkit.spec.dtypes import TensorMeta
 from qkit.storage.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(formats.Format):
     name: str = "toy"
     quant_method: ClassVar[str | None] = "toy"
 
@@ -70,6 +72,44 @@ class ToyReader:
 
     def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         return ("toy_codes", "toy_scale")
+
+
+class Stacking(Toy):
+    """Experts go into one tensor, under a name of the format's own."""
+
+    def place(self, name: str) -> str:
+        layer, found, rest = name.partition(".experts.")
+        _, _, local = rest.partition(".")
+        leaf, dot, kind = local.partition(".")
+        return f"blk.{layer.split('.')[2]}.{leaf}_exps{dot}{kind}" if found else name
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("scheme", ["w8a16", "none"])
+def test_many_tensors_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, method: str) -> None:
+    """A task may have many sources: what a file has as one tensor [experts, out, in]."""
+    source = open_source(str(make_model(tmp_path / "mixtral", "mixtral")))
+    monkeypatch.setitem(formats.FORMATS, "toy", Stacking())
+    monkeypatch.setitem(formats.FORMATS, "safetensors", Stacking("safetensors"))
+    options: dict[str, Any] = {"format": "toy" if scheme != "none" else "safetensors", "scheme": scheme}
+    if scheme != "none":
+        options |= {"group_size": 32, "method": method}
+        options |= {"calib_samples": 2, "calib_len": 16} if method == "gptq" else {}
+    result = convert(source.label, tmp_path / "out", **options)
+    (task,) = [t for t in result.plan.tasks if t.outputs[0][0].startswith("blk.1.w1_exps")]
+    assert task.sources == tuple(f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in range(4))
+    assert task.bytes_in == sum(source.meta(name).nbytes for name in task.sources)
+    written = open_source(str(tmp_path / "out"))
+    experts = torch.stack([source.read(name) for name in task.sources])
+    manifest = Manifest.load(tmp_path / "out")
+    if scheme == "none":
+        assert torch.equal(written.read("blk.1.w1_exps.weight"), experts)
+        return
+    codes, scale = written.read("blk.1.w1_exps.toy_codes"), written.read("blk.1.w1_exps.toy_scale")
+    assert codes.shape == experts.shape and set(task.sources) <= set(manifest.tensors)
+    for e in range(4):
+        lost = values_of(weight_of(codes[e], scale[e], None, 8)) - experts[e].float()
+        assert float(lost.norm() / experts[e].float().norm()) < 0.01
 
 
 @pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 32), ("w8a16", CHANNEL)])

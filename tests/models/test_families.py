@@ -1,8 +1,6 @@
 import pytest
 
-from qkit.errors import QkitError
-from qkit.models.families import check_skip, chooser, pick_group_size
-from qkit.spec import CHANNEL, integer
+from qkit.models.families import why_kept
 from qkit.spec.dtypes import TensorMeta
 
 
@@ -29,37 +27,8 @@ from qkit.spec.dtypes import TensorMeta
     ],
 )
 def test_what_is_quantized(name, shape, reason):
-    choice = chooser(integer())(name, TensorMeta("BF16", shape))
-    assert choice == (integer() if reason is None else reason)
+    assert why_kept(name, TensorMeta("BF16", shape)) == reason
 
 
-def test_integer_weights_are_left_alone():
-    assert chooser(integer())("model.layers.0.x_proj.weight", TensorMeta("I8", (64, 64))) == "stored as I8"
-
-
-def test_skip_patterns():
-    choose = chooser(integer(), ["*.down_proj", "model.layers.0.*"])
-    meta = TensorMeta("BF16", (64, 64))
-    assert choose("model.layers.1.mlp.down_proj.weight", meta) == "skipped on request"
-    assert choose("model.layers.0.mlp.up_proj.weight", meta) == "skipped on request"
-    assert choose("model.layers.1.mlp.up_proj.weight", meta) == integer()
-    with pytest.raises(QkitError, match="matches no tensor"):
-        check_skip(["*.dwon_proj"], ["model.layers.0.mlp.down_proj.weight"])
-
-
-@pytest.mark.parametrize(("widths", "expected"), [((128, 256), 128), ((576, 1536), 64), ((96,), 32)])
-def test_largest_group_that_divides_all(widths, expected):
-    shapes = {f"l{i}": (8, w) for i, w in enumerate(widths)}
-    assert pick_group_size(integer(), None, shapes).group_size == expected
-
-
-def test_group_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(QkitError) as e:
-        pick_group_size(integer(), 128, {"a": (8, 576), "b": (8, 1536)})
-    assert "a, which is 576 wide" in e.value.message
-    assert e.value.hint == "sizes that divide every quantized layer: 64, 32, channel"
-    with pytest.raises(QkitError, match="100 wide"):
-        pick_group_size(integer(), None, {"a": (8, 100)})
-    with pytest.raises(QkitError, match="group size 7"):
-        pick_group_size(integer(), 7, {"a": (8, 700)})
-    assert pick_group_size(integer(), CHANNEL, {"a": (8, 100)}).group_size == CHANNEL
+def test_integer_weights_are_kept():
+    assert why_kept("model.layers.0.x_proj.weight", TensorMeta("I8", (64, 64))) == "stored as I8"

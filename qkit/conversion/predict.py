@@ -1,0 +1,86 @@
+"""What a conversion will take: workers, memory and time, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import units
+from ..errors import QkitError
+from ..hardware import memory
+from ..hardware.detect import LocalDevice, cores
+from .options import Options
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from ..methods import Method
+    from ..sources.types import Source
+
+# Resident beside weights, activations, statistics: Python, torch and (calibrated) transformers, and what malloc keeps
+# between uses. From `qkit convert --json` of the two README models: measured peak less the counted bytes.
+BASE_MEMORY, BASE_MEMORY_CALIBRATED = 300 << 20, 1200 << 20
+# Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
+# `benchmarks/convert_speed.py` on 2 Zen 5 cores and halved: a prediction had better be kept than beaten.
+RTN_BYTES_PER_CORE_S = 0.4e9
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """workers: tasks at a time; peak: resident bytes of the process; seconds."""
+
+    workers: int
+    peak: int
+    seconds: float
+
+
+def predict(source: Source, tasks: Sequence[Task], method: Method, options: Options, device: LocalDevice) -> Prediction:
+    """What the tasks will take. Raises QkitError where --max-memory or the machine cannot hold it."""
+    here = memory.limit()
+    limit = min(options.max_memory or here, here)
+    base = BASE_MEMORY_CALIBRATED if method.needs else BASE_MEMORY
+    usable = cores()
+    workers = usable
+    while workers > 1 and base + _in_flight(tasks, workers) > limit:
+        workers -= 1
+    peak = base + _in_flight(tasks, workers)
+    seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
+    if method.needs:
+        from ..calibrate import blocks
+
+        schemes = {t.name: t.scheme for t in tasks if t.scheme is not None}
+        cost = blocks.predict_cost(source, schemes, options.calib_samples, options.calib_len, method)
+        peak = max(peak, base + cost.nbytes)
+        seconds += 6.0 + cost.flops / _matmul_rate(device.id)
+    if peak > limit:
+        allowed = "--max-memory allows" if limit < here else "this process can have"
+        raise QkitError(
+            f"about {units.size(peak)} of memory are needed (predicted); {allowed} {units.size(limit)}",
+            "use --method rtn, fewer or shorter calibration samples, or a machine with more memory"
+            if method.needs
+            else "raise --max-memory: the largest tensor has to fit",
+        )
+    return Prediction(workers, peak, seconds)
+
+
+def _in_flight(tasks: Sequence[Task], workers: int) -> int:
+    """Most bytes alive at once while `workers` produce tensors in order and one more is being written.
+
+    A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
+    held = [t.bytes_in + t.numel + t.bytes_out if t.scheme else t.bytes_in for t in tasks]
+    return max((sum(held[i : i + workers + 1]) for i in range(len(held))), default=0)
+
+
+def _matmul_rate(device: str) -> float:
+    """FLOP/s of a float32 matmul of the kind GPTQ spends its time in, from a probe of a few milliseconds."""
+    import time
+
+    import torch
+
+    a = torch.ones(1024, 1024, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

@@ -1,0 +1,73 @@
+"""What is noted of each tensor while it is converted: errors, digests, what computed it."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QkitError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.weight import Weight
+    from .tasks import Task
+
+_SLAB = 1 << 24  # weights compared at a time: 128 MiB in float64
+
+
+def computed_on(device: str) -> str:
+    """What a calibrated result's last bits depend on: the order of sums changes with it ("cpu avx512, 2 threads")."""
+    import torch
+
+    from ..kernels import backend
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}, kernels {backend()}, {torch.get_num_threads()} threads"
+
+
+def record(task: Task, method: str, weight_error: float, **more: Any) -> dict[str, Any]:
+    """The manifest's entry for a quantized weight. weight_error: ||W - Wq|| / ||W||, Frobenius."""
+    assert task.scheme is not None
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in more.items() if v is not None}
+    return {
+        "scheme": asdict(task.scheme),
+        "method": method,
+        "shape": list(task.meta.shape),
+        "weight_error": float(f"{weight_error:.6g}"),
+        **rounded,
+    }
+
+
+def weight_error(weight: torch.Tensor, q: Weight) -> float:
+    """||W - Wq|| / ||W||, Frobenius, accumulated in float64, a slab of rows at a time: no whole copy is made."""
+    from ..kernels.codes import values_of
+
+    lost = total = 0.0
+    step = max(1, _SLAB // max(1, weight.shape[1]))
+    for a in range(0, weight.shape[0], step):
+        w = weight[a : a + step].double()
+        total += float(w.square().sum())
+        lost += float((w - values_of(q.rows(a, a + step)).double()).square_().sum())
+    return float((lost / total) ** 0.5) if total else 0.0
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises QkitError naming the tensor where it holds NaN or infinity."""
+    import torch
+
+    if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+        low, high = torch.aminmax(tensor)  # NaN wins both, infinity one; unlike isfinite it makes no copy
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            hint = "the checkpoint is damaged: fetch or train it again"
+            raise QkitError(f"{name} contains NaN or infinite values", hint)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """What tells whether a source tensor is still what it was when it was read ("crc32:0a1b2c3d"): of its values as
+    they are read, whatever file they lie in. Not a defence against forgery, which the hashes of the files are."""
+    from ..storage.writer import tensor_bytes
+
+    return f"crc32:{zlib.crc32(tensor_bytes(tensor)):08x}"

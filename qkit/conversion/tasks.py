@@ -1,0 +1,104 @@
+"""What a conversion consists of: tasks (source tensors -> output tensors) and the files that hold their outputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import QkitError
+from ..models.families import BLOCK, why_kept
+from ..spec import LayerSpec
+from ..spec.dtypes import TensorMeta
+
+SHARD_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Task:
+    """Source tensors and what becomes of them.
+
+    sources  names of one tensor, or of several of the same shape that are stacked along a new first dimension
+    meta     of each source
+    scheme   how they are quantized; None: passed through, for `reason`
+    outputs  name and meta of each output, in writing order
+    """
+
+    sources: tuple[str, ...]
+    meta: TensorMeta
+    scheme: LayerSpec | None
+    reason: str
+    outputs: tuple[tuple[str, TensorMeta], ...]
+
+    @property
+    def name(self) -> str:
+        return self.sources[0]
+
+    @property
+    def numel(self) -> int:
+        return self.meta.numel * len(self.sources)
+
+    @property
+    def bytes_in(self) -> int:
+        return self.meta.nbytes * len(self.sources)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(meta.nbytes for _, meta in self.outputs)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether engines see a linear layer here, so that the config must name it where it is not quantized."""
+        return (
+            len(self.meta.shape) == 2
+            and self.name.endswith(".weight")
+            and why_kept(self.name, self.meta) != "embedding"
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file. block: the decoder block whose tensors alone it holds, None for any others."""
+
+    file: str
+    tasks: tuple[Task, ...]
+    block: int | None = None
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(t.bytes_out for t in self.tasks)
+
+
+def check_collisions(tasks: Iterable[Task]) -> None:
+    """Raises QkitError where two outputs have one name."""
+    seen = Counter(name for t in tasks for name, _ in t.outputs)
+    twice = [name for name, n in seen.items() if n > 1]
+    if twice:
+        raise QkitError(f"the output would hold {twice[0]} twice", "the source has clashing tensor names")
+
+
+def make_shards(tasks: Iterable[Task], limit: int = SHARD_BYTES, by_block: bool = False) -> tuple[Shard, ...]:
+    """Split in order into files of at most `limit` bytes (one tensor may exceed it).
+
+    by_block: each decoder block with quantized tensors has files of its own, after everything else: what a calibrated
+    method has finished is then a finished file."""
+    tasks = list(tasks)
+    decoders = {m.string[: m.start(1)] for t in tasks if t.scheme and (m := BLOCK.search(t.name))}
+
+    def block(t: Task) -> int | None:
+        m = BLOCK.search(t.name) if by_block else None
+        return int(m[1]) if m and t.name[: m.start(1)] in decoders else None
+
+    if by_block:
+        tasks.sort(key=lambda t: -1 if (b := block(t)) is None else b)
+    groups: list[tuple[int | None, list[Task]]] = []
+    used = 0
+    for t in tasks:
+        if not groups or groups[-1][0] != block(t) or used + t.bytes_out > limit:
+            groups.append((block(t), []))
+            used = 0
+        groups[-1][1].append(t)
+        used += t.bytes_out
+    n = max(1, len(groups))
+    names = (f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1))
+    return tuple(Shard(name, tuple(own), index) for name, (index, own) in zip(names, groups, strict=False))

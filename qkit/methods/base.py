@@ -1,0 +1,88 @@
+"""What every quantization method offers: one file, one row of the table in `methods`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..kernels.weight import Weight
+    from ..spec import LayerSpec
+
+Shape = tuple[int, int]  # [out, in]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One weight, done.
+
+    method        what was applied: the method's name, or "rtn" after a fallback
+    weight_error  ||W - Wq|| / ||W||, Frobenius; None where it was not computed on the way
+    output_error  squared output error over squared output, on the calibration inputs; None without them
+    fallback      why it did not get the method, or None
+    """
+
+    weight: Weight
+    method: str
+    weight_error: float | None = None
+    output_error: float | None = None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops: multiply-adds count twice; nbytes: at the peak."""
+
+    flops: float = 0.0
+    nbytes: int = 0
+
+
+class Method(Protocol):
+    """A quantization method. A subclass says its `name`, and what of the rest differs from rounding a weight alone.
+
+    needs    the statistic of a layer's inputs that it is given: a key of `calibrate.statistics.STATISTICS`; None: the
+             weights are enough, and each tensor is a task of its own
+    options  names of the conversion's options that are its own; `quantize` gets them as keyword arguments
+    prepares whether `prepare` is to be called, for which the block runs once more
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str | None] = None
+    options: ClassVar[tuple[str, ...]] = ()
+    prepares: ClassVar[bool] = False
+
+    def check(self, spec: LayerSpec) -> str | None:
+        """Why it cannot make weights of that kind, or None."""
+        return None if spec.kind == "int" else f"{self.name} makes integer weights, not {spec.kind}"
+
+    def prepare(
+        self,
+        block: nn.Module,
+        read: Callable[[str], torch.Tensor],
+        statistics: Mapping[tuple[str, ...], Any],
+    ) -> Mapping[str, torch.Tensor]:
+        """What is folded into neighbours before a decoder block is quantized: norms, and the linears behind them.
+
+        block       as transformers builds it, with its weights
+        read        (tensor name within the block) -> its values as the source has them
+        statistics  names of linears that share an input -> the statistic of that input
+        Returns tensor name within the block -> new values; they are written in place of the source's.
+        """
+        return {}
+
+    def quantize(
+        self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
+    ) -> list[Quantized]:
+        """Quantize weights [out_i, in] that share an input, such as q, k and v.
+
+        statistic: that of their input, None where `needs` is. Raises QkitError for what cannot be quantized."""
+        ...
+
+    def cost(self, shapes: Sequence[Shape], tokens: float) -> Cost:
+        """Of quantizing weights that share an input, beside the weights themselves and the forward pass that brings
+        the inputs. tokens: how many are observed."""
+        return Cost()
