@@ -25,6 +25,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     import torch
 
     from qkit.spec.dtypes import TensorMeta
+    from qkit.storage.local import LocalStore
     from qkit.storage.writer import write_safetensors
 
     hidden, wide, kv = 4096, 14336, 1024
@@ -46,7 +47,9 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     ]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(wide * hidden, generator=generator).mul_(0.02).bfloat16()
-    write_safetensors(folder / "model.safetensors", entries, (noise[: m.numel].view(m.shape) for _, m in entries))
+    write_safetensors(
+        LocalStore(folder), "model.safetensors", entries, (noise[: m.numel].view(m.shape) for _, m in entries)
+    )
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

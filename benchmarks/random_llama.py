@@ -30,6 +30,7 @@ from qkit import formats, kernels
 from qkit.kernels.codes import weight_of
 from qkit.spec import integer
 from qkit.spec.dtypes import TensorMeta
+from qkit.storage.local import LocalStore
 from qkit.storage.writer import write_safetensors
 
 GROUP = 128
@@ -126,7 +127,7 @@ def write_folder(folder: Path, config: dict[str, Any], packed: set[str]) -> None
             yield torch.ones(config["hidden_size"], dtype=torch.bfloat16)
 
     folder.mkdir(parents=True)
-    write_safetensors(folder / "model.safetensors", entries, tensors())
+    write_safetensors(LocalStore(folder), "model.safetensors", entries, tensors())
     written = dict(config)
     if packed:
         ignored = [] if "lm_head" in packed else ["lm_head"]

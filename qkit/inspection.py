@@ -53,7 +53,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
 
     source = open_source(model)
     folder = source.folder  # not the user's words: `demo` beside a folder of that name is not that folder
-    manifest = Manifest.load(folder) if folder is not None and (folder / MANIFEST).is_file() else None
+    manifest = Manifest.find(folder)
     if verify and manifest is None:
         raise QkitError(f"{model} has no {MANIFEST}", "only folders written by qkit convert can be verified")
     metas = {name: source.meta(name) for name in source.names()}

@@ -99,7 +99,7 @@ def _finished_block(
 
     found: dict[str, Weight | torch.Tensor] = {}
     for shard in shards:
-        file = SafetensorsFile(work.folder / shard.file)
+        file = SafetensorsFile(work.store.open(shard.file))
         for task in shard.tasks:
             if task.scheme is not None:
                 found |= read_weights(task, fmt, file.read)
@@ -209,7 +209,7 @@ def _write_shard(
             yield from made.outputs
             advance(task.bytes_in)
 
-    written = write_safetensors(work.folder / shard.file, entries, stream())
+    written = write_safetensors(work.store, shard.file, entries, stream())
     for made in noted:
         work.manifest.tensors.update(made.entries)
         work.manifest.sources.update(made.digests)

@@ -34,9 +34,7 @@ def write_companions(plan: Plan, source: Source, fmt: Format, work: Workspace) -
         if sidecar.name not in files:
             files[sidecar.name] = sidecar.read()
     for name, data in sorted(files.items()):
-        path = work.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.manifest.files[name] = file_entry(write_file(path, data))
+        work.manifest.files[name] = file_entry(write_file(work.store, name, data))
     work.manifest.save(work.folder)
 
 

@@ -8,14 +8,14 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import QkitError
 from ..storage.files import os_error
-from ..storage.manifest import MANIFEST, Manifest, hash_file
-from ..storage.writer import TEMPORARY_SUFFIX, remove_temporaries
+from ..storage.local import TEMPORARY_SUFFIX, LocalStore, remove_temporaries
+from ..storage.manifest import MANIFEST, Manifest
+from ..storage.store import hash_file
 
 LOCK = ".lock"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
@@ -77,11 +77,8 @@ def _check_apart(out: Path, place: Path, given: str | None) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What lay at OUT when the run began: relative name -> (bytes, mtime in ns, inode). Only this may be replaced."""
-
-    files: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+# What lies in a folder: relative name -> (bytes, mtime in ns, inode).
+Seen = Mapping[str, tuple[int, int, int]]
 
 
 def look(out: Path) -> Seen:
@@ -92,7 +89,7 @@ def look(out: Path) -> Seen:
             if path.is_symlink() or not path.is_dir():
                 stat = path.lstat()
                 files[str(path.relative_to(out))] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    return Seen(files)
+    return files
 
 
 def finished(out: Path, identity: Mapping[str, Any], restart: bool) -> Manifest | None:
@@ -102,11 +99,11 @@ def finished(out: Path, identity: Mapping[str, Any], restart: bool) -> Manifest 
     with _system_errors("read", out):
         if not out.exists() or not any(out.iterdir()):
             return None
-    if not (out / MANIFEST).is_file():
+    manifest = Manifest.find(out)
+    if manifest is None:
         raise QkitError(f"{out} exists and was not written by qkit", "choose another folder with -o")
-    manifest = Manifest.load(out)
     if restart:
-        strangers = sorted(look(out).files.keys() - manifest.files.keys() - {MANIFEST})
+        strangers = sorted(look(out).keys() - manifest.files.keys() - {MANIFEST})
         if strangers:
             raise QkitError(
                 f"{out} holds {strangers[0]!r}, which qkit did not write, so it is not replaced",
@@ -123,6 +120,7 @@ class Workspace:
 
     def __init__(self, out: Path, folder: Path, manifest: Manifest, seen: Seen, resumed: bool):
         self.out, self.folder, self.manifest, self.seen, self.resumed = out, folder, manifest, seen, resumed
+        self.store = LocalStore(folder)
 
     def has(self, file: str) -> bool:
         """Whether `file` is finished. What an earlier run wrote is hashed before it is counted on."""
@@ -143,7 +141,7 @@ class Workspace:
         command, once the place is free, only renames it."""
         (self.folder / LOCK).unlink(missing_ok=True)
         aside = None
-        if self.seen.files and self.out.exists():
+        if self.seen and self.out.exists():
             if look(self.out) != self.seen:
                 raise self._occupied()
             aside = self.out.with_name(f"{self.out.name}.qkit-old-{secrets.token_hex(4)}")
@@ -170,8 +168,8 @@ class Workspace:
 
 def _remove_seen(folder: Path, seen: Seen) -> None:
     """Remove an earlier result of ours, now aside, file by file: whatever was not seen at the start stays."""
-    now = look(folder).files
-    for name, stamp in seen.files.items():
+    now = look(folder)
+    for name, stamp in seen.items():
         if now.get(name) == stamp:
             (folder / name).unlink(missing_ok=True)
     for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
@@ -190,7 +188,7 @@ def open_workspace(
     expected: the files that the run will write: a killed run may have left one that its manifest does not list yet.
     Raises QkitError where another run holds it, where it belongs to another conversion, holds strangers' files, or
     where a folder beside `out` cannot be renamed."""
-    seen = look(out) if restart else Seen()
+    seen: Seen = look(out) if restart else {}
     folder = partial_dir(out)
     if folder.is_symlink():
         raise QkitError(f"{folder} is a link", "move it away, or choose another folder with -o")
@@ -215,11 +213,10 @@ def open_workspace(
 
 def _manifest(folder: Path, identity: Mapping[str, Any], expected: frozenset[str], restart: bool) -> Manifest:
     """The manifest to go on from: the one in `folder`, or a new one. Only files of ours are discarded."""
-    ours = (folder / MANIFEST).is_file()
-    manifest = Manifest.load(folder) if ours else Manifest(dict(identity))
+    found = Manifest.find(folder)
+    ours, manifest = found is not None, found or Manifest(dict(identity))
     known = {*manifest.files, MANIFEST, LOCK}
-    names = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-    unrecorded = sorted(n for n in names if n not in known and not n.endswith(TEMPORARY_SUFFIX))
+    unrecorded = [n for n in look(folder) if n not in known and not n.endswith(TEMPORARY_SUFFIX)]
     strangers = [n for n in unrecorded if not (ours and (n in expected or _SHARD.fullmatch(n)))]
     if strangers:
         raise QkitError(f"{folder} holds files that are not qkit's ({strangers[0]})", "move them away")
@@ -238,8 +235,7 @@ def _manifest(folder: Path, identity: Mapping[str, Any], expected: frozenset[str
 def _forget_damaged(folder: Path, manifest: Manifest) -> None:
     """Files of an earlier run count only where their bytes are those that were noted."""
     for name, entry in list(manifest.files.items()):
-        path = folder / name
-        if not path.is_file() or hash_file(path).sha256 != entry["sha256"]:
+        if not (folder / name).is_file() or hash_file(LocalStore(folder), name).sha256 != entry["sha256"]:
             del manifest.files[name]
             manifest.complete = False
 

@@ -133,11 +133,13 @@ def _out_folder(out: str | None, model: str) -> Path:
 
 def _manifest(folder: Path | None) -> tuple[dict[str, Any], str | None]:
     """(identity of the conversion, sha256 of the manifest file); ({}, None) where there is no manifest."""
-    from ..storage.manifest import MANIFEST, Manifest, hash_file
+    from ..storage.manifest import MANIFEST, Manifest
+    from ..storage.store import at, hash_file
 
-    if folder is None or not (folder / MANIFEST).is_file():
+    manifest = Manifest.find(folder)
+    if folder is None or manifest is None:
         return {}, None
-    return Manifest.load(folder).identity, hash_file(folder / MANIFEST).sha256
+    return manifest.identity, hash_file(at(folder), MANIFEST).sha256
 
 
 def _conversion(identity: dict[str, Any]) -> dict[str, Any]:

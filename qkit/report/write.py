@@ -18,13 +18,13 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 def write(result: Profile, folder: Path) -> list[Path]:
     """Write the three files into `folder`, each whole or not at all. Raises QkitError where that fails."""
+    from ..storage.local import LocalStore
     from ..storage.writer import write_file
 
     bodies = (to_json(result), to_markdown(result), to_html(result))
-    paths = [folder / name for name in NAMES]
-    for path, body in zip(paths, bodies, strict=True):
-        write_file(path, body.encode())
-    return paths
+    for name, body in zip(NAMES, bodies, strict=True):
+        write_file(LocalStore(folder), name, body.encode())
+    return [folder / name for name in NAMES]
 
 
 def to_json(result: Profile) -> str:

@@ -60,14 +60,12 @@ def _open(spec: str) -> Source:
 
 
 def _open_file(path: Path) -> Source:
-    from ..storage.files import os_error
+    from ..storage.store import open_file, read_bytes
     from .folder import PICKLE_HINT, PICKLE_SUFFIXES
 
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise os_error("read", path, error) from error
+    file = open_file(path)
+    magic = read_bytes(file, 0, min(4, file.nbytes))
+    file.close()
     if magic == b"GGUF" or path.suffix.lower() == ".gguf":
         from .gguf import open_gguf
 

@@ -6,13 +6,15 @@ import hashlib
 import os
 import re
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
-from ..storage.files import first_few, is_plain_name, natural_key, os_error, read_json
+from ..storage.files import first_few, is_plain_name, natural_key, read_json
 from ..storage.safetensors import SafetensorsFile
+from ..storage.store import Store, at, read_file
 from .types import CARD_KEYS, Sidecar, Stored
 
 if TYPE_CHECKING:
@@ -46,62 +48,49 @@ def _is_sidecar(name: str) -> bool:
     return lower.endswith(_SIDECAR_SUFFIXES) or name.upper().startswith(_SIDECAR_STEMS)
 
 
-def _listing(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise os_error("read", folder, error) from error
-
-
-def find_sidecars(folder: Path) -> tuple[Sidecar, ...]:
+def find_sidecars(store: Store) -> tuple[Sidecar, ...]:
     """The files that travel with the weights, sorted by name; those in additional_chat_templates keep that folder
     in their name. Raises QkitError for a link that points nowhere: leaving it out would lose a file silently."""
-    names = [name for name in _listing(folder) if _is_sidecar(name)]
-    if (folder / _TEMPLATES).is_dir():
-        names += [f"{_TEMPLATES}/{name}" for name in _listing(folder / _TEMPLATES) if _is_sidecar(name)]
-    found = []
-    for name in names:
-        path = folder / name
-        if path.is_symlink() and not path.exists():
-            raise QkitError(f"{path} is a link to a file that is not there", "fetch the model again")
-        if path.is_file():
-            found.append(Sidecar(name, path))
-    return tuple(found)
+    names = [name for name in store.names() if _is_sidecar(name)]
+    names += [name for name in store.names(_TEMPLATES) if _is_sidecar(name.rpartition("/")[2])]
+    return tuple(Sidecar(name, store) for name in names)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(store: Store) -> dict[str, str]:
     """The weight_map of an index: tensor name -> shard, which must be the name of a file in the same folder."""
     hint = "the index is damaged: fetch it again"
-    index, _ = read_json(path, hint)
-    weight_map = index.get("weight_map")
+    weight_map = read_json(store, INDEX, hint).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise QkitError(f"{path} has no weight_map", hint)
+        raise QkitError(f"{store.label}/{INDEX} has no weight_map", hint)
     for name, shard in weight_map.items():
         if not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise QkitError(
-                f"{path} maps {name!r} to {str(shard)[:200]!r}, which is not a safetensors file in its folder", hint
+                f"{store.label}/{INDEX} maps {name!r} to {str(shard)[:200]!r}, "
+                "which is not a safetensors file in its folder",
+                hint,
             )
-    missing = sorted({s for s in weight_map.values() if not (path.parent / s).exists()}, key=natural_key)
+    missing = sorted({shard for shard in weight_map.values()} - set(store.names()), key=natural_key)
     if missing:
         raise QkitError(
-            f"{path.parent} lacks {len(missing)} of {len(set(weight_map.values()))} shards: {first_few(missing)}",
+            f"{store.label} lacks {len(missing)} of {len(set(weight_map.values()))} shards: {first_few(missing)}",
             "the download is incomplete: fetch the missing files",
         )
     return weight_map
 
 
-def _open_shards(folder: Path) -> tuple[dict[str, SafetensorsFile], list[SafetensorsFile]]:
-    """(tensor name -> the file it is read from, every file). One file wins over an index, as in transformers."""
-    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
-        return _open_indexed(folder)
-    if (folder / SINGLE).exists():
-        file = SafetensorsFile(folder / SINGLE)
-        return dict.fromkeys(file.names(), file), [file]
-    listing = _listing(folder)
+def _open_shards(store: Store) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the file it is read from. One file wins over an index, as in transformers."""
+    listing = store.names()
+    if SINGLE in listing:
+        file = SafetensorsFile(store.open(SINGLE))
+        return dict.fromkeys(file.names(), file)
+    if INDEX in listing:
+        return _open_indexed(store)
     found = [n for n in listing if n.endswith(".safetensors") and not n.startswith((".", "adapter_"))]
     if len(found) == 1:
-        file = SafetensorsFile(folder / found[0])
-        return dict.fromkeys(file.names(), file), [file]
+        file = SafetensorsFile(store.open(found[0]))
+        return dict.fromkeys(file.names(), file)
+    folder = store.label
     if found:
         raise QkitError(f"{folder} holds {len(found)} safetensors files and no {INDEX}", "fetch the index as well")
     if "adapter_config.json" in listing:
@@ -115,13 +104,13 @@ def _open_shards(folder: Path) -> tuple[dict[str, SafetensorsFile], list[Safeten
     raise QkitError(f"{folder} holds no safetensors weights", f"expected {SINGLE}, or {INDEX} and its shards")
 
 
-def _open_indexed(folder: Path) -> tuple[dict[str, SafetensorsFile], list[SafetensorsFile]]:
-    weight_map = _read_index(folder / INDEX)
-    shards = {n: SafetensorsFile(folder / n) for n in sorted(set(weight_map.values()), key=natural_key)}
+def _open_indexed(store: Store) -> dict[str, SafetensorsFile]:
+    weight_map = _read_index(store)
+    shards = {n: SafetensorsFile(store.open(n)) for n in sorted(set(weight_map.values()), key=natural_key)}
     absent = [name for name, shard in weight_map.items() if name not in shards[shard].entries]
     if absent:
         raise QkitError(
-            f"{folder / INDEX} names {len(absent)} tensors that their shards lack: {first_few(absent)}",
+            f"{store.label}/{INDEX} names {len(absent)} tensors that their shards lack: {first_few(absent)}",
             "index and shards do not belong together: fetch them again",
         )
     where = {name: shards[shard] for name, shard in weight_map.items()}
@@ -132,15 +121,15 @@ def _open_indexed(folder: Path) -> tuple[dict[str, SafetensorsFile], list[Safete
         for name in shard.names():
             if where.setdefault(name, shard) is not shard and name not in weight_map:
                 raise QkitError(
-                    f"{folder}: {name!r} is in {where[name].path.name} and in {shard.path.name}, "
+                    f"{store.label}: {name!r} is in {where[name].file.name} and in {shard.file.name}, "
                     "and the index does not say which counts",
                     "fetch the model again",
                 )
-    return where, list(shards.values())
+    return where
 
 
-def _base_model(folder: Path, config: dict[str, Any]) -> str:
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+def _base_model(folder: Path | None, config: dict[str, Any]) -> str:
+    if folder and folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     name = config.get("_name_or_path")
     if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
@@ -149,12 +138,12 @@ def _base_model(folder: Path, config: dict[str, Any]) -> str:
     return f"{kind} model" if isinstance(kind, str) else "model"
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _metadata(store: Store) -> dict[str, Any]:
     """What the front matter of the model card declares, for the card of what is made from it; {} where unreadable."""
     from huggingface_hub import ModelCard
 
     try:
-        found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        found = ModelCard(read_file(store, "README.md").decode("utf-8"), ignore_metadata_errors=True).data.to_dict()
     except Exception:  # no card, or YAML that is none: never a reason to refuse weights
         return {}
     return {key: found[key] for key in CARD_KEYS if found.get(key)}
@@ -166,37 +155,37 @@ class FolderSource:
     Raises QkitError for anything missing, damaged, or stored as pickle.
     """
 
-    def __init__(self, path: str | Path, label: str | None = None, base_model: str | None = None):
-        self.label = label or str(path)
-        self.path = Path(path)
-        if not os.path.isdir(path):
-            raise QkitError(f"{path} is not a folder")
-        try:
-            self._open(self.path, base_model)
-        except OSError as error:  # a folder that may not be searched, a file that vanishes
-            raise os_error("read", error.filename or path, error) from error
-
-    def _open(self, folder: Path, base_model: str | None) -> None:
-        self._where, self._files = _open_shards(folder)
-        if not (folder / "config.json").exists():
-            raise QkitError(f"{folder} has no config.json", "fetch it from where the weights came from")
-        self.config, raw = read_json(folder / "config.json", "fetch config.json again")
-        self.sidecars = find_sidecars(folder)
-        self.base_model = base_model or _base_model(folder.absolute(), self.config)
+    def __init__(self, place: str | Path | Store, label: str | None = None, base_model: str | None = None):
+        self.folder = Path(place) if isinstance(place, str | Path) else None
+        if self.folder is not None and not os.path.isdir(self.folder):
+            raise QkitError(f"{self.folder} is not a folder")
+        self._store = store = at(place)
+        self.label = label or store.label
+        self._where = _open_shards(store)
+        if not store.has("config.json"):
+            raise QkitError(f"{store.label} has no config.json", "fetch it from where the weights came from")
+        self.config = read_json(store, "config.json", "fetch config.json again")
+        self.sidecars = find_sidecars(store)
+        self.base_model = base_model or _base_model(self.folder and self.folder.absolute(), self.config)
         self._names = sorted(self._where, key=natural_key)
-        self.folder: Path | None = folder
         metas = [self._where[name].meta(name) for name in self._names]
         quantized = bool(self.config.get("quantization_config") or self.config.get("compression_config"))
         self.stored = Stored(sum(m.nbytes for m in metas), dict(Counter(m.dtype for m in metas)), quantized)
-        self.metadata = _metadata(folder) if (folder / "README.md").is_file() else {}
-        digest = hashlib.sha256(hashlib.sha256(raw).digest())
-        for file in self._files:
-            digest.update(f"{file.path.name}\0{file.fingerprint()}\n".encode())
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        return _metadata(self._store) if self._store.has("README.md") else {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(read_file(self._store, "config.json"))
         for name in self._names:
-            digest.update(f"{name}\0{self._where[name].path.name}\n".encode())
+            meta = self.meta(name)
+            digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
+            digest.update(self._where[name].sample(name))
         for sidecar in self.sidecars:
-            digest.update(f"{sidecar.name}\0{hashlib.sha256(sidecar.read()).hexdigest()}\n".encode())
-        self.fingerprint = digest.hexdigest()
+            digest.update(f"{sidecar.name}\0{sidecar.sha256()}\n".encode())
+        return digest.hexdigest()
 
     def names(self) -> list[str]:
         """Tensor names in natural order."""

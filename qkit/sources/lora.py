@@ -13,13 +13,16 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..spec.dtypes import FLOATS, TensorMeta, torch_dtype
 from ..storage.files import first_few, natural_key, read_json
+from ..storage.local import LocalStore
 from ..storage.safetensors import SafetensorsFile
+from ..storage.store import hash_file
 from .folder import PICKLE_HINT
 from .types import Source
 
@@ -156,13 +159,14 @@ class LoraSource:
             raise QkitError(f"there is no adapter folder {folder}", f"name a folder with {CONFIG} and {WEIGHTS}")
         if not os.path.exists(folder / CONFIG):
             raise QkitError(f"{folder} has no {CONFIG}", "name the folder that PEFT's save_pretrained wrote")
-        self._settings, raw = read_json(folder / CONFIG)
+        self._store = LocalStore(folder)
+        self._settings = read_json(self._store, CONFIG)
         _check_config(self._settings, folder)
         if not os.path.exists(folder / WEIGHTS) and os.path.exists(folder / "adapter_model.bin"):
             raise QkitError(f"{folder} holds its weights as a pickle file", PICKLE_HINT)
         self._base = base
         self._base_names = set(base.names())
-        self._file = SafetensorsFile(folder / WEIGHTS)
+        self._file = SafetensorsFile(self._store.open(WEIGHTS))
         self._changes = self._match()
         self._check_tied()
         for name, change in self._changes.items():
@@ -171,11 +175,18 @@ class LoraSource:
         self.base_model = base.base_model
         self.config = base.config
         self.sidecars = base.sidecars
-        self.stored, self.metadata = base.stored, base.metadata
+        self.stored = base.stored
         self.folder: Path | None = None
-        digest = hashlib.sha256(f"{base.fingerprint}\0{self._file.fingerprint()}\0".encode())
-        digest.update(raw)
-        self.fingerprint = digest.hexdigest()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self._base.metadata
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base, the adapter's config, and its weights whole: they are small."""
+        parts = [self._base.fingerprint, *(hash_file(self._store, name).sha256 for name in (CONFIG, WEIGHTS))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def names(self) -> list[str]:
         """Tensor names in natural order: the base's."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..spec.dtypes import TensorMeta
+from ..storage.store import Store, hash_file, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -16,18 +18,28 @@ if TYPE_CHECKING:
 class Sidecar:
     """A file that travels with the weights byte for byte (tokenizer, chat template, ...).
 
-    data is the bytes themselves (rebuilt from a GGUF) or the path to copy them from.
+    data is the bytes themselves (rebuilt from a GGUF) or the store that has the file, under the same name.
     """
 
     name: str
-    data: bytes | Path
+    data: bytes | Store
 
     @property
     def nbytes(self) -> int:
-        return len(self.data) if isinstance(self.data, bytes) else self.data.stat().st_size
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        reader = self.data.open(self.name)
+        reader.close()
+        return reader.nbytes
 
     def read(self) -> bytes:
-        return self.data if isinstance(self.data, bytes) else self.data.read_bytes()
+        return self.data if isinstance(self.data, bytes) else read_file(self.data, self.name)
+
+    def sha256(self) -> str:
+        """Of its bytes, which are not held in memory."""
+        if isinstance(self.data, bytes):
+            return hashlib.sha256(self.data).hexdigest()
+        return hash_file(self.data, self.name).sha256
 
 
 # Of a model card's front matter, what stays true of a quantized copy.
@@ -55,8 +67,8 @@ class Source(Protocol):
                  the user's folder
     config       config.json, parsed
     sidecars     files other than weights and config.json
-    fingerprint  hex digest that changes when any header, sidecar or sampled content does; independent of where the
-                 files lie; cheap (a few spots of every tensor)
+    fingerprint  hex digest of the config, every tensor's name, type, shape and a few spots of its content, and every
+                 sidecar whole; independent of where the files lie and how the tensors are spread over them
     stored       what the tensors take on disk, which for a quantized source is not what `meta` says
     folder       where the files lie, to look for a manifest; None where there is no folder of the model's own
     metadata     what its model card or its file declares: license, language, ... (huggingface_hub's ModelCardData)
@@ -65,15 +77,16 @@ class Source(Protocol):
     label: str
     base_model: str
     config: dict[str, Any]
-    fingerprint: str
     stored: Stored
     folder: Path | None
-    metadata: dict[str, Any]
 
+    # Read-only, so that a source may make them on first use.
     @property
-    def sidecars(self) -> tuple[Sidecar, ...]:
-        """Read-only, so that a source may build them on first use."""
-        ...
+    def fingerprint(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]: ...
 
     def names(self) -> list[str]:
         """Tensor names, sorted by (natural) order: layers.2 before layers.10."""

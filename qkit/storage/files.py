@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QkitError
+from .store import Store, read_bytes
 
 MAX_JSON_BYTES = 100 << 20  # what safetensors allows a header; no config or index comes near it
 
@@ -61,22 +62,22 @@ def first_few(names: list[str], limit: int = 3) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def read_json(path: Path, hint: str | None = None) -> tuple[dict[str, Any], bytes]:
-    """The JSON object in `path`, and the bytes it was read from.
+def read_json(store: Store, name: str, hint: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
 
     Raises QkitError (with `hint`) if the file cannot be read, is not JSON, or is not an object.
     """
+    file = store.open(name)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise QkitError(f"{path} is {size} bytes long, which no {path.name} is", hint)
-        raw = path.read_bytes()
-    except OSError as error:
-        raise os_error("read", path, error) from error
+        if file.nbytes > MAX_JSON_BYTES:
+            raise QkitError(f"{file.label} is {file.nbytes} bytes long, which no {name} is", hint)
+        raw = read_bytes(file)
+    finally:
+        file.close()
     try:
         value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise QkitError(f"{path} is not valid JSON: {error}", hint) from error
+        raise QkitError(f"{file.label} is not valid JSON: {error}", hint) from error
     if not isinstance(value, dict):
-        raise QkitError(f"{path} holds a JSON {type(value).__name__}, not an object", hint)
-    return value, raw
+        raise QkitError(f"{file.label} holds a JSON {type(value).__name__}, not an object", hint)
+    return value

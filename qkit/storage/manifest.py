@@ -6,7 +6,6 @@ It is deterministic (sorted, no times, no paths): the same conversion gives the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,35 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QkitError
-from .files import is_inside, os_error, read_json
-from .writer import FileDigest, write_file
+from .files import is_inside, read_json
+from .store import FileDigest, Store, at, hash_file
+from .writer import write_file
 
 MANIFEST = "qkit_manifest.json"
 SCHEMA = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 4 << 20
 _HINT = "the folder was not written by qkit, or was edited since: convert again with --restart"
 
 
 def file_entry(digest: FileDigest) -> dict[str, Any]:
     """A manifest's entry for one file: {"sha256": hex, "bytes": int}."""
     return {"sha256": digest.sha256, "bytes": digest.nbytes}
-
-
-def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> FileDigest:
-    """SHA-256 and size of a file, streamed; `progress` is called with the bytes of each step."""
-    digest, nbytes = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_CHUNK))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while n := file.readinto(buffer):
-                digest.update(buffer[:n])
-                nbytes += n
-                if progress:
-                    progress(n)
-    except OSError as error:
-        raise os_error("read", path, error) from error
-    return FileDigest(digest.hexdigest(), nbytes)
 
 
 @dataclass
@@ -65,8 +48,8 @@ class Manifest:
     sources: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
-    def save(self, folder: str | Path) -> FileDigest:
-        """Write it to `folder`. Raises QkitError if the system refuses, ValueError for values JSON lacks (NaN)."""
+    def save(self, place: str | Path | Store) -> FileDigest:
+        """Write it to a folder. Raises QkitError if the system refuses, ValueError for values JSON lacks (NaN)."""
         table = {
             "schema": SCHEMA,
             "complete": self.complete,
@@ -76,20 +59,21 @@ class Manifest:
             "sources": self.sources,
         }
         text = json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return write_file(Path(folder) / MANIFEST, text.encode("utf-8") + b"\n")
+        return write_file(at(place), MANIFEST, text.encode("utf-8") + b"\n")
 
     @classmethod
-    def find(cls, folder: str | Path | None) -> Manifest | None:
-        """The manifest of `folder`, None where there is no folder or none in it. Raises QkitError for a broken one."""
-        return None if folder is None or not Path(folder, MANIFEST).is_file() else cls.load(folder)
+    def find(cls, place: str | Path | Store | None) -> Manifest | None:
+        """The manifest of a folder, None where there is no folder or none in it. Raises QkitError for a broken one."""
+        return None if place is None or not at(place).has(MANIFEST) else cls.load(place)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of `folder`; raises QkitError where there is none or it is not one."""
-        path = Path(folder) / MANIFEST
-        if not os.path.exists(path):
-            raise QkitError(f"{folder} has no {MANIFEST}", "only folders written by qkit have one")
-        table, _ = read_json(path, _HINT)
+    def load(cls, place: str | Path | Store) -> Manifest:
+        """The manifest of a folder; raises QkitError where there is none or it is not one."""
+        store = at(place)
+        if not store.has(MANIFEST):
+            raise QkitError(f"{store.label} has no {MANIFEST}", "only folders written by qkit have one")
+        path = f"{store.label}/{MANIFEST}"
+        table = read_json(store, MANIFEST, _HINT)
         schema = table.get("schema")
         if type(schema) is not int:
             raise QkitError(f"{path} is not a qkit manifest: it has no schema number", _HINT)
@@ -100,36 +84,32 @@ class Manifest:
             raise QkitError(f"{path} is not a valid manifest: {problem}", _HINT)
         return cls(**{key: table[key] for key in ("identity", "files", "tensors", "sources", "complete")})
 
-    def verify(self, folder: str | Path, progress: Callable[[int], None] | None = None) -> list[str]:
-        """Compare `folder` with the manifest, byte for byte; returns the problems, in a fixed order.
+    def verify(self, place: str | Path | Store, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Compare a folder with the manifest, byte for byte; returns the problems, in a fixed order.
 
         progress is called with the number of bytes hashed since the last call, from more than one thread.
         """
-        folder = Path(folder)
+        store = at(place)
         names = sorted(self.files)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda name: self._check(folder, name, progress), names)
+            found = pool.map(lambda name: self._check(store, name, progress), names)
             problems = [problem for problem in found if problem]
-        try:
-            extra = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in self.files)
-        except OSError as error:
-            raise os_error("read", folder, error) from error
+        extra = [name for name in store.names() if name.endswith(".safetensors") and name not in self.files]
         problems += [f"{name}: not in the manifest" for name in extra]
         if not self.complete:
             problems.append("the conversion is not complete")
         return problems
 
-    def _check(self, folder: Path, name: str, progress: Callable[[int], None] | None) -> str | None:
-        path, expected = folder / name, self.files[name]
-        if not os.path.isfile(path):
-            return f"{name}: missing"
-        size = os.path.getsize(path)
-        if size != expected["bytes"]:
-            return f"{name}: {size} bytes, expected {expected['bytes']}"
+    def _check(self, store: Store, name: str, progress: Callable[[int], None] | None) -> str | None:
+        expected = self.files[name]
         try:
-            found = hash_file(path, progress)
+            if not store.has(name):
+                return f"{name}: missing"
+            found = hash_file(store, name, progress)
         except QkitError as error:
             return f"{name}: {error.message}"
+        if found.nbytes != expected["bytes"]:
+            return f"{name}: {found.nbytes} bytes, expected {expected['bytes']}"
         if found.sha256 != expected["sha256"]:
             return f"{name}: its content changed (SHA-256 differs)"
         return None

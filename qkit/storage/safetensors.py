@@ -7,24 +7,20 @@ refuses duplicate names, which other readers silently drop.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import QkitError
 from ..spec.dtypes import ITEMSIZE, TensorMeta
 from .buffers import empty
-from .files import os_error
-from .samples import spots
+from .samples import sample
+from .store import Reader, open_file, read_bytes
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
-_MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB per call
 _BROKEN = "the file is damaged or was not downloaded completely: fetch it again"
 
 
@@ -116,39 +112,27 @@ class SafetensorsFile:
     Raises QkitError if the file cannot be read or its header is not valid.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, file: str | os.PathLike[str] | Reader):
+        self.file = open_file(file)
+        self.nbytes = self.file.nbytes
         try:
-            self._fd = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise os_error("read", self.path, error) from error
-        self._close = weakref.finalize(self, os.close, self._fd)
-        try:
-            header = self._open()
-            self.entries, self.metadata = parse_header(header, self.nbytes)
-        except OSError as error:
-            self.close()
-            raise os_error("read", self.path, error) from error
+            self.entries, self.metadata = parse_header(self._header(), self.nbytes)
         except UnknownDtype as error:
             self.close()
             hint = "a newer qkit may; or take a version of the model in BF16, F16 or F32"
-            raise QkitError(f"{self.path}: {error}", hint) from error
+            raise QkitError(f"{self.file.label}: {error}", hint) from error
         except ValueError as error:
             self.close()
-            raise QkitError(f"{self.path} is not a valid safetensors file: {error}", _BROKEN) from error
+            raise QkitError(f"{self.file.label} is not a valid safetensors file: {error}", _BROKEN) from error
         except BaseException:
             self.close()
             raise
-        self._header_digest = hashlib.sha256(header).digest()
 
-    def _open(self) -> bytes:
+    def _header(self) -> bytes:
         """The header's bytes; every length is compared with the file before anything is allocated."""
-        stat = os.fstat(self._fd)
-        self.nbytes = stat.st_size
-        self._stamp = (stat.st_size, stat.st_mtime_ns)
-        start = os.pread(self._fd, 8, 0)
+        start = read_bytes(self.file, 0, min(8, self.nbytes))
         if start == b"version ":
-            raise QkitError(f"{self.path} is a Git LFS pointer, not the file itself", "run: git lfs pull")
+            raise QkitError(f"{self.file.label} is a Git LFS pointer, not the file itself", "run: git lfs pull")
         if len(start) < 8:
             raise ValueError(f"it is {self.nbytes} bytes long")
         length = int.from_bytes(start, "little")
@@ -156,13 +140,11 @@ class SafetensorsFile:
             raise ValueError(f"its header claims {length} bytes, the file has {self.nbytes - 8} after the length")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header of {length} bytes is over the format's limit of {MAX_HEADER_BYTES}")
-        buffer = bytearray(length)
-        self._read_into(memoryview(buffer), 8)
-        return bytes(buffer)
+        return read_bytes(self.file, 8, length)
 
     def close(self) -> None:
         """Close the file; harmless when already closed. Happens by itself when the object goes away."""
-        self._close()
+        self.file.close()
 
     def names(self) -> list[str]:
         """Tensor names, in the order of their data."""
@@ -174,41 +156,15 @@ class SafetensorsFile:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own; KeyError for an unknown name, QkitError if the file changed."""
-        entry = self.entries[name]
-        return self._tensor(entry.meta, entry.offset)
-
-    def fingerprint(self) -> str:
-        """Hex digest over the header, the size and a few spots of every tensor: it tells two fine-tunes of one model
-        apart, whichever tensors differ, without reading them."""
-        digest = hashlib.sha256(self._header_digest)
-        digest.update(self.nbytes.to_bytes(8, "little"))
-        try:
-            for entry in self.entries.values():
-                for at, length in spots(entry.offset, entry.meta.nbytes):
-                    digest.update(os.pread(self._fd, length, at))
-        except OSError as error:
-            raise os_error("read", self.path, error) from error
-        return digest.hexdigest()
-
-    def _tensor(self, meta: TensorMeta, offset: int) -> torch.Tensor:
         import torch
 
+        meta, offset = self.entries[name]
         tensor = empty(meta)
         if meta.numel:
-            try:
-                self._read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
-            except OSError as error:
-                raise os_error("read", self.path, error) from error
+            self.file.read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
         return tensor
 
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`. pread keeps no position, so threads need no lock."""
-        done = 0
-        while done < len(buffer):
-            n = os.preadv(self._fd, [buffer[done : done + _MAX_READ]], offset + done)
-            if n == 0:
-                break
-            done += n
-        stat = os.fstat(self._fd)
-        if done < len(buffer) or (stat.st_size, stat.st_mtime_ns) != self._stamp:
-            raise QkitError(f"{self.path} changed while it was being read", "leave the source alone and start again")
+    def sample(self, name: str) -> bytes:
+        """A few spots of the tensor's bytes, all of a small one's."""
+        meta, offset = self.entries[name]
+        return sample(self.file, offset, meta.nbytes)

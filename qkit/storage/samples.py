@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .store import Reader, read_bytes
+
 _WHOLE = 4096  # bytes: below that a tensor is looked at whole
 _SPOTS, _SPOT = 4, 1024
+
+
+def sample(reader: Reader, offset: int, nbytes: int) -> bytes:
+    """A few spots of the `nbytes` of a tensor at `offset`. Raises QkitError where the file changed."""
+    return b"".join(read_bytes(reader, at, length) for at, length in spots(offset, nbytes))
 
 
 def spots(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:

@@ -271,7 +271,7 @@ def test_system_errors_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*_: object, **__: object) -> bool:
         raise PermissionError(13, "Permission denied", str(tmp_path / "config.json"))
 
-    monkeypatch.setattr(Path, "exists", refuse)
-    with pytest.raises(QkitError, match=r"cannot read .*config\.json: Permission denied") as caught:
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(QkitError, match=r"cannot read .*: Permission denied") as caught:
         FolderSource(tmp_path)
     assert "permissions" in (caught.value.hint or "")

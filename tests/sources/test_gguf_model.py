@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import qkit
 from qkit.errors import QkitError
+from qkit.sources import open_source
 from qkit.sources.gguf import open_gguf
 from qkit.sources.types import Source
+from qkit.spec.dtypes import TensorMeta
 
 TINY = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -226,7 +230,8 @@ def test_refusals(tiny, tmp_path):
 
 
 def test_quantized_tensors_and_names(tiny, tmp_path):
-    """Q8_0 and Q4_0 in the file, bf16 out: equal to the oracle's values; natural order; metadata carried."""
+    """Q8_0 and Q4_0 in the file, bf16 out: equal to the oracle's values; natural order; metadata carried. What is
+    stored as floats stays as it is."""
     kinds = {"ffn_gate": gguf.GGMLQuantizationType.Q8_0, "ffn_up": gguf.GGMLQuantizationType.Q4_0}
     tensors = {k: (v, kinds[k.split(".")[2]]) if k.split(".")[2:3] and k.split(".")[2] in kinds else v
                for k, v in tiny[1].items()}  # fmt: skip
@@ -240,9 +245,23 @@ def test_quantized_tensors_and_names(tiny, tmp_path):
         assert torch.equal(got, expected) and got.is_contiguous()
     for name in source.names():
         meta, tensor = source.meta(name), source.read(name)
-        assert (meta.dtype, meta.shape) == ("BF16", tuple(tensor.shape)) and tensor.dtype == torch.bfloat16
+        quantized = name.endswith(("gate_proj.weight", "up_proj.weight"))
+        assert meta == TensorMeta("BF16" if quantized else "F32", tuple(tensor.shape))
+        assert tensor.dtype == (torch.bfloat16 if quantized else torch.float32)
     with pytest.raises(KeyError):
         source.meta("nope")
+
+
+@pytest.mark.parametrize(("numpy_type", "dtype"), [(np.float16, "F16"), (np.float32, "F32")])
+def test_floats_that_bfloat16_cannot_hold_are_kept(tiny, tmp_path, numpy_type, dtype):
+    name = "blk.0.ffn_up.weight"
+    fine = (1 + np.arange(tiny[1][name].size) % 1000 / 1024).astype(numpy_type).reshape(tiny[1][name].shape)
+    source = open_gguf(write(tmp_path / "f.gguf", "llama", tiny[0], {**tiny[1], name: fine}))
+    ours = "model.layers.0.mlp.up_proj.weight"
+    assert source.meta(ours).dtype == dtype
+    assert torch.equal(source.read(ours), torch.from_numpy(fine))
+    qkit.convert(str(tmp_path / "f.gguf"), tmp_path / "out", format="safetensors")
+    assert torch.equal(open_source(str(tmp_path / "out")).read(ours), torch.from_numpy(fine))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qkit.errors import QkitError
+from qkit.storage.local import LocalStore
 from qkit.storage.manifest import MANIFEST, Manifest, file_entry
 from qkit.storage.writer import write_file
 
@@ -21,7 +22,7 @@ def make(folder: Path) -> Manifest:
     manifest = Manifest({"scheme": "w4a16", "source": "é"}, complete=True)
     for name in ("model-00001.safetensors", "config.json", "sub/x.jinja"):
         (folder / name).parent.mkdir(exist_ok=True)
-        manifest.files[name] = file_entry(write_file(folder / name, name.encode() * 1000))
+        manifest.files[name] = file_entry(write_file(LocalStore(folder), name, name.encode() * 1000))
     manifest.tensors["a"] = {"scheme": "int4", "rmse": 0.25}
     manifest.save(folder)
     return manifest
@@ -32,7 +33,7 @@ def test_round_trip_and_determinism(tmp_path: Path) -> None:
     first = (tmp_path / MANIFEST).read_bytes()
     assert Manifest.load(tmp_path) == manifest
     shuffled = Manifest(
-        dict(reversed(manifest.identity.items())), dict(reversed(manifest.files.items())), manifest.tensors, True
+        dict(reversed(manifest.identity.items())), dict(reversed(manifest.files.items())), manifest.tensors, {}, True
     )
     shuffled.save(tmp_path)
     assert (tmp_path / MANIFEST).read_bytes() == first
@@ -66,8 +67,8 @@ def test_verify_reports_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.
 
     manifest = make(tmp_path)
 
-    def refuse(path: Path, progress: object) -> None:
-        raise QkitError(f"cannot read {path.name}: Input/output error")
+    def refuse(store: LocalStore, name: str, progress: object) -> None:
+        raise QkitError(f"cannot read {name}: Input/output error")
 
     monkeypatch.setattr(module, "hash_file", refuse)
     assert manifest.verify(tmp_path)[0] == "config.json: cannot read config.json: Input/output error"

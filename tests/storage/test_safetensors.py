@@ -153,14 +153,14 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         file.read("a")
 
 
-def test_fingerprint_follows_content_and_not_the_place(tmp_path: Path) -> None:
-    def fingerprint(name: str, value: float) -> str:
+def test_samples_follow_content_and_not_the_place(tmp_path: Path) -> None:
+    def sample(name: str, value: float) -> bytes:
         save_file({"a": torch.full((3000,), value)}, tmp_path / name)
-        return SafetensorsFile(tmp_path / name).fingerprint()
+        return SafetensorsFile(tmp_path / name).sample("a")
 
-    first = fingerprint("a.safetensors", 1.0)
-    assert fingerprint("b.safetensors", 1.0) == first
-    assert fingerprint("c.safetensors", 2.0) != first
+    first = sample("a.safetensors", 1.0)
+    assert sample("b.safetensors", 1.0) == first
+    assert sample("c.safetensors", 2.0) != first
 
 
 @FUZZ

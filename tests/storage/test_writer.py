@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,19 @@ from safetensors.torch import load_file
 
 from qkit.errors import QkitError
 from qkit.spec.dtypes import TensorMeta, dtype_name
-from qkit.storage import writer
+from qkit.storage import local, writer
+from qkit.storage.local import LocalStore, remove_temporaries
 from qkit.storage.safetensors import SafetensorsFile
-from qkit.storage.writer import copy_file, file_bytes, remove_temporaries, write_file, write_safetensors
+from qkit.storage.store import FileDigest
+from qkit.storage.writer import file_bytes
+
+
+def write_file(path: Path, data: bytes) -> FileDigest:
+    return writer.write_file(LocalStore(path.parent), path.name, data)
+
+
+def write_safetensors(path: Path, *given: Any) -> FileDigest:
+    return writer.write_safetensors(LocalStore(path.parent), path.name, *given)
 
 
 def entries_of(tensors: dict[str, torch.Tensor]) -> list[tuple[str, TensorMeta]]:
@@ -123,17 +134,14 @@ def test_a_failing_producer_leaves_the_old_file(tmp_path: Path, failure: type[Ba
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["m.safetensors"]
 
 
-def test_write_and_copy_file(tmp_path: Path) -> None:
-    data = os.urandom(writer._CHUNK + 12345)
+def test_write_file(tmp_path: Path) -> None:
+    data = os.urandom(local._CHUNK + 12345)
     first = write_file(tmp_path / "a", data)
-    second = copy_file(tmp_path / "a", tmp_path / "b")
-    assert first == second and first.sha256 == hashlib.sha256(data).hexdigest() and first.nbytes == len(data)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == data
+    assert first.sha256 == hashlib.sha256(data).hexdigest() and first.nbytes == len(data)
+    assert (tmp_path / "a").read_bytes() == data
     write_file(tmp_path / "a", b"")
     assert (tmp_path / "a").read_bytes() == b""
-    with pytest.raises(QkitError, match="cannot read"):
-        copy_file(tmp_path / "absent", tmp_path / "c")
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
@@ -184,7 +192,7 @@ def test_system_errors_carry_a_hint(
     def refuse(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(writer.os, call, refuse)
+    monkeypatch.setattr(local.os, call, refuse)
     with pytest.raises(QkitError) as caught:
         write_file(tmp_path / "a", b"x" * 100_000)
     monkeypatch.undo()
@@ -211,7 +219,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: str, flags: int, mode: int = 0o777) -> int:
         return real_open("/dev/full", os.O_WRONLY) if flags & os.O_EXCL else real_open(path, flags, mode)
 
-    monkeypatch.setattr(writer.os, "open", full)
+    monkeypatch.setattr(local.os, "open", full)
     with pytest.raises(QkitError, match="No space left") as caught:
         write_safetensors(tmp_path / "m", [("a", TensorMeta("F32", (100,)))], [torch.ones(100)])
     assert "disk is full" in (caught.value.hint or "")
@@ -219,6 +227,8 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KILLED = """
 import sys, time, torch
+from pathlib import Path
+from qkit.storage.local import LocalStore
 from qkit.storage.writer import write_safetensors
 from qkit.spec.dtypes import TensorMeta
 def produce():
@@ -226,7 +236,8 @@ def produce():
     print("half", flush=True)
     time.sleep(60)
     yield torch.ones(100_000)
-write_safetensors(sys.argv[1], [(n, TensorMeta("F32", (100_000,))) for n in "ab"], produce())
+path = Path(sys.argv[1])
+write_safetensors(LocalStore(path.parent), path.name, [(n, TensorMeta("F32", (100_000,))) for n in "ab"], produce())
 """
 
 

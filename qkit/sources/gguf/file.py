@@ -7,17 +7,15 @@ header is read on opening. What the tensors mean to a model is in model.py.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import struct
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import QkitError
-from ...storage.files import os_error
-from ...storage.samples import spots
+from ...storage.samples import sample
+from ...storage.store import Reader, Store, at, open_file, read_bytes
 from .ggml import GGML_TYPES, GgmlType, dequantize
 
 if TYPE_CHECKING:
@@ -70,8 +68,8 @@ class TensorInfo(NamedTuple):
 class _Cursor:
     """Reads the header front to back; every length is checked against the file before it is used."""
 
-    def __init__(self, fd: int, size: int):
-        self.fd, self.size = fd, size
+    def __init__(self, file: Reader):
+        self.file, self.size = file, file.nbytes
         self.buffer = bytearray()
         self.at = 0
 
@@ -86,10 +84,8 @@ class _Cursor:
             raise ValueError(f"its header is over {MAX_HEADER_BYTES} bytes, inside {what}")
         while len(self.buffer) < end:
             want = max(end - len(self.buffer), _READ if self.buffer else _FIRST_READ)
-            piece = os.pread(self.fd, want, len(self.buffer))
-            if not piece:
-                raise ValueError(f"it was cut off at byte {len(self.buffer)} while being read")
-            self.buffer += piece
+            start = len(self.buffer)
+            self.buffer += read_bytes(self.file, start, min(want, self.size - start))
 
     def unpack(self, layout: str, what: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + layout)
@@ -145,29 +141,22 @@ class _Cursor:
 class _Part:
     """One file: the whole model, or a part of a split one."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, file: Reader):
+        self.file, self.path = file, file.label
         try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise os_error("read", path, error) from error
-        self.close = weakref.finalize(self, os.close, self.fd)
-        try:
-            stat = os.fstat(self.fd)
-            self.stamp = (stat.st_size, stat.st_mtime_ns)
-            self.metadata, self.tensors = self._parse(stat.st_size)
-        except OSError as error:
-            self.close()
-            raise os_error("read", path, error) from error
+            self.metadata, self.tensors = self._parse(file.nbytes)
         except ValueError as error:
             self.close()
-            raise QkitError(f"{path} is not a valid GGUF file: {error}", _BROKEN) from error
+            raise QkitError(f"{self.path} is not a valid GGUF file: {error}", _BROKEN) from error
         except BaseException:
             self.close()
             raise
 
+    def close(self) -> None:
+        self.file.close()
+
     def _parse(self, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-        cursor = _Cursor(self.fd, size)
+        cursor = _Cursor(self.file)
         self._check_version(cursor)
         tensor_count, pair_count = cursor.unpack("QQ", "the counts")
         # The least a pair and a tensor can take; a bogus count is refused before anything is looped over.
@@ -204,7 +193,7 @@ class _Part:
         return metadata, tensors
 
     def _check_version(self, cursor: _Cursor) -> None:
-        if bytes(os.pread(self.fd, 8, 0)) == b"version ":
+        if read_bytes(self.file, 0, min(8, self.file.nbytes)) == b"version ":
             raise QkitError(f"{self.path} is a Git LFS pointer, not the file itself", "run: git lfs pull")
         magic, version = cursor.unpack("4sI", "the magic number and the version")
         if magic != b"GGUF":
@@ -247,9 +236,12 @@ class GgufFile:
     tensors   name -> TensorInfo
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._parts = [_Part(self.path)]
+    def __init__(self, file: str | Path | Reader, store: Store | None = None):
+        """store: where further parts of a split model are; by default the folder that `file` is the path of."""
+        first = open_file(file)
+        self._store = store or at(Path(first.label).parent)
+        self.path, self.name = Path(first.label), first.name
+        self._parts = [_Part(first)]
         self.metadata = self._parts[0].metadata
         count = self.metadata.get("split.count", 0)
         if type(count) is int and count > 1:
@@ -262,7 +254,7 @@ class GgufFile:
                 self.tensors[name] = info._replace(part=number)
 
     def _open_parts(self, count: int) -> None:
-        match = _SPLIT.fullmatch(self.path.name)
+        match = _SPLIT.fullmatch(self.name)
         number = self.metadata.get("split.no", 0)
         if match is None or int(match[3]) != count:
             raise QkitError(
@@ -273,7 +265,7 @@ class GgufFile:
             first = f"{match[1]}-00001-of-{match[3]}.gguf"
             raise QkitError(f"{self.path} is not the first part of the model", f"name the first part: {first}")
         for i in range(1, count):
-            part = _Part(self.path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf"))
+            part = _Part(self._store.open(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf"))
             if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
                 raise QkitError(f"{part.path} is not part {i + 1} of {count}", _BROKEN)
             self._parts.append(part)
@@ -288,13 +280,9 @@ class GgufFile:
         model apart, whichever tensors differ, without reading them."""
         digest = hashlib.sha256()
         for part in self._parts:
-            digest.update(part.header_digest + part.stamp[0].to_bytes(8, "little"))
-            try:
-                for info in part.tensors.values():
-                    for at, length in spots(info.offset, info.nbytes):
-                        digest.update(os.pread(part.fd, length, at))
-            except OSError as error:
-                raise os_error("read", part.path, error) from error
+            digest.update(part.header_digest + part.file.nbytes.to_bytes(8, "little"))
+            for info in part.tensors.values():
+                digest.update(sample(part.file, info.offset, info.nbytes))
         return digest.hexdigest()
 
     def read(self, name: str, dtype: torch.dtype, index: int | None = None) -> torch.Tensor:
@@ -313,35 +301,18 @@ class GgufFile:
         if index is not None:
             nbytes //= shape[0]
             shape, offset = shape[1:], offset + index * nbytes
-        try:
-            stat = os.fstat(part.fd)
-            if (stat.st_size, stat.st_mtime_ns) != part.stamp:
-                raise QkitError(f"{part.path} changed while it was being read", "start again")
-            out = torch.empty(shape, dtype=dtype)
-            flat = out.view(-1)
-            if info.type.plain and torch_dtype(info.type.plain) == dtype:
-                _read_into(part, flat.view(torch.uint8), offset)
-                return out
-            step = _DATA_READ // info.type.block_bytes * info.type.block_bytes
-            values = info.type.block_size
-            raw = torch.empty(min(step, nbytes), dtype=torch.uint8)
-            for start in range(0, nbytes, step):
-                piece = raw[: min(step, nbytes - start)]
-                _read_into(part, piece, offset + start)
-                first = start // info.type.block_bytes * values
-                count = len(piece) // info.type.block_bytes * values
-                dequantize(piece, info.type, flat[first : first + count])
-        except OSError as error:
-            raise os_error("read", part.path, error) from error
+        out = torch.empty(shape, dtype=dtype)
+        flat = out.view(-1)
+        if info.type.plain and torch_dtype(info.type.plain) == dtype:
+            part.file.read_into(flat.view(torch.uint8).numpy().data, offset)
+            return out
+        step = _DATA_READ // info.type.block_bytes * info.type.block_bytes
+        values = info.type.block_size
+        raw = torch.empty(min(step, nbytes), dtype=torch.uint8)
+        for start in range(0, nbytes, step):
+            piece = raw[: min(step, nbytes - start)]
+            part.file.read_into(piece.numpy().data, offset + start)
+            first = start // info.type.block_bytes * values
+            count = len(piece) // info.type.block_bytes * values
+            dequantize(piece, info.type, flat[first : first + count])
         return out
-
-
-def _read_into(part: _Part, out: torch.Tensor, offset: int) -> None:
-    """Fill `out` (uint8, contiguous) from the file; QkitError where it ends early."""
-    view = out.numpy().data
-    done = 0
-    while done < len(view):
-        count = os.preadv(part.fd, [view[done : done + (1 << 30)]], offset + done)
-        if count == 0:
-            raise QkitError(f"{part.path} ends at byte {offset + done}, it was longer when opened", _BROKEN)
-        done += count

@@ -44,13 +44,16 @@ class Slot:
 
 
 class GgufSource:
-    """`types.Source` over a GGUF file; every tensor is dequantized to `dtype` as it is read. Thread-safe.
+    """`types.Source` over a GGUF file; every tensor is dequantized as it is read. Thread-safe.
+
+    dtype: of every tensor; None: floats as they are stored, quantized ones as bfloat16 (rounded once, by at most 2**-9
+    of each value).
 
     Raises QkitError on opening as `gguf.open_gguf` says.
     """
 
-    def __init__(self, file: GgufFile, base_model: str | None = None, dtype: str = "BF16"):
-        if dtype not in _DTYPES:
+    def __init__(self, file: GgufFile, base_model: str | None = None, dtype: str | None = None):
+        if dtype is not None and dtype not in _DTYPES:
             raise QkitError(f"tensors cannot be read as {dtype!r}", f"use {', '.join(_DTYPES)}")
         self._file, self._dtype = file, dtype
         self.label = str(file.path)
@@ -60,14 +63,17 @@ class GgufSource:
         self._check()
         gguf_tokenizer.check(file.metadata, name, self.config["vocab_size"], file.path)
         self.base_model = base_model or _base_model(file)
+        self.folder: Path | None = None
         facts = {key: file.metadata.get(f"general.{key.replace('_', '.')}") for key in CARD_KEYS}
         self.metadata: dict[str, Any] = {key: value for key, value in facts.items() if isinstance(value, str) and value}
-        self.folder: Path | None = None
         infos = file.tensors.values()
         types = Counter(info.type.name for info in infos)
         quantized = any(info.type.plain is None for info in infos)
         self.stored = Stored(sum(info.nbytes for info in infos), dict(types), quantized)
-        self.fingerprint = hashlib.sha256(f"{file.fingerprint()} {dtype}".encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self._file.fingerprint()} {self._dtype}".encode()).hexdigest()
 
     def names(self) -> list[str]:
         """Tensor names in natural order."""
@@ -75,13 +81,17 @@ class GgufSource:
 
     def meta(self, name: str) -> TensorMeta:
         """dtype and shape that `read` returns; KeyError for an unknown name."""
-        return TensorMeta(self._dtype, self._slots[name].shape)
+        slot = self._slots[name]
+        stored = self._file.tensors[slot.gguf].type.plain
+        # What is stored as floats of 16 or 32 bits stays as it is: bfloat16 cannot hold all of them.
+        own = stored if stored in _DTYPES else "F32" if stored == "F64" else "BF16"
+        return TensorMeta(self._dtype or own, slot.shape)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, dequantized: float32 arithmetic, rounded once. Raises QkitError if the file changed."""
         import torch
 
-        slot, dtype = self._slots[name], torch_dtype(self._dtype)
+        slot, dtype = self._slots[name], torch_dtype(self.meta(name).dtype)
         if slot.minus_one:
             return (self._file.read(slot.gguf, torch.float32) - 1).to(dtype).reshape(slot.shape)
         tensor = self._file.read(slot.gguf, dtype, slot.expert).view(slot.shape)
@@ -104,7 +114,7 @@ class GgufSource:
         embedding = file.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise QkitError(f"{file.path}: there is no token embedding (token_embd.weight)")
-        config = build_config(keys, arch, file.tensors, embedding.shape[0], self._dtype)
+        config = build_config(keys, arch, file.tensors, embedding.shape[0], self._dtype or "BF16")
         factors = None
         if _ROPE_FREQS in file.tensors:
             require_readable(file.tensors[_ROPE_FREQS].type, _ROPE_FREQS)
