@@ -49,8 +49,8 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
     if source.stored.quantized:
         lines += [
             f"The source is itself quantized ({source.stored.describe()}; {units.size(source.stored.nbytes)} stored, "
-            f"{units.size(plan.bytes_in)} expanded to bfloat16, each value rounded by 0.2 % at most): what it lost before "
-            "is lost here too.",
+            f"{units.size(plan.bytes_in)} expanded to bfloat16, each value rounded by 0.2 % at most): what it lost "
+            "before is lost here too.",
             "",
         ]
     lines += _table(plan, source, manifest)

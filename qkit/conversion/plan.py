@@ -143,8 +143,8 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     if source.stored.quantized:
         notes.append(
             f"the source is itself quantized: {source.stored.describe()}, {units.size(source.stored.nbytes)} stored; "
-            "its values are expanded to bfloat16 (each rounded by 0.2 % at most), and what it lost before is lost in the "
-            "result too"
+            "its values are expanded to bfloat16 (each rounded by 0.2 % at most), and what it lost before is lost in "
+            "the result too"
         )
     settled = settle(recipe, {name: source.meta(name) for name in source.names()}, fmt, model_dtype(source.config))
     tasks = make_tasks(source, settled.choices, fmt)
