@@ -22,6 +22,7 @@ def codes_of(weight: Weight) -> torch.Tensor:
 
 def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[out, in] in `dtype`: computed in float32, rounded once."""
+    weight = weight.plain()
     if weight.kind == "int" and dtype in FLOATS:
         return dequantize(weight.packed, weight.scale, weight.zero, weight.bits, weight.in_features, dtype)
     return reference.dequantize_weight(weight, dtype)

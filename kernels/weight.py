@@ -29,16 +29,40 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
+class Nested:
+    """Scales of scales, bitsandbytes' double quantization (functional.py, quantize_blockwise): a scale is
+    table[code] * absmax[block] + offset, blocks running over the codes row by row.
+
+    table float32 [256]; absmax float32 [ceil(codes / block)]
+    """
+
+    table: torch.Tensor
+    absmax: torch.Tensor
+    block: int
+    offset: float
+
+    def expand(self, codes: torch.Tensor) -> torch.Tensor:
+        """The scales of uint8 codes, float32 in their shape."""
+        flat = self.table[codes.flatten().int()]
+        absmax = self.absmax.repeat_interleave(self.block)[: flat.numel()]
+        return (flat * absmax + self.offset).view(codes.shape)
+
+
+@dataclass(frozen=True)
 class Weight:
-    """A quantized weight [out, in_features]: value(code[o, i]) * scale[o, i // group].
+    """A quantized weight [out, in_features]: value(code[o, i]) * scale[o // scale_rows, i // group].
 
     kind      "int": value = code - zero. "nf4", "fp4", "mxfp4", "nvfp4": value = TABLES[kind][code]. "fp8": the
               code is an e4m3 number
     packed    int32 [out, ceil(in * bits / 32)]: unsigned codes, low bits first (the layout of `reference`)
-    scale     [out, groups], groups divides in. float32, float16 or bfloat16; "mxfp4": uint8, e8m0 (2**(s - 127));
-              "nvfp4": float8_e4m3fn
+    scale     [ceil(out / scale_rows), groups], groups divides in. float32, float16 or bfloat16; "mxfp4": uint8, e8m0
+              (2**(s - 127)); "nvfp4": float8_e4m3fn; with `nested`: uint8 codes
     zero      uint8 [out, groups], only for "int"; None: 2**(bits-1)
     multiplier  what every scale is multiplied by (nvfp4: 1 / weight_global_scale)
+    scale_rows  outputs that share a row of scales: 1, 128 for FP8 blocks, out for a scale of the whole tensor
+    nested    how the scales are themselves stored, or None
+
+    Kernels take weights as `plain` gives them.
     """
 
     packed: torch.Tensor
@@ -48,6 +72,8 @@ class Weight:
     in_features: int
     kind: str = "int"
     multiplier: float = 1.0
+    scale_rows: int = 1
+    nested: Nested | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError, with the values, unless the tensors fit together."""
@@ -57,6 +83,8 @@ class Weight:
         if self.bits not in bits:
             raise ValueError(f"bits must be {' or '.join(map(str, bits))} for kind {self.kind!r}, not {self.bits}")
         scales = {"mxfp4": (torch.uint8,), "nvfp4": (torch.float8_e4m3fn,)}.get(self.kind, FLOATS)
+        if self.nested is not None:
+            scales = (torch.uint8,)
         check_matrix("packed", self.packed, (torch.int32,))
         check_matrix("scale", self.scale, scales)
         out, words = self.packed.shape
@@ -66,7 +94,7 @@ class Weight:
                 f"{-(-self.in_features * self.bits // 32)} words"
             )
         rows, groups = self.scale.shape
-        if rows != out or groups < 1 or self.in_features % groups:
+        if self.scale_rows < 1 or rows != -(-out // self.scale_rows) or groups < 1 or self.in_features % groups:
             raise ValueError(
                 f"scale has shape {(rows, groups)}, which does not fit a weight of {out} x {self.in_features}"
             )
@@ -74,7 +102,7 @@ class Weight:
             if self.kind != "int":
                 raise ValueError(f"a weight of kind {self.kind!r} has no zero point")
             check_matrix("zero", self.zero, (torch.uint8,))
-            if self.zero.shape != self.scale.shape:
+            if self.scale_rows != 1 or self.zero.shape != self.scale.shape:
                 raise ValueError(f"zero has shape {tuple(self.zero.shape)}, scale {tuple(self.scale.shape)}")
         devices = {t.device for t in (self.packed, self.scale, self.zero) if t is not None}
         if len(devices) > 1:
@@ -93,20 +121,36 @@ class Weight:
     def spec(self) -> LayerSpec:
         """How it is stored, in words. One group a row reads as one scale per output channel."""
         groups = self.scale.shape[1]
-        block = (1, CHANNEL if groups == 1 else self.group_size)
+        tensor = self.scale_rows == self.out_features != 1 and groups == 1
+        block = (0, 0) if tensor else (self.scale_rows, CHANNEL if groups == 1 else self.group_size)
         kind = "float" if self.kind in ("fp8", "mxfp4", "nvfp4") else self.kind
         over = Scale((0, 0), "F32") if self.kind == "nvfp4" else None
+        if self.nested is not None:
+            over = Scale((1, self.nested.block), "F32")
         dtype = "F8_E8M0" if self.kind == "mxfp4" else dtype_name(self.scale.dtype)
         return LayerSpec(Grid(kind, self.bits, self.zero is None), Scale(block, dtype, over))
 
     def rows(self, start: int, stop: int) -> Weight:
-        """Outputs start .. stop-1, as views."""
+        """Outputs start .. stop-1: of a `plain` weight as views."""
+        if self.nested is not None or self.scale_rows != 1:
+            return self.plain().rows(start, stop)
         zero = None if self.zero is None else self.zero[start:stop]
         return replace(self, packed=self.packed[start:stop], scale=self.scale[start:stop], zero=zero)
 
+    def plain(self) -> Weight:
+        """The same weight with a scale per output and group: scales of scales multiplied out (float32), blocks of
+        outputs repeated."""
+        scale = self.scale if self.nested is None else self.nested.expand(self.scale)
+        if self.scale_rows != 1:
+            scale = scale.repeat_interleave(self.scale_rows, 0)[: self.out_features]
+        return self if scale is self.scale else replace(self, scale=scale, scale_rows=1, nested=None)
+
     def to(self, device: torch.device | str) -> Weight:
         zero = None if self.zero is None else self.zero.to(device)
-        return replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero)
+        nested = self.nested
+        if nested is not None:
+            nested = replace(nested, table=nested.table.to(device), absmax=nested.absmax.to(device))
+        return replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero, nested=nested)
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +158,8 @@ class Weight:
 
     def float_scale(self) -> torch.Tensor:
         """The scales as float32 [out, groups], the multiplier included."""
+        if self.nested is not None or self.scale_rows != 1:
+            return self.plain().float_scale()
         if self.kind == "mxfp4":
             # 255 is NaN in e8m0; 2**-127 is subnormal in float32 and exact.
             exponent = self.scale.int() - 127

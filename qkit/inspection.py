@@ -98,7 +98,8 @@ def _logical(source: Source, metas: dict[str, TensorMeta], reader: formats.Forma
     for module, scheme in quantized_modules(reader, source).items():
         schemes[scheme.describe()] += 1
         stored = {local: metas[f"{module}.{local}"] for local in local_names(reader, source, module, scheme)}
-        parameters += stored[reader.marker].numel * 32 // scheme.bits - sum(m.numel for m in stored.values())
+        codes = stored[reader.required(scheme)[0]]
+        parameters += codes.nbytes * 8 // scheme.bits - sum(m.numel for m in stored.values())
     return parameters, schemes
 
 

@@ -1,4 +1,4 @@
-"""The on-disk formats qkit writes and reads, in the order users see them."""
+"""The on-disk formats, in the order users see them; the last ones are only read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from ..errors import QkitError
 from .base import Format, FormatReader, local_names, quantized_modules, read_weight
+from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
+from .fp8 import BlockFp8
 from .gptq import GPTQ
 from .plain import Plain
 
@@ -21,6 +23,8 @@ FORMATS: dict[str, Format] = {
     "gptq": GPTQ("gptq"),
     "gptq_v2": GPTQ("gptq_v2"),
     "safetensors": Plain(),
+    "bnb": BitsAndBytes(),
+    "fp8": BlockFp8(),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import QkitError
-from ..spec import LayerSpec
+from ..spec import CHANNEL, LayerSpec
 from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class FormatReader(Protocol):
     """What the config.json of one folder says of its quantized modules. Made by `formats.reader`.
 
     format    the Format that unpacks them
-    marker    local name of the tensor whose presence means that a module is quantized ("weight_packed")
+    markers   local names of which one means that a module is quantized ("weight_packed")
     scale     local name of the scale
     optional  local names that a module may or may not have, beside those of `required`
     """
@@ -87,7 +87,7 @@ class FormatReader(Protocol):
     @property
     def format(self) -> Format: ...
     @property
-    def marker(self) -> str: ...
+    def markers(self) -> tuple[str, ...]: ...
     @property
     def scale(self) -> str: ...
     @property
@@ -99,7 +99,7 @@ class FormatReader(Protocol):
         ...
 
     def required(self, scheme: LayerSpec) -> tuple[str, ...]:
-        """Local names of the tensors that a quantized module must have."""
+        """Local names of the tensors that a quantized module must have, the one of the codes first."""
         ...
 
 
@@ -108,12 +108,11 @@ def quantized_modules(reader: FormatReader, source: Source) -> dict[str, LayerSp
 
     The tensors decide which modules are quantized; raises QkitError where the config disagrees, or where a
     module lacks a tensor."""
-    suffix = "." + reader.marker
     schemes: dict[str, LayerSpec] = {}
     for name in source.names():
-        if not name.endswith(suffix):
+        suffix = next((f".{local}" for local in reader.markers if name.endswith(f".{local}")), None)
+        if suffix is None or (module := name.removesuffix(suffix)) in schemes:
             continue
-        module = name.removesuffix(suffix)
         scheme = reader.scheme(module)
         if scheme is None:
             raise QkitError(f"{name!r} is stored quantized, but the config says that module is not")
@@ -176,6 +175,19 @@ def check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise QkitError(f"bad pattern in the quantization config: {pattern!r}: {error}") from error
+
+
+def check_trivial_g_idx(g_idx: torch.Tensor, scheme: LayerSpec) -> None:
+    """Raises QkitError unless input channel i belongs to group i // group_size."""
+    import torch
+
+    expected = torch.arange(g_idx.numel(), dtype=torch.int64)
+    expected = torch.zeros_like(expected) if scheme.group_size == CHANNEL else expected // scheme.group_size
+    if not torch.equal(g_idx.to(torch.int64).cpu(), expected):
+        raise QkitError(
+            "its groups are not contiguous (activation order, non-trivial g_idx)",
+            "quantize it again with static groups (desc_act false, or actorder 'static')",
+        )
 
 
 def _has(source: Source, name: str) -> bool:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import QkitError
 from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from .base import Format, as_object, check_pattern, check_tensors
-from .compressed_tensors import check_trivial_g_idx
+from .base import Format, as_object, check_pattern, check_tensors, check_trivial_g_idx
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +176,7 @@ class GPTQReader:
     base: LayerSpec
     settings: Mapping[str, Any]
     dynamic: Mapping[str, Mapping[str, Any]]
-    marker: ClassVar[str] = "qweight"
+    markers: ClassVar[tuple[str, ...]] = ("qweight",)
     scale: ClassVar[str] = "scales"
     optional: ClassVar[tuple[str, ...]] = ("g_idx",)
 

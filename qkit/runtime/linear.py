@@ -15,7 +15,8 @@ from ..spec import LayerSpec
 
 
 class QuantLinear(nn.Module):
-    """y = x @ dequantized(weight).T + bias, computed by the first kernel that supports it.
+    """y = x @ dequantized(weight).T + bias, computed by the first kernel that supports it. The weight is held as
+    `Weight.plain` gives it.
 
     Buffers, all in state_dict: packed int32 [out, ceil(in*bits/32)], scale [out, groups] in the type it was
     stored with (a cast of the module does not round it), zero uint8 [out, groups] or None, bias [out] or None.
@@ -30,12 +31,16 @@ class QuantLinear(nn.Module):
     zero: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None = None):
+    def __init__(self, weight: Weight, bias: torch.Tensor | None = None, activations: str | None = None):
+        """activations: "int8" or "fp8": inputs are quantized per token by a kernel that multiplies so; where none
+        does, they are used as they are."""
         super().__init__()
+        self.scheme: LayerSpec = weight.spec
+        self.activations = activations
+        weight = weight.plain()
         self.in_features = weight.in_features
         self.out_features = weight.packed.shape[0]
         self.kind, self.bits, self.multiplier = weight.kind, weight.bits, weight.multiplier
-        self.scheme: LayerSpec = weight.spec
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(self.out_features,)}")
         self.register_buffer("packed", weight.packed)
@@ -82,8 +87,12 @@ class QuantLinear(nn.Module):
         ready = self._ready.get(dtype)
         if ready is None:
             weight = self.quantized()
-            kernel = select(weight, dtype)
-            ready = self._ready[dtype] = (kernel, kernel.prepack(weight, None))
+            activations = self.activations
+            kernel = select(weight, dtype, activations)
+            if activations is not None and kernel.name == "reference":
+                activations = None
+                kernel = select(weight, dtype)
+            ready = self._ready[dtype] = (kernel, kernel.prepack(weight, activations))
             if self._compact is None and kernel.name != "reference":  # which works on the buffers themselves
                 self._compact = dtype
                 self.packed = self.scale = self.zero = None

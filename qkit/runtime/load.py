@@ -153,7 +153,15 @@ def _quant_linear(
     if shape != (linear.out_features, linear.in_features):
         raise QkitError(f"{module} is {list(shape)}, its config says {[linear.out_features, linear.in_features]}")
     bias = source.read(f"{module}.bias").to(dtype) if linear.bias is not None else None
-    return QuantLinear(weight, bias)
+    return QuantLinear(weight, bias, _activations(scheme))
+
+
+def _activations(scheme: LayerSpec) -> str | None:
+    """How kernels may quantize the layer's inputs, where its scheme says per token; stored scales are not used."""
+    given = scheme.input
+    if given is None or not given.dynamic or given.per != "token" or given.bits != 8:
+        return None
+    return "fp8" if given.kind == "float" else "int8"
 
 
 def log_kernels(kernels: Counter[str], device: torch.device) -> None:

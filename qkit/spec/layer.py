@@ -9,7 +9,7 @@ from ..errors import QkitError
 CHANNEL = 0  # group size of a spec with one scale per output channel
 GRIDS = ("int", "float", "nf4", "fp4", "ggml")
 _BITS = {"int": (4, 8), "float": (4, 8), "nf4": (4,), "fp4": (4,)}
-_DTYPES = {"int": ("BF16", "F16", "F32"), "float": ("BF16", "F16", "F32", "F8_E8M0", "F8_E4M3")}
+_DTYPES = {"int": ("BF16", "F16", "F32"), "float": ("BF16", "F16", "F32", "F8_E8M0", "F8_E4M3", "U8")}
 
 
 @dataclass(frozen=True)

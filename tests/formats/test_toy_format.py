@@ -63,7 +63,7 @@ class Toy(formats.Format):
 class ToyReader:
     spec: LayerSpec
     format: Toy = Toy()
-    marker: ClassVar[str] = "toy_codes"
+    markers: ClassVar[tuple[str, ...]] = ("toy_codes",)
     scale: ClassVar[str] = "toy_scale"
     optional: ClassVar[tuple[str, ...]] = ()
 

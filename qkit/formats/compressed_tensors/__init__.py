@@ -1,0 +1,162 @@
+"""compressed-tensors: what vLLM and transformers load. One folder may hold several formats, a module's by its group.
+
+Reference: package `compressed_tensors`, compressors/ and quantization/quant_{config,args}.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import QkitError
+from ...spec import LayerSpec
+from ...spec.dtypes import TensorMeta
+from ..base import Format, as_names, as_object, check_pattern
+from . import floats, integers
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...kernels.weight import Weight
+
+# The oldest release whose reader the tests run against; the bytes are the same since the first.
+_VERSION = "0.17.0"
+# How a kind of weight is stored: modules with NAME, OPTIONAL, required, check, metas, pack, unpack, arguments, parse.
+CODECS: dict[str, ModuleType] = {"int": integers, "fp8": floats}
+
+
+def codec(spec: LayerSpec) -> Any:
+    """Raises QkitError for a kind of weight that the format does not hold here."""
+    if spec.kind not in CODECS:
+        raise QkitError(f"compressed-tensors does not hold {spec.kind} weights here", "known: " + ", ".join(CODECS))
+    return CODECS[spec.kind]
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Format):
+    """The tensors of a module are those of its codec."""
+
+    name: str = "compressed-tensors"
+    quant_method: ClassVar[str | None] = "compressed-tensors"
+
+    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
+        codec(scheme)
+        # Readers hold the scale in the model's dtype: any other would be rounded a second time.
+        dtype = model_dtype if model_dtype in ("BF16", "F16", "F32") else "BF16"
+        return scheme.stored_with(dtype, min_zero=0)
+
+    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
+        found: str | None = codec(scheme).check(shape, scheme)
+        return found
+
+    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
+        found: dict[str, TensorMeta] = codec(scheme).metas(shape, scheme)
+        return found
+
+    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = codec(weight.spec).pack(weight)
+        return found
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+        found: Weight = codec(scheme).unpack(tensors, scheme)
+        return found
+
+    def config(
+        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        by_kind: dict[tuple[Any, ...], list[str]] = {}
+        for module, scheme in schemes.items():
+            by_kind.setdefault((codec(scheme).NAME, scheme.bits, scheme.scale.block, scheme.symmetric), []).append(
+                module
+            )
+        groups: dict[str, Any] = {}
+        for index, kind in enumerate(sorted(by_kind)):
+            modules = by_kind[kind]
+            groups[f"group_{index}"] = {
+                # A class name only where it cannot match a module of another group: readers give the
+                # first match, and would unpack with the wrong width.
+                "targets": ["Linear"] if len(by_kind) == 1 else modules,
+                "weights": codec(schemes[modules[0]]).arguments(schemes[modules[0]]),
+                "input_activations": None,
+                "output_activations": None,
+                "format": kind[0],
+            }
+        formats = {kind[0] for kind in by_kind}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(ignored),
+            "kv_cache_scheme": None,
+            "version": _VERSION,
+        }
+
+    def parse(self, quantization_config: Mapping[str, Any]) -> CompressedTensorsReader:
+        given = quantization_config
+        if given.get("kv_cache_scheme"):
+            raise QkitError("a quantized KV cache (kv_cache_scheme) is not supported")
+        sparsity = as_object(given.get("sparsity_config"), "sparsity_config")
+        transform = as_object(given.get("transform_config"), "transform_config")
+        if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
+            raise QkitError("compressed-tensors with sparsity or transforms is not supported")
+        groups = as_object(given.get("config_groups"), "config_groups")
+        if not groups:
+            raise QkitError("the compressed-tensors config has no config_groups")
+        targets: dict[str, LayerSpec] = {}
+        for name, group in groups.items():
+            group = as_object(group, name)
+            scheme = _parse_group(name, group, group.get("format") or given.get("format"))
+            targets.update(dict.fromkeys(as_names(group.get("targets"), f"{name}.targets"), scheme))
+        ignore = as_names(given.get("ignore"), "ignore")
+        for pattern in (*targets, *ignore):
+            check_pattern(pattern.removeprefix("re:"))
+        return CompressedTensorsReader(targets, ignore, self)
+
+
+@dataclass(frozen=True)
+class CompressedTensorsReader:
+    """Which module has which scheme, by the rules of compressed_tensors/utils/match.py."""
+
+    targets: Mapping[str, LayerSpec]
+    ignore: tuple[str, ...]
+    format: CompressedTensors = field(default_factory=CompressedTensors)
+    markers: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
+    scale: ClassVar[str] = "weight_scale"
+    optional: ClassVar[tuple[str, ...]] = (*integers.OPTIONAL, *floats.OPTIONAL)
+
+    def scheme(self, module: str) -> LayerSpec | None:
+        if any(_matches(module, pattern) for pattern in self.ignore):
+            return None
+        # Most specific first: exact names, then patterns, then the class.
+        for target in sorted(self.targets, key=lambda t: (t.startswith("re:"), t)):
+            if _matches(module, target):
+                return self.targets[target]
+        return self.targets.get("Linear")
+
+    def required(self, scheme: LayerSpec) -> tuple[str, ...]:
+        found: tuple[str, ...] = codec(scheme).required(scheme)
+        return found
+
+
+def _parse_group(name: str, group: Mapping[str, Any], stored: Any) -> LayerSpec:
+    found = next((each for each in CODECS.values() if stored == each.NAME), None)
+    if found is None:
+        known = ", ".join(each.NAME for each in CODECS.values())
+        raise QkitError(f"compressed-tensors format {stored!r} is not supported", f"supported: {known}")
+    weights = as_object(group.get("weights"), "weights")
+    if not weights:
+        raise QkitError(f"config group {name!r} does not quantize weights")
+    if group.get("output_activations"):
+        raise QkitError(f"config group {name!r} quantizes outputs", "supported: weights and inputs")
+    spec: LayerSpec = found.parse(name, weights, as_object(group.get("input_activations"), "input_activations"))
+    return spec
+
+
+def _matches(module: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return module == pattern
