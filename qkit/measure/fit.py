@@ -54,10 +54,8 @@ def sizes(source: Source) -> Sizes:
     metas = [source.meta(name) for name in source.names()]
     # Plain tensors are cast to the type that the model runs in; codes and small floats stay as they are.
     weights = sum(m.numel * itemsize if m.dtype in FLOATS else m.nbytes for m in metas)
-    text = text_config(given)
-    most = positive_int(text, "max_position_embeddings", 0) or None
-    vocab = positive_int(text, "vocab_size", 1)
-    return Sizes(source.label, config, itemsize, weights, vocab, most)
+    most = positive_int(text_config(given), "max_position_embeddings", 0) or None
+    return Sizes(source.label, config, itemsize, weights, config.get_text_config().vocab_size, most)
 
 
 def check(models: Sequence[Sizes], where: LocalDevice, context: int, batch: int, n_ctx: int) -> None:

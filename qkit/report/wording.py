@@ -61,7 +61,7 @@ def cards(result: Profile) -> list[dict[str, str]]:
         memory = {
             "title": "Memory",
             "value": "not measured" if row.memory.total is None else units.size(row.memory.total),
-            "note": f"at {setting(row.memory)}: {fit_words(row.memory)}",
+            "note": f"at {setting(row.memory)}, {fit_words(row.memory)}",
         }
         ppl = {"title": "Perplexity", "value": charts.figure(scores.perplexity.value), "note": "no baseline given"}
         return [size, memory, ppl, rate]
