@@ -22,7 +22,7 @@ _ITEMSIZE = {"float32": 4, "fp32": 4}  # of the types a model runs in; the other
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides a model's memory: its parsed config, bytes of a value as it runs, of its weights, its limits.
+    """What decides a model's memory: its parsed config, bytes of a value as it runs and of its weights, its limits.
 
     max_tokens  the most that its config says it takes; None where it says nothing
     """
@@ -32,11 +32,26 @@ class Sizes:
     itemsize: int
     weights: int
     vocab: int
+    hidden: int
+    intermediate: int
     max_tokens: int | None
 
     def kv(self, tokens: int, batch: int) -> tuple[int, str]:
         """(bytes of the KV cache, the formula with its numbers)."""
         return memory.kv_formula(self.config, tokens, batch, self.itemsize)
+
+    def layer(self, tokens: int, batch: int) -> int:
+        """Bytes that one MLP takes at the least while a prompt runs: its input and residual, gate, up, product."""
+        return batch * tokens * self.itemsize * (2 * self.hidden + 3 * self.intermediate)
+
+    def head(self, batch: int, device: str) -> int:
+        """Bytes that the logits of the last position take while they are made.
+
+        generate adds two float32 copies: one of its own, and one for a processor of scores. On the CPU torch copies
+        the head's weight once a sequence in the 16-bit types, where it multiplies the last position of a prompt,
+        whose rows are not adjacent: seen with 2.13, bf16 and f16, not with float32 nor on adjacent rows."""
+        copied = self.hidden * self.itemsize if device == "cpu" and self.itemsize == 2 else 0
+        return batch * self.vocab * (self.itemsize + 2 * 4 + copied)
 
 
 def sizes(source: Source) -> Sizes:
@@ -55,13 +70,15 @@ def sizes(source: Source) -> Sizes:
     # Plain tensors are cast to the type that the model runs in; codes and small floats stay as they are.
     weights = sum(m.numel * itemsize if m.dtype in FLOATS else m.nbytes for m in metas)
     most = positive_int(text_config(given), "max_position_embeddings", 0) or None
-    return Sizes(source.label, config, itemsize, weights, config.get_text_config().vocab_size, most)
+    text = config.get_text_config()
+    intermediate = getattr(text, "intermediate_size", None) or 0
+    return Sizes(source.label, config, itemsize, weights, text.vocab_size, text.hidden_size, intermediate, most)
 
 
 def check(models: Sequence[Sizes], where: LocalDevice, context: int, batch: int, n_ctx: int) -> None:
     """Refuse what does not fit the free memory: the weights of all models, which are compared side by side, and of
-    one at a time the KV cache and logits of `batch` sequences of `context` tokens and what is generated after them, or
-    the logits of scoring chunks of n_ctx tokens.
+    one at a time the KV cache of `batch` sequences of `context` tokens and what is generated after them, with the
+    logits or a layer's activations; or the logits of scoring chunks of n_ctx tokens.
 
     Raises QkitError that names the largest batch and the largest context that fit."""
     free = where.available_bytes
@@ -71,14 +88,13 @@ def check(models: Sequence[Sizes], where: LocalDevice, context: int, batch: int,
     def cache(tokens: int, sequences: int) -> int:
         return max(m.kv(_length(m, tokens), sequences)[0] for m in models)
 
-    def logits(sequences: int) -> int:
-        # Of the last position; generate adds two float32 copies: one of its own, and one for a processor of scores.
-        return max(sequences * m.vocab * (m.itemsize + 8) for m in models)
+    def passing(tokens: int, sequences: int) -> int:
+        return max(max(m.head(sequences, where.id), m.layer(tokens, sequences)) for m in models)
 
     scoring = sum(n_ctx * m.vocab * m.itemsize for m in models)
 
     def fits(tokens: int, sequences: int) -> bool:
-        return weights + max(scoring, cache(tokens, sequences) + logits(sequences)) <= free
+        return weights + max(scoring, cache(tokens, sequences) + passing(tokens, sequences)) <= free
 
     if fits(context, batch):
         return
@@ -99,8 +115,8 @@ def check(models: Sequence[Sizes], where: LocalDevice, context: int, batch: int,
     least = f"not even --batch 1 at --context {context} or --batch {batch} at --context 8 fits"
     raise QkitError(
         f"{names} at --batch {batch} and --context {context} needs {units.size(weights)} for weights, "
-        f"{units.size(cache(context, batch))} for the KV cache and {units.size(logits(batch))} for logits; "
-        f"{where.id} has {units.size(free)} free",
+        f"{units.size(cache(context, batch))} for the KV cache and {units.size(passing(context, batch))} for logits "
+        f"and activations; {where.id} has {units.size(free)} free",
         "; ".join(remedies) or least,
     )
 
