@@ -87,10 +87,6 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
-def cache_tokens(cache: Any) -> int:
-    return int(cache.get_seq_length())
-
-
 @contextmanager
 def peak(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]]:
     """Watches memory in use: the yielded function gives (bytes at the peak above those at the start, how seen)."""

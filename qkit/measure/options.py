@@ -29,7 +29,7 @@ class Options:
     text: str | None = option(None, "evaluation text; default: text that comes with qkit or Python", metavar="FILE")
     allow_overlap: bool = option(False, "score on text that the model may be calibrated on; the report says so")
     max_kld: float | None = option(None, "exit with 1 if the mean KL divergence is above X", parse=number, metavar="X")
-    min_tps: float | None = option(None, "exit with 1 if decode tokens/s is below X", parse=number, metavar="X")
+    min_tps: float | None = option(None, "exit with 1 if generate gives below X tokens/s", parse=number, metavar="X")
     trust_remote_code: bool = option(False, "run Python code that comes with the checkpoint (its tokenizer's)")
     out: str | None = option(None, "folder for the report; default: qkit-profile/MODEL", short="-o", metavar="DIR")
     chunks: int = option(

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
-from collections import Counter
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import units
 from ..errors import QkitError
-from ..hardware import memory as process
-from ..hardware.catalogue import catalogue
-from ..hardware.detect import LocalDevice, resolve
+from ..hardware.detect import resolve
 from ..models.config import positive_int, text_config
 from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
 from ..text import defaults as text
-from . import memory, speed
+from . import fit, footprint, rows, speed
 from .options import Options
-from .types import EvaluationText, Memory, Profile, Row
+from .types import EvaluationText, Profile, Row
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +30,11 @@ N_CTX = 512
 FORMULAS = {
     "weights": "sum over the loaded model's parameters and buffers, each storage once",
     "bits per weight": "8 x bytes of tensor data on disk / parameters of the unquantized model",
-    "total memory": "weights + KV cache at the whole context and the largest batch (by formula) + activations",
+    "memory, measured": "each model in a process of its own that fills its KV cache with --context tokens in each "
+    "of the largest --batch sequences; the total is the most it holds, and activations are what no other row explains",
+    "process": "what it holds beside the weights after a short warm-up: Python, torch, libraries; on a GPU the "
+    "driver's context and the kernels' code",
+    "free": "of the device, before a model was loaded; within a container's limit",
     "perplexity": "exp(mean of -ln p(token)), error: perplexity x sqrt(var / (n - 1))",
     "KL divergence": "mean over tokens of sum over the vocabulary of p_base (ln p_base - ln p_model)",
     "top-1 agreement": "share of tokens where both models' most likely token is the same",
@@ -54,7 +52,7 @@ def profile(model: str, options: Options) -> Profile:
     Thresholds: see `Profile.failures`; max_kld is held against the mean KL divergence of the "llama.cpp" protocol.
     Raises QkitError for bad options, a device that is not here, overlapping texts, a model that does not fit.
     """
-    from ..runtime import load_tokenizer
+    from ..runtime import load, load_tokenizer
     from ..sources import open_source
     from . import quality
 
@@ -64,29 +62,41 @@ def profile(model: str, options: Options) -> Profile:
     where = resolve(options.device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
-    identity, manifest_sha = _manifest(source.folder)
+    identity, manifest_sha = rows.manifest(source.folder)
     limit = _max_positions(source)
     context = _context(options.context, limit)
+    n_ctx = min(N_CTX, limit)
+    named = [(model, source), *([(baseline, base_source)] if baseline and base_source else [])]
+    sizes = [fit.sizes(each) for _, each in named]
+    fit.check(sizes, where, context, max(batch), n_ctx)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
-    tokens, evaluated = _evaluation(options, tokenizer, min(N_CTX, limit), identity)
-    for each in [s for s in (source, base_source) if s]:
-        _check_fit(each, where)
+    tokens, evaluated = _evaluation(options, tokenizer, n_ctx, identity)
     folder = _out_folder(options.out, model)
 
     import torch
 
+    # First, while this process holds no model: two processes with one each may be more than there is memory for.
+    seen = []
+    with track("memory, each model in a process of its own", len(named), "models") as advance:
+        filled = _prompt(tokens, context)[0].tolist()
+        for name, _ in named:
+            seen.append(footprint.apart(name, where.id, filled, max(batch), where.available_bytes))
+            advance(1)
     target = torch.device(where.id)
     ceiling = speed.read_ceiling(target)
     prompt = _prompt(tokens, min(context, limit - speed.GENERATED))
-    named = [(model, source), *([(baseline, base_source)] if baseline and base_source else [])]
-    loaded = [_load(name, each, where) for name, each in named]
-    instances = [each.model for each in loaded]
-    runs: list[list[speed.Run]] = []
+    instances = [load(each, device=where.id) for _, each in named]
+    runs: list[list[speed.Speed]] = []
     times = {"repeats": speed.REPEATS, "generated": speed.GENERATED}
-    with track("speed and memory", len(named) * len(batch) * (speed.REPEATS + 1), "runs") as advance:
+    with track("speed", len(named) * len(batch) * (speed.REPEATS + 1), "runs") as advance:
         for size in batch:
             runs.append(speed.measure(instances, prompt.repeat(size, 1), ceiling, advance, **times))
-    rows = [_row(each, list(own), where, context) for each, own in zip(loaded, zip(*runs, strict=True), strict=True)]
+    lines = [
+        rows.row(name, each, instance, size, found, speeds, where, context)
+        for (name, each), instance, size, found, speeds in zip(
+            named, instances, sizes, seen, zip(*runs, strict=True), strict=True
+        )
+    ]
     with track("quality", len(tokens)) as advance:
         logits = [quality.model_logits(instance) for instance in instances]
         if len(logits) == 2:
@@ -96,23 +106,23 @@ def profile(model: str, options: Options) -> Profile:
 
     thresholds = {k: v for k, v in (("max_kld", max_kld), ("min_tps", min_tps)) if v is not None}
     result = Profile(
-        model=rows[0],
-        baseline=rows[1] if len(rows) > 1 else None,
+        model=lines[0],
+        baseline=lines[1] if len(lines) > 1 else None,
         quality=scores,
         text=evaluated,
-        device=_device_facts(where, ceiling),
+        device=rows.device_facts(where, ceiling),
         provenance={
-            **_versions(),
+            **rows.versions(),
             "command": shlex.join(["qkit", "profile", model, *command_line(options)]),
             "headline_protocol": HEADLINE,
             "model_fingerprint": source.fingerprint,
             "baseline_fingerprint": base_source.fingerprint if base_source else None,
             "manifest_sha256": manifest_sha,
-            "conversion": _conversion(identity),
+            "conversion": rows.conversion(identity),
         },
         thresholds=thresholds,
-        failures=_failures(thresholds, scores, rows[0]),
-        formulas={**FORMULAS, **speed.FORMULAS, "KV cache": rows[0].memory.kv_formula},
+        failures=_failures(thresholds, scores, lines),
+        formulas={**FORMULAS, **speed.FORMULAS, "KV cache, by formula": lines[0].formula.kv_formula},
         out=str(folder),
     )
     report.write(result, folder)
@@ -129,25 +139,6 @@ def _out_folder(out: str | None, model: str) -> Path:
             f"the report's folder {folder} cannot be made: {error.strerror}", "choose another with -o"
         ) from None
     return folder
-
-
-def _manifest(folder: Path | None) -> tuple[dict[str, Any], str | None]:
-    """(identity of the conversion, sha256 of the manifest file); ({}, None) where there is no manifest."""
-    from ..storage.manifest import MANIFEST, Manifest
-    from ..storage.store import at, hash_file
-
-    manifest = Manifest.find(folder)
-    if folder is None or manifest is None:
-        return {}, None
-    return manifest.identity, hash_file(at(folder), MANIFEST).sha256
-
-
-def _conversion(identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's identity without the sketch, which says nothing to a reader."""
-    calibration = identity.get("calibration")
-    if isinstance(calibration, dict):
-        return {**identity, "calibration": {k: v for k, v in calibration.items() if k != "sketch"}}
-    return identity
 
 
 def _max_positions(source: Source) -> int:
@@ -194,127 +185,29 @@ def _evaluation(
     return tokens, EvaluationText(named.name, named.sha256, len(tokens), n_ctx, bos, verdict)
 
 
-def _check_fit(source: Source, where: LocalDevice) -> None:
-    """Refuse a model whose weights alone exceed the free memory, before they are read."""
-    needed = sum(source.meta(name).nbytes for name in source.names())
-    if needed > where.available_bytes:
-        raise QkitError(
-            f"{source.label} needs {units.size(needed)} for its weights; {where.id} has "
-            f"{units.size(where.available_bytes)} free",
-            "use a smaller model, or a device with more memory",
-        )
-
-
 def _prompt(tokens: torch.Tensor, length: int) -> torch.Tensor:
     """int64 [1, length] of evaluation text, repeated where it is too short: speed does not depend on its sense."""
     flat = tokens.flatten()
     return flat.repeat(-(-length // len(flat)))[:length].unsqueeze(0)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model in memory, and the process's resident bytes around loading it."""
-
-    name: str
-    source: Source
-    model: Any
-    before: int
-    after: int
-
-
-def _load(name: str, source: Source, where: LocalDevice) -> _Loaded:
-    from ..runtime import load
-
-    before = process.resident()
-    model = load(source, device=where.id)
-    return _Loaded(name, source, model, before, process.resident())
-
-
-def _row(loaded: _Loaded, runs: list[speed.Run], where: LocalDevice, context: int) -> Row:
-    from ..inspection import inspect
-    from ..runtime import QuantLinear
-
-    facts = inspect(loaded.name)
-    model = loaded.model
-    parts = memory.weights(model)
-    itemsize = model.dtype.itemsize
-    largest = max(runs, key=lambda r: r.speed.batch)
-    at_context, formula = memory.kv_formula(model.config, context, largest.speed.batch, itemsize)
-    total = parts.total + at_context + largest.activations
-    used = Memory(
-        weights=parts.total,
-        packed=parts.packed,
-        embeddings=parts.embeddings,
-        unquantized=parts.unquantized,
-        kv_cache=largest.kv_bytes,
-        kv_tokens=largest.kv_tokens,
-        kv_cache_formula=memory.kv_formula(model.config, largest.kv_tokens, largest.speed.batch, itemsize)[0],
-        kv_cache_context=at_context,
-        kv_formula=formula,
-        activations=largest.activations,
-        activations_source=largest.activations_source,
-        process_before=loaded.before,
-        process_after=loaded.after,
-        total=total,
-        device_bytes=where.memory_bytes,
-        fits=total <= where.memory_bytes,
-    )
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    return Row(
-        name=loaded.name,
-        base_model=loaded.source.base_model,
-        architecture=facts.architecture,
-        parameters=facts.parameters,
-        stored_bytes=facts.nbytes,
-        bits_per_weight=facts.bits_per_weight,
-        dtype=str(model.dtype).removeprefix("torch."),
-        schemes=dict(facts.schemes),
-        kernels=dict(Counter(layer.select(model.dtype).name for layer in layers)),
-        memory=used,
-        speed=tuple(r.speed for r in runs),
-    )
-
-
-def _device_facts(where: LocalDevice, ceiling: float) -> dict[str, Any]:
-    import torch
-
-    known = next((d for d in catalogue() if d.id == where.catalogue_id), None)
-    return {
-        **asdict(where),
-        "threads": torch.get_num_threads() if where.id == "cpu" else None,
-        "read_ceiling_gbs": ceiling,
-        "catalogue": asdict(known) if known else None,
-    }
-
-
-def _versions() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from .. import __version__
-    from ..kernels import backend
-
-    return {
-        "qkit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kernels": backend(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _failures(thresholds: dict[str, float], scores: Quality, row: Row) -> tuple[str, ...]:
+def _failures(thresholds: dict[str, float], scores: Quality, lines: list[Row]) -> tuple[str, ...]:
     failures = []
+    row, base = lines[0], lines[-1]
     against = scores[HEADLINE].against
     if "max_kld" in thresholds and against and against.kld.value > thresholds["max_kld"]:
-        failures.append(f"mean KL divergence {against.kld.value:.4f} is above {thresholds['max_kld']:g}")
+        words = f"mean KL divergence {against.kld.value:.4f} {base.as_baseline}".rstrip()
+        failures.append(f"{words} is above {thresholds['max_kld']:g}")
     first = row.speed[0]
-    if "min_tps" in thresholds and first.decode_tps < thresholds["min_tps"]:
+    if "min_tps" in thresholds and first.generate_tps < thresholds["min_tps"]:
         failures.append(
-            f"decode at batch {first.batch} gives {first.decode_tps:.1f} tokens/s, below {thresholds['min_tps']:g}"
+            f"generate at batch {first.batch} gives {first.generate_tps:.1f} tokens/s, below {thresholds['min_tps']:g}"
         )
-    if not row.memory.fits:
-        notify(f"warning: {units.size(row.memory.total)} do not fit the device's {units.size(row.memory.device_bytes)}")
+    for each in lines:
+        used = each.memory
+        if used.problem:
+            notify(f"warning: the memory of {each.name} was not measured: {used.problem}")
+        elif used.fits is False:
+            total, free = units.size(used.total or 0), units.size(used.free_bytes)
+            notify(f"warning: the {total} that {each.name} takes do not fit the {free} that were free")
     return tuple(failures)

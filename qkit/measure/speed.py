@@ -1,10 +1,10 @@
-"""Prefill and decode, timed step by step; and the memory bandwidth they are held against."""
+"""`generate` timed as a call, and prefill and decode step by step; the memory bandwidth they are held against."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import memory
@@ -18,26 +18,30 @@ GENERATED = 64
 _CEILING_BYTES = 256 << 20  # well past any cache, so that the read comes from memory
 
 FORMULAS = {
+    "generate tokens/s": "model.generate, greedy, of a fixed number of new tokens: batch x (new tokens - 1) / time "
+    "from the first new token to the end of the call, over all repeats; the headline, and what --min-tps holds for",
+    "with prompt tokens/s": "the same calls: batch x new tokens / time of the whole call, its prompt included",
+    "bare step tokens/s": "batch x decode steps / sum of their times: forward and argmax in a loop, without what "
+    "generate does around them",
     "TTFT": "time from the call to the first new token: the forward pass over the prompt and one argmax; "
     "median over repeats, after one warm-up",
-    "TPOT": "time of one decode step (one new token per sequence, greedy); p50 and p99 over all steps of all repeats",
+    "TPOT": "time of one bare decode step (one new token per sequence, greedy); p50 and p99 over all steps of all "
+    "repeats",
     "prefill tokens/s": "batch x prompt tokens / median TTFT",
-    "decode tokens/s": "batch x decode steps / sum of their times",
     "effective read GB/s": "bytes of weights a step reads / TPOT p50 / 1e9; an input embedding not tied to the "
     "output head is a lookup and does not count",
     "read ceiling GB/s": "bytes / time of the fastest of several passes of torch.sum over a float32 tensor of 256 MiB",
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one batch size showed, with the cache it left."""
+@dataclass
+class _Times:
+    """Seconds of one model, as `Speed` names them."""
 
-    speed: Speed
-    kv_bytes: int
-    kv_tokens: int
-    activations: int
-    activations_source: str
+    generate: list[float] = field(default_factory=list)
+    generate_tail: list[float] = field(default_factory=list)
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
 
 
 def measure(
@@ -48,64 +52,101 @@ def measure(
     *,
     repeats: int,
     generated: int,
-) -> list[Run]:
-    """Greedy generation after `prompt` int64 [batch, tokens]: a short warm-up, then `repeats` timed runs each.
+) -> list[Speed]:
+    """Greedy generation after `prompt` int64 [batch, tokens]: a short warm-up, then `repeats` timed runs each, once by
+    `generate` and once by bare steps.
 
     The models take turns run by run, so that what else the machine does falls on all of them alike.
-    progress(1) is called after each run, warm-ups included: (repeats + 1) x models in all.
+    progress(1) is called after each turn, warm-ups included: (repeats + 1) x models in all.
     """
     advance = progress or (lambda amount: None)
     prompts = [prompt.to(model.device) for model in models]
-    peaks = []
     for model, ids in zip(models, prompts, strict=True):
-        with memory.peak(model.device) as seen:
-            _, _, cache = _generate(model, ids, 2)
-            peak, source = seen()
-        peaks.append((max(0, peak - memory.cache_bytes(cache)), source))
-        del cache
+        generate(model, ids, 2)
+        steps(model, ids, 2)
         advance(1)
-    ttft: list[list[float]] = [[] for _ in models]
-    tpot: list[list[float]] = [[] for _ in models]
-    kv: list[tuple[int, int]] = [(0, 0)] * len(models)
+    times = [_Times() for _ in models]
     for _ in range(repeats):
-        for i, (model, ids) in enumerate(zip(models, prompts, strict=True)):
-            first, steps, cache = _generate(model, ids, generated)
-            ttft[i].append(first)
-            tpot[i] += steps
-            kv[i] = (memory.cache_bytes(cache), memory.cache_tokens(cache))
-            del cache
+        for model, ids, seen in zip(models, prompts, times, strict=True):
+            call, tail = generate(model, ids, generated)
+            seen.generate.append(call)
+            seen.generate_tail.append(tail)
+            first, rest, _ = steps(model, ids, generated)
+            seen.ttft.append(first)
+            seen.tpot += rest
             advance(1)
-    runs = []
-    for i, model in enumerate(models):
-        speed = _speed(prompt, generated, ttft[i], tpot[i], memory.read_per_token(model), ceiling)
-        runs.append(Run(speed, *kv[i], *peaks[i]))
-    return runs
+    return [
+        _speed(prompt, generated, seen, memory.read_per_token(model), ceiling)
+        for model, seen in zip(models, times, strict=True)
+    ]
 
 
-def _speed(
-    prompt: torch.Tensor, generated: int, ttft: list[float], tpot: list[float], read: int | None, ceiling: float
-) -> Speed:
+def _speed(prompt: torch.Tensor, generated: int, seen: _Times, read: int | None, ceiling: float) -> Speed:
     batch, tokens = prompt.shape
-    p50 = percentile(tpot, 50)
+    p50 = percentile(seen.tpot, 50)
     read_gbs = None if read is None else read / p50 / 1e9
+    calls = batch * len(seen.generate)
     return Speed(
         batch=batch,
         prompt=tokens,
         generated=generated,
-        ttft=tuple(ttft),
-        tpot=tuple(tpot),
-        ttft_median=percentile(ttft, 50),
+        generate=tuple(seen.generate),
+        generate_tail=tuple(seen.generate_tail),
+        generate_tps=calls * (generated - 1) / sum(seen.generate_tail),
+        generate_call_tps=calls * generated / sum(seen.generate),
+        ttft=tuple(seen.ttft),
+        tpot=tuple(seen.tpot),
+        ttft_median=percentile(seen.ttft, 50),
         tpot_p50=p50,
-        tpot_p99=percentile(tpot, 99),
-        prefill_tps=batch * tokens / percentile(ttft, 50),
-        decode_tps=batch * len(tpot) / sum(tpot),
+        tpot_p99=percentile(seen.tpot, 99),
+        prefill_tps=batch * tokens / percentile(seen.ttft, 50),
+        decode_tps=batch * len(seen.tpot) / sum(seen.tpot),
         read_gbs=read_gbs,
         read_share=None if read_gbs is None else read_gbs / ceiling,
     )
 
 
-def _generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, list[float], Any]:
-    """(seconds to the first token, seconds of each of the count - 1 further steps, cache)."""
+class _Clock:
+    """A streamer that notes when each group of tokens comes: the prompt's first, then one new token a sequence."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, tokens: Any) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, float]:
+    """(seconds of one call of `model.generate` for `count` new tokens, of it those after the first new token).
+
+    Raises RuntimeError where it gives another number of tokens."""
+    import torch
+    from transformers import GenerationConfig
+
+    end = model.generation_config.eos_token_id
+    chosen = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        eos_token_id=end,
+        pad_token_id=end[0] if isinstance(end, list) else end if end is not None else 0,
+    )
+    clock = _Clock()
+    started = _now(model.device)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=chosen, streamer=clock)
+    ended = _now(model.device)
+    if out.shape[1] != prompt.shape[1] + count or len(clock.at) < 2:
+        raise RuntimeError(f"generate gave {out.shape[1] - prompt.shape[1]} new tokens, not {count}")
+    return ended - started, ended - clock.at[1]
+
+
+def steps(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, list[float], Any]:
+    """Bare forward steps: (seconds to the first token, of each of the count - 1 further steps, cache)."""
     import torch
 
     with torch.inference_mode():
@@ -113,14 +154,14 @@ def _generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, list
         out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(dim=-1)
         last = _now(model.device)
-        first, steps = last - started, []
+        first, each = last - started, []
         for _ in range(count - 1):
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(dim=-1)
             now = _now(model.device)
-            steps.append(now - last)
+            each.append(now - last)
             last = now
-    return first, steps, out.past_key_values
+    return first, each, out.past_key_values
 
 
 def _now(device: torch.device) -> float:

@@ -1,55 +1,87 @@
-"""What a profile holds. Every figure here was measured on this machine unless its name says formula."""
+"""What a profile holds. Every figure here was measured on this machine, but those of `Formula`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..spec.dtypes import FLOATS
 from .quality import Quality
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, by part. Weights are exact sums over the loaded model's tensors.
+    """Bytes that a process of the model's own takes on the device, measured. Weights are exact sums over tensors.
 
     packed, embeddings, unquantized  parts of `weights`: quantized linears (codes, scales, zeros); the input
                          embedding and an output head tied to it; everything else
-    kv_cache             summed over the cache's tensors after the decode run, `kv_tokens` tokens a sequence
-    kv_cache_formula     the formula at the same length
-    kv_cache_context     the formula at the whole context and the largest batch
-    activations          peak above weights and cache while a prompt of `context` tokens runs
-    activations_source   how that peak was seen
-    process_before, process_after   resident bytes of the process around loading; None where unknown
-    total                weights + kv_cache_context + activations
+    tokens, batch        what is in the cache: --context tokens in each of the largest --batch sequences
+    kv_cache             sum over the cache's tensors
+    activations          peak above weights and cache while those tokens run: activations and the kernels' scratch
+    process              what the process holds beside weights, before them: Python, torch, libraries, driver
+    total                weights + kv_cache + activations + process
+    host                 of it, or beside it on a GPU: resident bytes in the machine's RAM after the run
+    seen                 how the peak was seen
+    problem              why kv_cache, activations, process, total, host and seen are None
+    free_bytes           free on the device before the model was loaded, of device_bytes
+    fits                 total <= free_bytes; None where there is no total
     """
 
     weights: int
     packed: int
     embeddings: int
     unquantized: int
-    kv_cache: int
-    kv_tokens: int
-    kv_cache_formula: int
-    kv_cache_context: int
-    kv_formula: str
-    activations: int
-    activations_source: str
-    process_before: int | None
-    process_after: int | None
-    total: int
+    tokens: int
+    batch: int
+    kv_cache: int | None
+    activations: int | None
+    process: int | None
+    total: int | None
+    host: int | None
+    seen: str | None
+    problem: str | None
+    free_bytes: int
     device_bytes: int
-    fits: bool
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Bytes as computed from config.json and the headers, before anything is loaded.
+
+    weights          every tensor at the type it is held in
+    kv_cache         at `Memory.tokens` and `Memory.batch`; kv_formula says how
+    max_tokens       the most the config says the model takes; None where it says nothing
+    kv_cache_max     at max_tokens and the same batch
+    """
+
+    weights: int
+    kv_cache: int
+    kv_formula: str
+    max_tokens: int | None
+    kv_cache_max: int | None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One batch size. Times in seconds, each list as measured; rates in tokens/s."""
+    """One batch size. Times in seconds, each list as measured; rates in tokens/s.
+
+    generate         whole calls of `model.generate`, the prompt included, one a repeat
+    generate_tail    of each, from its first new token to its end
+    generate_tps     batch x (generated - 1) new tokens a call / their time: what a caller sees after the first token
+    generate_call_tps  batch x generated new tokens a call / the whole call's time
+    ttft, tpot, prefill_tps, decode_tps   of the bare forward steps, without what generate does around them
+    """
 
     batch: int
     prompt: int
     generated: int
+    generate: tuple[float, ...]
+    generate_tail: tuple[float, ...]
+    generate_tps: float
+    generate_call_tps: float
     ttft: tuple[float, ...]
     tpot: tuple[float, ...]
     ttft_median: float
@@ -66,6 +98,8 @@ class Row:
     """One model, measured.
 
     stored_bytes      tensor data on disk
+    stored_types      type name -> tensors of it
+    stored_quantized  whether what is on disk is itself quantized
     bits_per_weight   stored bits per parameter of the unquantized model
     kernels           kernel name -> quantized linears that use it
     """
@@ -75,12 +109,29 @@ class Row:
     architecture: str
     parameters: int
     stored_bytes: int
+    stored_types: dict[str, int]
+    stored_quantized: bool
     bits_per_weight: float
     dtype: str
     schemes: dict[str, int]
     kernels: dict[str, int]
     memory: Memory
+    formula: Formula
     speed: tuple[Speed, ...]
+
+    @property
+    def quantized_as(self) -> str | None:
+        """ "Q4_1, 5.74 bits per weight" where what is on disk is itself quantized, else None."""
+        if not self.stored_quantized:
+            return None
+        kinds = self.schemes or {t: n for t, n in self.stored_types.items() if t not in FLOATS}
+        main = [max(kinds, key=lambda kind: kinds[kind])] if kinds else []
+        return ", ".join([*main, f"{self.bits_per_weight:.2f} bits per weight"])
+
+    @property
+    def as_baseline(self) -> str:
+        """What every comparison with it has to say where it is no unquantized model; else nothing."""
+        return f"against a baseline that is itself quantized ({self.quantized_as})" if self.quantized_as else ""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from qkit.errors import QkitError
-from qkit.measure import memory, profile, speed, summary
+from qkit.measure import footprint, memory, profile, speed, summary
 from qkit.report import write as report
+from qkit.runtime import load
 from qkit.text import defaults as text
 
 VOCAB = 500
+ROTARY = 2 * 8 * 4  # bytes of the frequencies, which a model computes and no checkpoint holds
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -23,13 +25,14 @@ SIZES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Few steps, one thread: the figures are not looked at, and thread pools of a busy machine are slow."""
+    """Few steps, one thread, no process for memory (test_footprint.py has those): the figures are not looked at."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "GENERATED", 6)
         patch.setattr(speed, "REPEATS", 2)
         patch.setattr(speed, "_CEILING_BYTES", 1 << 20)
+        patch.setattr(footprint, "apart", lambda *given: footprint.measure(*given, threads=1))
         yield
     torch.set_num_threads(threads)
 
@@ -73,24 +76,33 @@ def test_a_converted_model_against_its_source(folders, tmp_path):
     assert row.stored_bytes < other.stored_bytes and row.bits_per_weight < 16 == other.bits_per_weight
     assert row.parameters == other.parameters
     assert sum(row.kernels.values()) == sum(row.schemes.values()) == 3 * 7 and other.kernels == {}
-    m = row.memory
+    assert other.stored_types == {"BF16": 30} and not other.stored_quantized and row.stored_quantized
+    m, formula = row.memory, row.formula
     assert m.weights == m.packed + m.embeddings + m.unquantized and m.packed > 0 and other.memory.packed == 0
-    assert m.kv_cache == m.kv_cache_formula and m.kv_tokens == 40 + speed.GENERATED - 1
-    assert m.kv_cache_context == 2 * 3 * 2 * 16 * 2 * 3 * 40
-    assert m.total == m.weights + m.kv_cache_context + m.activations and m.fits
+    assert (m.tokens, m.batch) == (40, 3)
+    assert m.kv_cache == formula.kv_cache == 2 * 3 * 2 * 16 * 2 * 3 * 40
+    assert formula.max_tokens == 256 and formula.kv_cache_max == 2 * 3 * 2 * 16 * 2 * 3 * 256
+    assert formula.weights == row.stored_bytes
+    assert other.formula.weights == other.memory.weights - ROTARY
+    assert m.total == m.weights + m.kv_cache + m.activations + m.process and m.fits and m.problem is None
+    assert m.process > 50 << 20 and m.free_bytes <= m.device_bytes
     assert [s.batch for s in row.speed] == [1, 3]
     for s in row.speed:
         assert len(s.ttft) == speed.REPEATS and len(s.tpot) == speed.REPEATS * (speed.GENERATED - 1)
         assert s.prompt == 40 and s.tpot_p50 <= s.tpot_p99 and min(s.ttft) <= s.ttft_median <= max(s.ttft)
         assert s.prefill_tps == pytest.approx(s.batch * 40 / s.ttft_median)
         assert s.decode_tps == pytest.approx(s.batch * len(s.tpot) / sum(s.tpot))
+        assert len(s.generate) == speed.REPEATS and all(a > b for a, b in zip(s.generate, s.generate_tail, strict=True))
+        calls = s.batch * speed.REPEATS
+        assert s.generate_tps == pytest.approx(calls * (speed.GENERATED - 1) / sum(s.generate_tail))
+        assert s.generate_call_tps == pytest.approx(calls * speed.GENERATED / sum(s.generate))
     against = result.quality["full"].against
     assert 0 < against.kld.value < 1 and 0 < against.same_top.value <= 1
     assert result.text.overlap.startswith("nothing to check")
     assert result.provenance["conversion"]["method"] == "rtn" and len(result.provenance["manifest_sha256"]) == 64
     assert result.provenance["command"].startswith("qkit profile ")
     parsed = json.loads((tmp_path / "report" / "profile.json").read_text())
-    assert parsed["schema_version"] == 1 and parsed["model"]["memory"]["weights"] == m.weights
+    assert parsed["schema_version"] == 2 and parsed["model"]["memory"]["weights"] == m.weights
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(report.NAMES)
     assert "profile.html" in summary(result)
 
@@ -106,6 +118,24 @@ def test_a_model_alone(folders, tmp_path):
 def test_missed_thresholds(folders, tmp_path):
     result = run(folders[1], tmp_path, baseline=folders[0], context=16, max_kld=0.0, min_tps=1e9)
     assert not result.passed and len(result.failures) == 2
+    assert result.failures[1].startswith("generate at batch 1 gives ")
+
+
+def test_a_failure_of_the_memory_s_process_loses_nothing_else(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(footprint, "apart", lambda *given: "its process was ended by SIGKILL")
+    result = run(folders[0], tmp_path, context=16)
+    m = result.model.memory
+    assert (m.total, m.kv_cache, m.activations, m.process, m.fits) == (None,) * 5 and m.weights > 0
+    assert m.problem == "its process was ended by SIGKILL" and result.model.speed[0].generate_tps > 0
+    for body in [summary(result), *((tmp_path / "report" / n).read_text() for n in report.NAMES)]:
+        assert "ended by SIGKILL" in body
+    assert "memory of" in capsys.readouterr().err
+
+
+def test_a_quantized_baseline_is_named_where_a_threshold_is_missed(folders, tmp_path):
+    result = run(folders[0], tmp_path, baseline=folders[1], context=16, max_kld=0.0)
+    assert result.failures[0].startswith("mean KL divergence ")
+    assert "against a baseline that is itself quantized (int4" in result.failures[0]
 
 
 @pytest.mark.parametrize("overlapping", [True, False])
@@ -168,8 +198,63 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders, tmp_pa
 
     here = replace(detect.cpu(), available_bytes=1000)
     monkeypatch.setattr("qkit.measure.run.resolve", lambda name: here)
-    with pytest.raises(QkitError, match=r"for its weights; cpu has 1\.0 kB free"):
+    with pytest.raises(QkitError, match=r"for weights and .* for the logits of 256 tokens; cpu has 1\.0 kB free"):
         run(folders[0], tmp_path)
+
+
+def test_a_batch_too_large_is_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch):
+    for step in ("load", "load_tokenizer"):
+        monkeypatch.setattr(f"qkit.runtime.{step}", lambda *given, **named: pytest.fail("loaded"))
+    with pytest.raises(QkitError, match=r"at --batch 100000000 and --context 16 needs .* for the KV cache") as caught:
+        run(folders[0], tmp_path, context=16, batch=[1, 100_000_000])
+    assert caught.value.hint.startswith("the largest --batch that fits at --context 16 is ")
+
+
+def test_what_fits_is_the_most_that_fits(folders):
+    from dataclasses import replace
+
+    from qkit.hardware import detect
+    from qkit.measure import fit
+    from qkit.sources import open_source
+
+    sizes = [fit.sizes(open_source(folder)) for folder in folders]
+    loaded = memory.weights(load(folders[0])).total
+    assert sizes[0].weights == loaded - ROTARY and sizes[1].weights == open_source(folders[1]).stored.nbytes
+    here = detect.cpu()
+
+    def need(device, tokens, batch):
+        cache = 2 * 3 * 2 * 16 * 2 * (tokens + speed.GENERATED)
+        head = VOCAB * (2 + 8 + (64 * 2 if device == "cpu" else 0))  # where torch copies the head for each sequence
+        layer = tokens * 2 * (2 * 64 + 3 * 96)
+        return sum(s.weights for s in sizes) + batch * (cache + max(head, layer))
+
+    for device in ("cpu", "cuda:0"):
+        exactly = replace(here, id=device, available_bytes=need(device, 100, 7))
+        fit.check(sizes, exactly, 100, 7, 128)
+        with pytest.raises(QkitError, match=r"at --batch 9 and --context 100 ") as caught:
+            fit.check(sizes, exactly, 100, 9, 128)
+        most = max(tokens for tokens in range(8, 100) if need(device, tokens, 9) <= exactly.available_bytes)
+        assert caught.value.hint == (
+            "the largest --batch that fits at --context 100 is 7; "
+            f"the largest --context that fits at --batch 9 is {most}"
+        )
+        with pytest.raises(QkitError, match="free") as caught:
+            fit.check(sizes, replace(exactly, available_bytes=exactly.available_bytes - 1), 100, 7, 128)
+        assert "--batch that fits at --context 100 is 6" in caught.value.hint
+
+
+def test_the_head_takes_what_the_check_counts_for_it(tmp_path):
+    """The logits of a large vocabulary outweigh the rest here, copies of the head's weight included."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qkit.measure import fit
+    from qkit.sources import open_source
+
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 100_000})).bfloat16()
+    model.save_pretrained(tmp_path)
+    counted = fit.sizes(open_source(str(tmp_path))).head(4, "cpu")
+    found = footprint.measure(str(tmp_path), "cpu", list(range(64)), 4, 0, threads=1)
+    assert found.activations <= 1.3 * counted
 
 
 def models():
@@ -205,7 +290,7 @@ def test_the_kv_formula_is_what_the_cache_holds(kind, tokens, batch):
         ids = torch.randint(0, VOCAB, (batch, tokens - 1))
         out = model(input_ids=ids, use_cache=True)
         out = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
-    assert memory.cache_tokens(out.past_key_values) == tokens
+    assert out.past_key_values.get_seq_length() == tokens
     formula, words = memory.kv_formula(model.config, tokens, batch, 4)
     assert formula == memory.cache_bytes(out.past_key_values)
     assert f"batch {batch}" in words

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from qkit.measure.quality import DELTA_P_PERCENTILES, KLD_PERCENTILES, Divergence, Estimate, Quality, Scores
-from qkit.measure.types import EvaluationText, Memory, Profile, Row, Speed
-from qkit.report import charts
+from qkit.measure.types import EvaluationText, Formula, Memory, Profile, Row, Speed
+from qkit.report import charts, tables, wording
 from qkit.report import write as report
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=a>|`**&amp;\n# x"
@@ -25,13 +25,19 @@ def names(wanted):
 
 def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     memory = Memory(
-        weights=700, packed=400, embeddings=200, unquantized=100, kv_cache=50, kv_tokens=575, kv_cache_formula=50,
-        kv_cache_context=48, kv_formula="2 x " + name, activations=70, activations_source="seen", process_before=None,
-        process_after=10**9, total=818, device_bytes=10**9, fits=True,
+        weights=700_000, packed=400_000, embeddings=200_000, unquantized=100_000, tokens=512, batch=2, kv_cache=51_000,
+        activations=72_000, process=850_000_000, total=850_823_000, host=850_000_000, seen="seen", problem=None,
+        free_bytes=1_000_000_000, device_bytes=8_000_000_000, fits=True,
     )  # fmt: skip
-    speed = Speed(1, 512, 4, (0.5, 0.6, 0.7), (0.01, 0.02, 0.03), 0.6, 0.02, 0.0298, 853.3, 50.0, 12.3, None)
-    sizes = ("LlamaForCausalLM", 10**6, 10**6, 4.25, "bfloat16")
-    row = Row(name, name, *sizes, {name: 7}, {name: 7}, memory, (speed, speed))
+    formula = Formula(701_000, 52_000, "2 x " + name, 8192, 832_000)
+    speed = Speed(
+        1, 512, 4, (0.7, 0.8, 0.9), (0.1, 0.1, 0.1), 30.0, 5.0,
+        (0.5, 0.6, 0.7), (0.01, 0.02, 0.03), 0.6, 0.02, 0.0298, 853.3, 50.0, 12.3, None,
+    )  # fmt: skip
+    row = Row(
+        name, name, "LlamaForCausalLM", 10**6, 10**6, {"I32": 7, "BF16": 3}, True, 4.25, "bfloat16", {name: 7},
+        {name: 7}, memory, formula, (speed, speed),
+    )  # fmt: skip
     e = Estimate(kld, 0.001)
     percentiles = dict.fromkeys(names(KLD_PERCENTILES), kld), dict.fromkeys(names(DELTA_P_PERCENTILES), -kld)
     against = Divergence(e, e, 0.99, e, percentiles[0], e, e, percentiles[1], e)
@@ -43,10 +49,11 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
         "baseline_fingerprint": "cd" if baseline else None, "manifest_sha256": "ef",
         "conversion": {"method": name, "calibration": {"name": name}, "scheme": None},
     }  # fmt: skip
-    device = {"name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,)}
+    device = {"id": "cpu", "name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,)}
     device["read_ceiling_gbs"] = 40.0
     text = EvaluationText(name, "12", 4, 512, True, name)
-    base = dataclasses.replace(row, stored_bytes=4 * 10**6) if baseline else None
+    plain = {"stored_types": {"BF16": 10}, "stored_quantized": False, "schemes": {}, "kernels": {}}
+    base = dataclasses.replace(row, stored_bytes=4 * 10**6, **plain) if baseline else None
     quality = Quality(4, 512, 1000, scores)
     return Profile(row, base, quality, text, device, provenance, {"max_kld": 0.1}, failures, {name: name}, name)
 
@@ -133,7 +140,7 @@ def test_a_missed_threshold_is_seen_everywhere():
 
 def test_json_has_a_version_and_round_trips():
     parsed = json.loads(report.to_json(make(HOSTILE)))
-    assert parsed["schema_version"] == 1 and parsed["kind"] == "measured" and parsed["passed"] is True
+    assert parsed["schema_version"] == 2 and parsed["kind"] == "measured" and parsed["passed"] is True
     assert parsed["model"]["name"] == HOSTILE
     assert parsed["quality"]["protocols"]["llama.cpp"]["against"]["kld"] == {"value": 0.2, "error": 0.001}
 
@@ -168,4 +175,142 @@ def test_files_are_written_whole(tmp_path):
      (12345.6, 321.0, "12,346 ± 321"), (0.5, 0.0, "0.5000 ± 0")],
 )  # fmt: skip
 def test_value_and_error_end_at_the_same_place(value, error, shown):
-    assert report.pm(Estimate(value, error)) == shown
+    assert wording.pm(Estimate(value, error)) == shown
+
+
+def bodies(result):
+    return {
+        "html": Page(report.to_html(result)).text,
+        "markdown": report.to_markdown(result).replace("\\", ""),
+        "summary": report.summary(result),
+    }
+
+
+def with_memory(result, **changes):
+    memory = dataclasses.replace(result.model.memory, **changes)
+    return dataclasses.replace(result, model=dataclasses.replace(result.model, memory=memory))
+
+
+def test_formula_figures_have_columns_of_their_own():
+    result = make()
+    head, lines = tables.memory(result)
+    assert head == ["", "model, measured", "model, by formula", "baseline, measured", "baseline, by formula"]
+    cells = {line[0]: line[1:] for line in lines}
+    assert cells["KV cache at 512 tokens x batch 2 (--context)"] == ["51.0 kB", "52.0 kB"] * 2
+    assert cells["weights"] == ["700.0 kB", "701.0 kB"] * 2
+    measured = [cell for line in lines for cell in (line[1], line[3])]
+    assert not {"52.0 kB", "701.0 kB", "832.0 kB"} & set(measured)
+    assert all(len(line) == len(head) for line in lines)
+
+
+def test_the_context_is_named_beside_the_model_s_own_maximum():
+    result = make()
+    cells = {line[0]: line[1:] for line in tables.memory(result)[1]}
+    assert cells["KV cache at 8,192 tokens x batch 2 (the model's own maximum)"] == ["", "832.0 kB"] * 2
+    for body in bodies(result).values():
+        assert "whole context" not in body
+    assert "at 512 tokens x batch 2" in report.summary(result)
+    assert "at 512 tokens x batch 2 (--context)" in bodies(result)["html"]
+    unknown = dataclasses.replace(result.model, formula=Formula(1, 2, "f", None, None))
+    lines = tables.memory(dataclasses.replace(result, model=unknown, baseline=None))[1]
+    assert ["KV cache at unknown tokens x batch 2 (the model's own maximum)", "", "-"] in lines
+
+
+def test_the_process_is_in_the_total_and_the_total_is_held_against_what_is_free():
+    result = make(baseline=False)
+    cells = {line[0]: line[1] for line in tables.memory(result)[1]}
+    assert cells["the process: Python, torch, libraries"] == "850.0 MB" and cells["total, at the peak"] == "850.8 MB"
+    assert cells["free before loading"] == "1.0 GB" and cells["the device's"] == "8.0 GB"
+    assert cells["total of free"] == "85.1%, fits"
+    assert "fits: 85.1% of 1.0 GB free of the device's 8.0 GB" in report.summary(result)
+    tight = with_memory(result, free_bytes=800_000_000, fits=False)
+    assert "does NOT fit: 106.4% of 800.0 MB free of the device's 8.0 GB" in report.summary(tight)
+    assert "in the machine's RAM beside it" not in cells
+    on_gpu = dataclasses.replace(result, device={**result.device, "id": "cuda:0"})
+    assert ["in the machine's RAM beside it", "850.0 MB", ""] in tables.memory(on_gpu)[1]
+
+
+def test_what_was_not_measured_is_said():
+    unknown = dict.fromkeys(("kv_cache", "activations", "process", "total", "host", "seen", "fits"))
+    result = with_memory(make(baseline=False), **unknown, problem="its process was ended by SIGKILL")
+    for name, body in bodies(result).items():
+        assert "not measured (its process was ended by SIGKILL)" in body or name == "markdown"
+        assert "its process was ended by SIGKILL" in body
+    assert json.loads(report.to_json(result))["model"]["memory"]["total"] is None
+    assert wording.verdict(result) == "700.0 kB of weights, 30.0 tokens/s when generating."
+
+
+def test_the_headline_rate_is_that_of_generate():
+    result = make()
+    card = wording.cards(result)[-1]
+    assert card["title"] == "Generate, batch 1" and card["value"] == "30.0 tok/s"
+    assert card["note"] == "1.00x the baseline's 30.0; bare step 50.0, prefill 853 tok/s"
+    head, lines = tables.speed(result)
+    cells = dict(zip(head, lines[0], strict=True))
+    assert [cells[f"{n} tok/s"] for n in ("generate", "with prompt", "bare step")] == ["30.0", "5.0", "50.0"]
+
+
+def test_percentiles_and_hashes_are_folded_on_the_page_and_left_out_elsewhere():
+    result = make()
+    page = report.to_html(result)
+    folded = "".join(re.findall(r"<details>(.*?)</details>", page, re.DOTALL))
+    shown = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+    assert [a for tag, a in Page(page).tags if tag == "details"] == [{}, {}]  # closed
+    for words in ('<th scope="row">99.9</th>', "sha256 of the text", "fingerprint of the model", "converted: method"):
+        assert words in folded and words not in shown
+    for body in (report.to_markdown(result), report.summary(result)):
+        for words in ("99.9", "sha256", "fingerprint of", "converted: "):
+            assert words not in body
+    assert len(tables.facts(result)[1]) <= 12
+
+
+QUANTIZED = "a baseline that is itself quantized (Q4_1, 5.74 bits per weight)"
+
+
+def quantized():
+    result = make()
+    types = {"F32": 61, "Q4_1": 210, "Q8_0": 1}
+    base = dataclasses.replace(
+        result.baseline, stored_bytes=900_000, stored_types=types, stored_quantized=True, bits_per_weight=5.74,
+        memory=dataclasses.replace(result.baseline.memory, weights=2_000_000),
+    )  # fmt: skip
+    return dataclasses.replace(result, baseline=base)
+
+
+def test_a_quantized_baseline_is_said_wherever_something_is_compared_with_it():
+    result = quantized()
+    size, kld, top, _ = wording.cards(result)
+    assert size["note"] == (
+        "11% larger than the 900.0 kB stored of a baseline that is itself quantized, 65% smaller than the 2.0 MB it "
+        "expands to; 4.25 bits per weight"
+    )
+    assert kld["note"].endswith("; against " + QUANTIZED) and top["note"].endswith("; against " + QUANTIZED)
+    assert wording.verdict(result).startswith(
+        f"Adds 100.0 kB to the 900.0 kB stored of {QUANTIZED}, chooses the same next token as that baseline 20.0% of"
+    )
+    first = [line[0] for line in tables.quality(result)[1]]
+    assert "mean KL divergence to the quantized baseline" in first and "top-1 agreement with it" in first
+    assert "itself quantized: 210 x Q4_1, 61 x F32, 1 x Q8_0" in dict(tables.facts(result)[1])["baseline"]
+    assert f"Quality against {QUANTIZED}" in report.to_markdown(result).replace("\\", "")
+    # Of the drawing, of the folded percentiles and of the table: each says it where it stands.
+    assert report.to_html(result).count(f"against {QUANTIZED}") >= 4
+    parsed = json.loads(report.to_json(result))
+    assert parsed["baseline"]["stored_quantized"] is True and parsed["baseline"]["stored_types"]["Q4_1"] == 210
+
+
+def test_a_plain_baseline_is_not_called_quantized():
+    for body in bodies(make()).values():
+        assert "itself quantized" not in body and "quantized baseline" not in body
+
+
+def test_a_quantized_folder_is_named_by_its_scheme():
+    row = dataclasses.replace(make().model, schemes={"int4 symmetric g64": 210, "int8": 1})
+    assert row.quantized_as == "int4 symmetric g64, 4.25 bits per weight"
+    assert dataclasses.replace(row, stored_quantized=False).as_baseline == ""
+
+
+def test_a_model_that_runs_dequantized_says_what_it_expands_to():
+    result = make(baseline=False)
+    row = dataclasses.replace(result.model, schemes={}, stored_types={"Q4_1": 1}, stored_bytes=300_000)
+    note = wording.cards(dataclasses.replace(result, model=row))[0]["note"]
+    assert note == "4.25 bits per weight; expands to 700.0 kB in memory"

@@ -1,0 +1,138 @@
+"""Whether a profile can run in the memory that is free: by formula, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import units
+from ..errors import QkitError
+from ..models.config import positive_int, text_config
+from ..models.skeleton import check_architecture
+from ..spec.dtypes import FLOATS
+from . import memory, speed
+
+if TYPE_CHECKING:
+    from ..hardware.detect import LocalDevice
+    from ..sources.types import Source
+
+_ITEMSIZE = {"float32": 4, "fp32": 4}  # of the types a model runs in; the others have 2 bytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides a model's memory: its parsed config, bytes of a value as it runs and of its weights, its limits.
+
+    max_tokens  the most that its config says it takes; None where it says nothing
+    """
+
+    label: str
+    config: Any
+    itemsize: int
+    weights: int
+    vocab: int
+    hidden: int
+    intermediate: int
+    max_tokens: int | None
+
+    def kv(self, tokens: int, batch: int) -> tuple[int, str]:
+        """(bytes of the KV cache, the formula with its numbers)."""
+        return memory.kv_formula(self.config, tokens, batch, self.itemsize)
+
+    def layer(self, tokens: int, batch: int) -> int:
+        """Bytes that one MLP takes at the least while a prompt runs: its input and residual, gate, up, product."""
+        return batch * tokens * self.itemsize * (2 * self.hidden + 3 * self.intermediate)
+
+    def head(self, batch: int, device: str) -> int:
+        """Bytes that the logits of the last position take while they are made.
+
+        generate adds two float32 copies: one of its own, and one for a processor of scores. On the CPU torch copies
+        the head's weight once a sequence in the 16-bit types, where it multiplies the last position of a prompt,
+        whose rows are not adjacent: seen with 2.13, bf16 and f16, not with float32 nor on adjacent rows."""
+        copied = self.hidden * self.itemsize if device == "cpu" and self.itemsize == 2 else 0
+        return batch * self.vocab * (self.itemsize + 2 * 4 + copied)
+
+
+def sizes(source: Source) -> Sizes:
+    """From config.json and the headers. Raises QkitError for an architecture that cannot run."""
+    from transformers import CONFIG_MAPPING
+
+    given = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    kind = check_architecture(given)
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(given)
+    except Exception as error:  # transformers' validators raise classes of their own
+        hint = "check the values in config.json"
+        raise QkitError(f"transformers refuses the config of {source.label}: {error}", hint) from error
+    itemsize = _ITEMSIZE.get(str(given.get("dtype") or given.get("torch_dtype")), 2)
+    metas = [source.meta(name) for name in source.names()]
+    # Plain tensors are cast to the type that the model runs in; codes and small floats stay as they are.
+    weights = sum(m.numel * itemsize if m.dtype in FLOATS else m.nbytes for m in metas)
+    most = positive_int(text_config(given), "max_position_embeddings", 0) or None
+    text = config.get_text_config()
+    intermediate = getattr(text, "intermediate_size", None) or 0
+    return Sizes(source.label, config, itemsize, weights, text.vocab_size, text.hidden_size, intermediate, most)
+
+
+def check(models: Sequence[Sizes], where: LocalDevice, context: int, batch: int, n_ctx: int) -> None:
+    """Refuse what does not fit the free memory: the weights of all models, which are compared side by side, and of
+    one at a time the KV cache of `batch` sequences of `context` tokens and what is generated after them, with the
+    logits or a layer's activations; or the logits of scoring chunks of n_ctx tokens.
+
+    Raises QkitError that names the largest batch and the largest context that fit."""
+    free = where.available_bytes
+    weights = sum(m.weights for m in models)
+    names = " and ".join(m.label for m in models)
+
+    def cache(tokens: int, sequences: int) -> int:
+        return max(m.kv(_length(m, tokens), sequences)[0] for m in models)
+
+    def passing(tokens: int, sequences: int) -> int:
+        return max(max(m.head(sequences, where.id), m.layer(tokens, sequences)) for m in models)
+
+    scoring = sum(n_ctx * m.vocab * m.itemsize for m in models)
+
+    def fits(tokens: int, sequences: int) -> bool:
+        return weights + max(scoring, cache(tokens, sequences) + passing(tokens, sequences)) <= free
+
+    if fits(context, batch):
+        return
+    if weights + scoring > free:
+        raise QkitError(
+            f"{names} needs {units.size(weights)} for weights and {units.size(scoring)} for the logits of "
+            f"{n_ctx} tokens; {where.id} has {units.size(free)} free",
+            "use a smaller model, a device with more memory" + (", or no baseline" if len(models) > 1 else ""),
+        )
+    remedies = [
+        f"the largest {name} that fits {at} is {most}"
+        for name, at, most in (
+            ("--batch", f"at --context {context}", _largest(lambda n: fits(context, n), batch, 1)),
+            ("--context", f"at --batch {batch}", _largest(lambda n: fits(n, batch), context, 8)),
+        )
+        if most
+    ]
+    least = f"not even --batch 1 at --context {context} or --batch {batch} at --context 8 fits"
+    raise QkitError(
+        f"{names} at --batch {batch} and --context {context} needs {units.size(weights)} for weights, "
+        f"{units.size(cache(context, batch))} for the KV cache and {units.size(passing(context, batch))} for logits "
+        f"and activations; {where.id} has {units.size(free)} free",
+        "; ".join(remedies) or least,
+    )
+
+
+def _length(model: Sizes, context: int) -> int:
+    """Tokens in the cache at the end of a timed run."""
+    length = context + speed.GENERATED
+    return min(length, model.max_tokens) if model.max_tokens else length
+
+
+def _largest(fits: Callable[[int], bool], too_many: int, least: int) -> int | None:
+    """The largest n in [least, too_many) that fits, where every smaller one does too; None where there is none."""
+    if least >= too_many or not fits(least):
+        return None
+    low, high = least, too_many
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
