@@ -26,7 +26,7 @@ from triton_gates.cases import cases
 from triton_gates.targets import TARGETS, target
 
 
-def show(row: table.Row) -> str:
+def show(row: table.Compiled) -> str:
     if row.note:
         return f"{row.package:14} {row.kernel:28} {row.m:4} {row.target:8} {row.note}"
     cost = f"{row.per_weight:6.2f} of {row.budget:5.2f} per weight" if row.weights else ""
@@ -37,7 +37,7 @@ def show(row: table.Row) -> str:
     )
 
 
-def write(rows: dict[tuple[Any, ...], table.Row], out: Path) -> None:
+def write(rows: dict[tuple[Any, ...], table.Compiled], out: Path) -> None:
     """Ours first, the rest by package."""
     table.save((rows[key] for key in sorted(rows, key=lambda k: (k[0] != "qkit", k))), out)
 

@@ -41,7 +41,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class Compiled:
     package: str
     kernel: str
     m: int
@@ -73,21 +73,21 @@ class Row:
         return (self.package.split()[0], self.kernel, self.m, self.n, self.k, self.target, self.launch)
 
 
-def rows_of(case: Case, on: Target) -> list[Row]:
+def rows_of(case: Case, on: Target) -> list[Compiled]:
     """Compiles a case for one target: a row per launch, or one that says why it cannot be."""
     about = (case.package, case.kernel, case.m, case.n, case.k, on.name)
     try:
         return [_row(case, on, about, launch) for launch in launched(on, case.call)]
     except Exception as error:  # whatever the compiler raises is what the table has to say
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return [Row(*about, note=f"does not compile: {type(error).__name__}: {(lines or [''])[-1][:160]}")]
+        return [Compiled(*about, note=f"does not compile: {type(error).__name__}: {(lines or [''])[-1][:160]}")]
 
 
-def _row(case: Case, on: Target, about: tuple[Any, ...], launch: Launch) -> Row:
+def _row(case: Case, on: Target, about: tuple[Any, ...], launch: Launch) -> Compiled:
     code = measure(launch.compiled, on)
     c = code.counts
     weights = (case.weights(launch) or 0) * code.unroll
-    return Row(
+    return Compiled(
         *about,
         launch=launch.name,
         registers=code.registers,
@@ -110,7 +110,7 @@ def _row(case: Case, on: Target, about: tuple[Any, ...], launch: Launch) -> Row:
     )
 
 
-def faults(row: Row, case: Case, before: Row | None) -> list[str]:
+def faults(row: Compiled, case: Case, before: Compiled | None) -> list[str]:
     """What a row of ours fails; `before` is the committed one."""
     on = target(row.target)
     found = [row.note] if row.note else []
@@ -137,18 +137,18 @@ def faults(row: Row, case: Case, before: Row | None) -> list[str]:
     return [f"{row.kernel} M={row.m} {row.target} {row.launch}: {fault}" for fault in found]
 
 
-def load(path: Path = COMMITTED) -> dict[tuple[Any, ...], Row]:
-    """The committed rows by `Row.key`; none where there is no file."""
+def load(path: Path = COMMITTED) -> dict[tuple[Any, ...], Compiled]:
+    """The committed rows by `Compiled.key`; none where there is no file."""
     if not path.exists():
         return {}
-    kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Row)}
+    kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Compiled)}
     with path.open(newline="") as file:
-        rows = [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
+        rows = [Compiled(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
     return {row.key: row for row in rows}
 
 
-def save(rows: Iterable[Row], path: Path = COMMITTED) -> None:
+def save(rows: Iterable[Compiled], path: Path = COMMITTED) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(Compiled)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

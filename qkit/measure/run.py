@@ -14,9 +14,9 @@ from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
 from ..text import defaults as text
-from . import fit, footprint, rows, speed
+from . import facts, fit, footprint, speed
 from .options import Options
-from .types import EvaluationText, Profile, Row
+from .types import EvaluationText, Measured, Profile
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def profile(model: str, options: Options) -> Profile:
     where = resolve(options.device)
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
-    identity, manifest_sha = rows.manifest(source.folder)
+    identity, manifest_sha = facts.manifest(source.folder)
     limit = _max_positions(source)
     context = _context(options.context, limit)
     n_ctx = min(N_CTX, limit)
@@ -92,7 +92,7 @@ def profile(model: str, options: Options) -> Profile:
         for size in batch:
             runs.append(speed.measure(instances, prompt.repeat(size, 1), ceiling, advance, **times))
     lines = [
-        rows.row(name, each, instance, size, found, speeds, where, context)
+        facts.measured(name, each, instance, size, found, speeds, where, context)
         for (name, each), instance, size, found, speeds in zip(
             named, instances, sizes, seen, zip(*runs, strict=True), strict=True
         )
@@ -110,15 +110,15 @@ def profile(model: str, options: Options) -> Profile:
         baseline=lines[1] if len(lines) > 1 else None,
         quality=scores,
         text=evaluated,
-        device=rows.device_facts(where, ceiling),
+        device=facts.device_facts(where, ceiling),
         provenance={
-            **rows.versions(),
+            **facts.versions(),
             "command": shlex.join(["qkit", "profile", model, *command_line(options)]),
             "headline_protocol": HEADLINE,
             "model_fingerprint": source.fingerprint,
             "baseline_fingerprint": base_source.fingerprint if base_source else None,
             "manifest_sha256": manifest_sha,
-            "conversion": rows.conversion(identity),
+            "conversion": facts.conversion(identity),
         },
         thresholds=thresholds,
         failures=_failures(thresholds, scores, lines),
@@ -191,7 +191,7 @@ def _prompt(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return flat.repeat(-(-length // len(flat)))[:length].unsqueeze(0)
 
 
-def _failures(thresholds: dict[str, float], scores: Quality, lines: list[Row]) -> tuple[str, ...]:
+def _failures(thresholds: dict[str, float], scores: Quality, lines: list[Measured]) -> tuple[str, ...]:
     failures = []
     row, base = lines[0], lines[-1]
     against = scores[HEADLINE].against

@@ -94,7 +94,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """One model, measured.
 
     stored_bytes      tensor data on disk
@@ -150,8 +150,8 @@ class EvaluationText:
 class Profile:
     """The result of `profile`. `as_dict` is the JSON document; `schema_version` changes when its meaning does."""
 
-    model: Row
-    baseline: Row | None
+    model: Measured
+    baseline: Measured | None
     quality: Quality
     text: EvaluationText
     device: dict[str, Any]

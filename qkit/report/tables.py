@@ -6,14 +6,14 @@ from typing import Any
 
 from .. import units
 from ..measure.quality import Divergence
-from ..measure.types import Memory, Profile, Row
+from ..measure.types import Measured, Memory, Profile
 from . import charts
 from .wording import against, percent, pm, setting
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
-def rows(result: Profile) -> list[Row]:
+def rows(result: Profile) -> list[Measured]:
     return [result.model] + ([result.baseline] if result.baseline else [])
 
 
@@ -156,7 +156,7 @@ def facts(result: Profile) -> Table:
     return ["", ""], lines
 
 
-def _types(row: Row) -> str:
+def _types(row: Measured) -> str:
     return ", ".join(f"{n} x {kind}" for kind, n in sorted(row.stored_types.items(), key=lambda item: -item[1]))
 
 

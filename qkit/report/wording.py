@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import units
 from ..measure.quality import Estimate, Scores
-from ..measure.types import Memory, Profile, Row
+from ..measure.types import Measured, Memory, Profile
 from . import charts
 
 
@@ -24,7 +24,7 @@ def percent(value: float) -> str:
     return f"{value:.2%}"
 
 
-def short_name(row: Row) -> str:
+def short_name(row: Measured) -> str:
     """The folder's or file's own name: a report that is passed on needs no paths in its title."""
     return Path(row.name.rstrip("/")).name or row.name
 
@@ -80,7 +80,7 @@ def cards(result: Profile) -> list[dict[str, str]]:
     return [size, kld, top, rate]
 
 
-def _size_note(row: Row, base: Row | None) -> str:
+def _size_note(row: Measured, base: Measured | None) -> str:
     """Bits per weight, and the size beside the baseline's: as stored, and as it runs where that is another."""
     note = f"{row.bits_per_weight:.2f} bits per weight"
     if base is None:
@@ -100,7 +100,7 @@ def _change(ours: int, theirs: int) -> str:
     return f"{abs(change):.0%} {'smaller' if change <= 0 else 'larger'}"
 
 
-def _expands(row: Row) -> bool:
+def _expands(row: Measured) -> bool:
     """Whether it runs dequantized, in more memory than it is stored in."""
     return row.stored_quantized and not row.schemes and row.memory.weights > row.stored_bytes
 

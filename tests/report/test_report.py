@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qkit.measure.quality import DELTA_P_PERCENTILES, KLD_PERCENTILES, Divergence, Estimate, Quality, Scores
-from qkit.measure.types import EvaluationText, Formula, Memory, Profile, Row, Speed
+from qkit.measure.types import EvaluationText, Formula, Measured, Memory, Profile, Speed
 from qkit.report import charts, tables, wording
 from qkit.report import write as report
 
@@ -34,7 +34,7 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
         1, 512, 4, (0.7, 0.8, 0.9), (0.1, 0.1, 0.1), 30.0, 5.0,
         (0.5, 0.6, 0.7), (0.01, 0.02, 0.03), 0.6, 0.02, 0.0298, 853.3, 50.0, 12.3, None,
     )  # fmt: skip
-    row = Row(
+    row = Measured(
         name, name, "LlamaForCausalLM", 10**6, 10**6, {"I32": 7, "BF16": 3}, True, 4.25, "bfloat16", {name: 7},
         {name: 7}, memory, formula, (speed, speed),
     )  # fmt: skip

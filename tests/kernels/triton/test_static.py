@@ -84,7 +84,7 @@ def test_budget():
 def row(**changed):
     figures = dict(registers=80, shared=20000, threads=128, instructions=100, matrix=8, loads=4, loads_128=4)
     figures |= dict(weights=8192, per_weight=1.5, budget=4.3, launch="kernel") | changed
-    return table.Row("qkit", "w4a16", 1, 4096, 4096, "sm_90", **figures)
+    return table.Compiled("qkit", "w4a16", 1, 4096, 4096, "sm_90", **figures)
 
 
 @pytest.mark.parametrize(

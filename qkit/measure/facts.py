@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..hardware.catalogue import catalogue
 from . import memory
 from .footprint import Footprint
-from .types import Formula, Memory, Row, Speed
+from .types import Formula, Measured, Memory, Speed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .fit import Sizes
 
 
-def row(
+def measured(
     name: str,
     source: Source,
     model: Any,
@@ -31,7 +31,7 @@ def row(
     speeds: Sequence[Speed],
     where: LocalDevice,
     context: int,
-) -> Row:
+) -> Measured:
     """One model's row. found: what its own process saw, or why that failed; speeds: one a batch size."""
     from ..inspection import inspect
     from ..runtime import QuantLinear
@@ -39,7 +39,7 @@ def row(
     facts = inspect(name)
     batch = max(s.batch for s in speeds)
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    return Row(
+    return Measured(
         name=name,
         base_model=source.base_model,
         architecture=facts.architecture,
