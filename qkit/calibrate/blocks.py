@@ -6,7 +6,7 @@ to layer, through what is already quantized: o_proj is fitted to what the quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
@@ -138,18 +138,33 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
         method.cost([(weights[name][0], weights[name][1]) for name in members], reached(members[0]))
         for members in groups.values()
     ]
-    widest = max((in_ for _, in_ in groups), default=0)
-    hidden = 2 * tokens * positive_int(config, "hidden_size", max(1, widest))
-    per_block: dict[str, int] = {}
+    return Cost(
+        forward + sum(cost.flops for cost in costs), _peak(source, schemes, tokens, size * length, groups, costs)
+    )
+
+
+def _peak(
+    source: Source,
+    schemes: Mapping[str, LayerSpec],
+    tokens: int,
+    batch: int,
+    groups: Mapping[tuple[str, int], list[str]],
+    costs: Sequence[Cost],
+) -> int:
+    """Bytes alive at once beside the process itself. tokens: of all windows; batch: of one pass."""
+    shapes = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
+    hidden = positive_int(source.config, "hidden_size", max((in_ for _, in_ in groups), default=1))
+    states = 2 * tokens * hidden
+    passing = states + 2 * 2 * batch * hidden  # what a layer adds to, and what it makes of it
+    weights: dict[str, int] = {}
     for name in schemes:
         head, _, tail = name.partition("layers.")
         key = head + tail.partition(".")[0]
-        per_block[key] = per_block.get(key, 0) + 2 * weights[name][0] * weights[name][1]
-    activations = _activation_bytes(source, schemes, size * length, 2)
-    embedding = max((2 * out * in_ for name, (out, in_) in weights.items() if name not in schemes), default=0)
-    statistics = max((cost.nbytes for cost in costs), default=0)
-    peak = max(embedding + hidden, 2 * hidden + max(per_block.values(), default=0) + activations + statistics)
-    return Cost(forward + sum(cost.flops for cost in costs), peak)
+        weights[key] = weights.get(key, 0) + source.meta(name).nbytes
+    gated = 3 * 2 * batch * max((shapes[name][0] for name in schemes), default=0)
+    solving = (cost.nbytes + 2 * batch * in_ for (_, in_), cost in zip(groups, costs, strict=True))
+    embedding = max((source.meta(name).nbytes for name in shapes if name not in schemes), default=0)
+    return max(embedding + 2 * states, max(weights.values(), default=0) + passing + max(gated, *solving, 0))
 
 
 def _activation_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:

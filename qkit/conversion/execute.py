@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..hardware import memory
 from ..progress import notify, track
 from .executor import Executor
 from .record import check_finite, computed_on, digest, record, weight_error
@@ -40,13 +41,18 @@ def write_weights(
     """Write every file of weights that is not there yet. tokens: calibration windows, None for data-free methods."""
     options = {name: getattr(plan.options, name) for name in plan.method.options}
     direct = Direct(source, fmt, plan.method, options)
+    # First what belongs to no block, the embeddings among it: the largest tensors, before any statistics are held.
+    _write_shards([s for s in plan.shards if tokens is None or s.block is None], direct, work, executor)
     if tokens is not None:
         _write_blocks(plan, source, fmt, work, executor, tokens, direct, options)
-    with track("writing", plan.bytes_in, "bytes") as advance:
-        for shard in plan.shards:
-            if work.has(shard.file):
-                advance(sum(t.bytes_in for t in shard.tasks))
-            else:
+        _write_shards(plan.shards, direct, work, executor)  # blocks of which nothing is quantized
+
+
+def _write_shards(shards: Sequence[Shard], direct: Direct, work: Workspace, executor: Executor) -> None:
+    left = [shard for shard in shards if not work.has(shard.file)]
+    if left:
+        with track("writing", sum(t.bytes_in for shard in left for t in shard.tasks), "bytes") as advance:
+            for shard in left:
                 _write_shard(shard, direct, work, executor, advance)
 
 
@@ -87,6 +93,8 @@ def _write_blocks(
                 produce = Calibrated(direct, result, plan.device)
                 for shard in shards[result.index]:
                     _write_shard(shard, produce, work, executor, lambda amount: None)
+            # Else every block would begin with hundreds of MB that the ones before it have freed.
+            memory.give_back()
             advance(1)
 
 

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from ..methods import Method
     from ..sources.types import Source
 
-# Resident beside weights, activations, statistics: Python, torch and (calibrated) transformers, and what malloc keeps
-# between uses. From `qkit convert --json` of the two README models: measured peak less the counted bytes.
-BASE_MEMORY, BASE_MEMORY_CALIBRATED = 300 << 20, 1200 << 20
+# Resident before a tensor is read: Python and torch; for calibrated methods transformers and a tokenizer as well. And
+# what malloc keeps of freed tensors that are too small (32 MiB) to be given back at once. Measured by
+# `benchmarks/convert_memory.py`, whose table stands in the README.
+BASE_MEMORY, BASE_MEMORY_CALIBRATED = 235 << 20, 430 << 20
+RETAINED = 300 << 20
+TOKENIZER = 15  # bytes that a tokenizer takes for each of its tokenizer.json
+MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
 # `benchmarks/convert_speed.py` on 2 Zen 5 cores and halved: a prediction had better be kept than beaten.
 RTN_BYTES_PER_CORE_S = 0.4e9
@@ -38,10 +42,12 @@ def predict(source: Source, tasks: Sequence[Task], method: Method, options: Opti
     """What the tasks will take. Raises QkitError where --max-memory or the machine cannot hold it."""
     here = memory.limit()
     limit = min(options.max_memory or here, here)
-    base = BASE_MEMORY_CALIBRATED if method.needs else BASE_MEMORY
+    base = BASE_MEMORY
+    if method.needs:
+        base = BASE_MEMORY_CALIBRATED + TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
     usable = cores()
     workers = usable
-    while workers > 1 and base + _in_flight(tasks, workers) > limit:
+    while workers > 1 and MARGIN * (base + _in_flight(tasks, workers)) > limit:
         workers -= 1
     peak = base + _in_flight(tasks, workers)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
@@ -50,12 +56,13 @@ def predict(source: Source, tasks: Sequence[Task], method: Method, options: Opti
 
         schemes = {t.name: t.scheme for t in tasks if t.scheme is not None}
         cost = blocks.predict_cost(source, schemes, options.calib_samples, options.calib_len, method)
-        peak = max(peak, base + cost.nbytes)
+        peak = max(peak, base + cost.nbytes + min(cost.nbytes, RETAINED))
         seconds += 6.0 + cost.flops / _matmul_rate(device.id)
-    if peak > limit:
+    if MARGIN * peak > limit:
         allowed = "--max-memory allows" if limit < here else "this process can have"
         raise QkitError(
-            f"about {units.size(peak)} of memory are needed (predicted); {allowed} {units.size(limit)}",
+            f"about {units.size(peak)} of memory are needed (predicted, 15 % more at most); {allowed} "
+            f"{units.size(limit)}",
             "use --method rtn, fewer or shorter calibration samples, or a machine with more memory"
             if method.needs
             else "raise --max-memory: the largest tensor has to fit",

@@ -48,8 +48,8 @@ class Gptq(Method):
         out = sum(shape[0] for shape in shapes)
         # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
         flops = 1.1 * tokens * in_**2 + 8.0 * out * in_**2
-        # The Hessian and its factor while the latter is made; weights, targets and errors in float32.
-        return Cost(flops, 16 * in_**2 + 24 * out * in_)
+        # Four squares while the Hessian is factored; three, and the weights seven times in float32, in the solve.
+        return Cost(flops, max(16 * in_**2, 12 * in_**2 + 28 * out * in_))
 
 
 def quantize(
@@ -174,10 +174,12 @@ def _factor(
         damped = h.flip(0, 1)
         damped.diagonal().add_(damp * mean + mean * dead.flip(0))
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         upper = lower.flip(0, 1)
+        del lower
         pivots = upper.diagonal().clone()
         if int(info) == 0 and bool(torch.isfinite(pivots).all()) and bool((pivots > 0).all()):
-            return (upper / pivots, pivots.square()), damp, ""
+            return (upper.div_(pivots), pivots.square()), damp, ""
         if damp >= _MAX_DAMP:
             reason = f"its calibration statistics are not positive definite, even damped by {damp:g} of the mean"
             return None, damp, reason
