@@ -215,6 +215,7 @@ def _write_shard(
         for task, made in zip(shard.tasks, executor.run(produce, shard.tasks), strict=True):
             noted.append(Produced([], made.entries, made.digests))
             yield from made.outputs
+            made.outputs = ()  # or they would live until the next task is done
             advance(task.bytes_in)
 
     written = write_safetensors(work.store, shard.file, entries, stream())

@@ -17,7 +17,7 @@ from ..models.families import BLOCK, module_of
 from ..models.skeleton import check_architecture
 from ..spec import Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
-from ..text.windows import check_spec
+from ..text.read import check_spec
 from .options import Options
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
@@ -153,7 +153,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     check_collisions(tasks)
 
     shards = make_shards(tasks, by_block=method.needs is not None)
-    predicted = predict(source, tasks, method, options, device)
+    predicted = predict(source, shards, method, options, device)
     needed, free = _disk(source, tasks, out)
     return Plan(
         source=source.label,

@@ -11,7 +11,7 @@ from ..errors import QkitError
 from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores
 from .options import Options
-from .tasks import Task
+from .tasks import Shard, Task
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -38,18 +38,21 @@ class Prediction:
     seconds: float
 
 
-def predict(source: Source, tasks: Sequence[Task], method: Method, options: Options, device: LocalDevice) -> Prediction:
-    """What the tasks will take. Raises QkitError where --max-memory or the machine cannot hold it."""
+def predict(
+    source: Source, shards: Sequence[Shard], method: Method, options: Options, device: LocalDevice
+) -> Prediction:
+    """What writing the files will take. Raises QkitError where --max-memory or the machine cannot hold it."""
     here = memory.limit()
     limit = min(options.max_memory or here, here)
     base = BASE_MEMORY
     if method.needs:
         base = BASE_MEMORY_CALIBRATED + TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
+    tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
     workers = usable
-    while workers > 1 and MARGIN * (base + _in_flight(tasks, workers)) > limit:
+    while workers > 1 and MARGIN * (base + _in_flight(shards, workers)) > limit:
         workers -= 1
-    peak = base + _in_flight(tasks, workers)
+    peak = base + _in_flight(shards, workers)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     if method.needs:
         from ..calibrate import blocks
@@ -70,12 +73,19 @@ def predict(source: Source, tasks: Sequence[Task], method: Method, options: Opti
     return Prediction(workers, peak, seconds)
 
 
-def _in_flight(tasks: Sequence[Task], workers: int) -> int:
-    """Most bytes alive at once while `workers` produce tensors in order and one more is being written.
+def _in_flight(shards: Sequence[Shard], workers: int) -> int:
+    """Most bytes alive at once while, file by file, `workers` tasks run in order, the first of them being written.
 
     A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
-    held = [t.bytes_in + t.numel + t.bytes_out if t.scheme else t.bytes_in for t in tasks]
-    return max((sum(held[i : i + workers + 1]) for i in range(len(held))), default=0)
+    most = 0
+    for shard in shards:
+        held = [_held(task) for task in shard.tasks]
+        most = max([most, *(sum(held[i : i + workers]) for i in range(len(held)))])
+    return most
+
+
+def _held(task: Task) -> int:
+    return task.bytes_in + task.numel + task.bytes_out if task.scheme else task.bytes_in
 
 
 def _matmul_rate(device: str) -> float:

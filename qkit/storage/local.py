@@ -106,6 +106,7 @@ class LocalStore:
         with _replacing(path) as output:
             for chunk in chunks:
                 output.write(chunk)
+                del chunk  # it keeps its tensor alive
         return output.digest()
 
 

@@ -86,6 +86,7 @@ def _chunks(
         if actual != meta:
             raise ValueError(f"{name}: announced {meta}, got {actual}")
         yield tensor_bytes(tensor)
+        del tensor  # before the next one is made
         position += 1
     if position != len(entries):
         raise ValueError(f"{position} tensors where {len(entries)} were announced")

@@ -77,7 +77,7 @@ class Bench:
     def _tokens(self, model: str) -> list[list[int]]:
         """SEQUENCES x LENGTH ids of English prose, BOS in place of each first where the model has one."""
         tokenizer = load_tokenizer(self.folder(next(n for n, f in FOLDERS.items() if f[0] == model)))
-        ids = tokenizer(evaluation_text().text[:4000], add_special_tokens=False).input_ids
+        ids = tokenizer(evaluation_text().content[:4000], add_special_tokens=False).input_ids
         rows = [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(SEQUENCES)]
         bos = tokenizer.bos_token_id
         return [[bos, *row[1:]] for row in rows] if model == "gemma" else rows

@@ -14,6 +14,7 @@ from qkit.measure import footprint, memory, profile, speed, summary
 from qkit.report import write as report
 from qkit.runtime import load
 from qkit.text import defaults as text
+from qkit.text.sketch import sketch
 
 VOCAB = 500
 ROTARY = 2 * 8 * 4  # bytes of the frequencies, which a model computes and no checkpoint holds
@@ -44,7 +45,7 @@ def save_tokenizer(folder):
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<unk>"], show_progress=False)
-    core.train_from_iterator([text.evaluation_text().text[:20_000]], trainer)
+    core.train_from_iterator([text.evaluation_text().content[:20_000]], trainer)
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
 
 
@@ -145,8 +146,8 @@ def test_overlap_with_the_calibration_text_is_checked(folders, tmp_path, overlap
     folder = tmp_path / "calibrated"
     shutil.copytree(folders[1], folder)
     manifest = json.loads((folder / "qkit_manifest.json").read_text())
-    source = text.evaluation_text().text[200:3000] if overlapping else text.calibration_text().text
-    manifest["identity"]["calibration"] = {"name": "their text", "sketch": text.sketch(source)}
+    source = text.evaluation_text().content[200:3000] if overlapping else text.calibration_text().content
+    manifest["identity"]["calibration"] = {"name": "their text", "sketch": sketch(source)}
     (folder / "qkit_manifest.json").write_text(json.dumps(manifest))
     if overlapping:
         with pytest.raises(QkitError, match=r"shares .* of its words with the text that the model was calibrated on"):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 
 import pytest
 import torch
 
 from qkit.errors import QkitError
-from qkit.text import defaults as texts
-from qkit.text import windows as text
+from qkit.text import read, windows
+from qkit.text.defaults import calibration_text, evaluation_text
+from qkit.text.sketch import overlap
+from qkit.text.windows import calibration_tokens
 
 
 def tokenizer(bos: bool):
@@ -26,7 +29,7 @@ def tokenizer(bos: bool):
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator([texts.calibration_text().text[:40_000]], trainer)
+    core.train_from_iterator([calibration_text().content[:40_000]], trainer)
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
@@ -45,39 +48,110 @@ def with_bos():
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "corpus.txt"
-    path.write_text(texts.evaluation_text().text[:120_000], encoding="utf-8")
+    path.write_text(evaluation_text().content[:120_000], encoding="utf-8")
     return path
 
 
 @pytest.mark.parametrize(("samples", "length"), [(1, 2), (3, 7), (16, 64), (5, 513)])
-def test_windows_are_the_tokens_of_the_whole_text(plain, corpus, samples, length):
-    got = text.calibration_tokens(str(corpus), plain, samples, length)
+def test_consecutive_windows_are_the_tokens_of_the_whole_text(plain, corpus, samples, length):
     content = corpus.read_text(encoding="utf-8")
     whole = plain(content, add_special_tokens=False)["input_ids"]
+    tokens, prefix, bos = windows.token_windows(read.read_text(str(corpus)), plain, samples, length)
+    assert tokens.dtype == torch.int64 and tokens.shape == (samples, length) and not bos
+    assert tokens.flatten().tolist() == whole[: samples * length]
+    assert len(plain(content[:prefix])["input_ids"]) >= samples * length
+
+
+@pytest.mark.parametrize(("samples", "length"), [(1, 2), (3, 7), (16, 64), (5, 513)])
+def test_calibration_windows_come_from_all_over_the_text(plain, corpus, samples, length):
+    got = calibration_tokens(str(corpus), plain, samples, length)
+    content = corpus.read_text(encoding="utf-8")
     assert got.tokens.dtype == torch.int64 and got.tokens.shape == (samples, length)
-    assert got.tokens.flatten().tolist() == whole[: samples * length]
-    assert not got.bos and got.note == "" and got.name == text.LOCAL
+    assert not got.bos and got.note == "" and got.name == read.LOCAL
     assert got.sha256 == hashlib.sha256(content.encode()).hexdigest()
+    stretch = len(content) // samples
+    places = [content.find(plain.decode(row), i * stretch) for i, row in enumerate(got.tokens)]
+    assert all(i * stretch <= place < (i + 1) * stretch for i, place in enumerate(places)), places
+    assert torch.equal(calibration_tokens(str(corpus), plain, samples, length).tokens, got.tokens)
+
+
+def test_a_text_with_just_enough_tokens_is_used_whole(plain, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text(calibration_text().content[:3000])
+    whole = plain(path.read_text(), add_special_tokens=False)["input_ids"]
+    length = len(whole) // 6
+    assert calibration_tokens(str(path), plain, 6, length).tokens.flatten().tolist() == whole[: 6 * length]
+
+
+def chats(path, contents):
+    rows = ({"messages": [{"role": "user", "content": text}]} for text in contents)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def some_words(seed, count=60):
+    rng = random.Random(seed)
+    return " ".join(rng.choice("abcdefghij") + str(rng.randrange(9999)) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def chat():
+    made = tokenizer(bos=False)
+    system = "You are a helpful assistant. " * 20
+    made.chat_template = "<|system|>" + system + "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    return made
+
+
+def test_documents_are_drawn_from_the_whole_file(chat, plain, tmp_path):
+    """A file whose second half is of another topic."""
+    rows = [{"text": ("alpha " if i < 500 else "omega ") * 50} for i in range(1000)]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    got = calibration_tokens(str(tmp_path / "d.jsonl"), plain, 16, 64)
+    text = plain.decode(got.tokens.flatten())
+    assert 0.2 < text.count("alpha") / (text.count("alpha") + text.count("omega")) < 0.8
+
+
+def test_one_long_document_does_not_take_all_windows(plain, tmp_path):
+    rows = [{"text": "alpha " * 100_000}, *({"text": f"omega {i} " * 40} for i in range(200))]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for samples in (16, 32):
+        text = plain.decode(calibration_tokens(str(tmp_path / "d.jsonl"), plain, samples, 64).tokens.flatten())
+        assert text.count("omega") > text.count("alpha")
+
+
+def test_chats_share_their_template_and_no_words(chat, tmp_path):
+    """What is compared is what was said: every chat of a model begins with the same template."""
+    ours = chats(tmp_path / "a.jsonl", [some_words(i) for i in range(100)])
+    got = calibration_tokens(ours, chat, 4, 64)
+    assert "helpful assistant" in chat.decode(got.tokens.flatten())
+    other = read.read_text(chats(tmp_path / "b.jsonl", [some_words(1000 + i) for i in range(100)]), chat)
+    assert "helpful assistant" in other.content and overlap(got.sketch, other.words(10**9)).count == 0
+    every = calibration_tokens(ours, chat, 240, 256)
+    leaking = [some_words(i if i % 20 == 0 else 1000 + i) for i in range(100)]  # one in twenty is ours
+    copied = read.read_text(chats(tmp_path / "c.jsonl", leaking), chat)
+    assert 0.03 < overlap(every.sketch, copied.words(10**9)).fraction < 0.07
+    assert copied.words(1) == leaking[0]
 
 
 def test_bos_replaces_the_first_token_of_each_window(plain, with_bos, corpus):
-    got = text.calibration_tokens(str(corpus), with_bos, 4, 32)
-    reference = text.calibration_tokens(str(corpus), plain, 4, 32)
+    got = calibration_tokens(str(corpus), with_bos, 4, 32)
+    reference = calibration_tokens(str(corpus), plain, 4, 32)
     assert got.bos and got.tokens[:, 0].tolist() == [0, 0, 0, 0]
     assert torch.equal(got.tokens[:, 1:], reference.tokens[:, 1:])
 
 
 def test_the_sketch_knows_the_text_that_was_used_and_not_the_rest(plain, corpus):
     content = corpus.read_text(encoding="utf-8")
-    got = text.calibration_tokens(str(corpus), plain, 4, 64)
-    assert texts.overlap(got.sketch, content[:400]).count > 0
-    assert texts.overlap(got.sketch, content[60_000:]).count == 0
+    got = calibration_tokens(str(corpus), plain, 4, 64)
+    used = [plain.decode(row) for row in got.tokens]
+    assert all(overlap(got.sketch, text).count > 0 for text in used)
+    assert overlap(got.sketch, content).fraction < 0.1
 
 
 def test_the_default_text_gives_what_it_has_and_says_so(plain):
-    few = text.calibration_tokens(None, plain, 8, 32)
-    assert few.tokens.shape == (8, 32) and few.name == texts.calibration_text().name and few.note == ""
-    many = text.calibration_tokens(None, plain, 10**6, 512)
+    few = calibration_tokens(None, plain, 8, 32)
+    assert few.tokens.shape == (8, 32) and few.name == calibration_text().name and few.note == ""
+    many = calibration_tokens(None, plain, 10**6, 512)
     assert 1 < len(many.tokens) < 10**6 and str(len(many.tokens)) in many.note
 
 
@@ -86,13 +160,13 @@ def test_too_little_text_is_refused_with_the_count(plain, tmp_path):
     path.write_text("hello world, this is short")
     count = len(plain("hello world, this is short")["input_ids"])
     with pytest.raises(QkitError, match=f"has {count} tokens; 8 x 512 = 4096 are needed"):
-        text.calibration_tokens(str(path), plain, 8, 512)
+        calibration_tokens(str(path), plain, 8, 512)
 
 
 @pytest.mark.parametrize(("samples", "length"), [(0, 8), (-1, 8), (1, 1), (1, 0)])
 def test_senseless_sizes(plain, samples, length):
     with pytest.raises(QkitError, match="at least 1 sample"):
-        text.calibration_tokens(None, plain, samples, length)
+        calibration_tokens(None, plain, samples, length)
 
 
 def test_jsonl_of_text_and_messages(plain, tmp_path):
@@ -103,17 +177,17 @@ def test_jsonl_of_text_and_messages(plain, tmp_path):
     body = "\n".join(json.dumps(row) for row in rows) + "\n\n"
     path = tmp_path / "data.jsonl"
     path.write_text(body)
-    assert text.read_text(str(path), plain).text == "first document\n\nquestion\nanswer\n"
+    assert read.read_text(str(path), plain).content == "first document\n\nquestion\nanswer\n"
     packed = tmp_path / "data.jsonl.gz"
     packed.write_bytes(gzip.compress(body.encode()))
-    assert text.read_text(str(packed), plain).text == "first document\n\nquestion\nanswer\n"
+    assert read.read_text(str(packed), plain).content == "first document\n\nquestion\nanswer\n"
 
     chat = tokenizer(bos=False)
     chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }};{% endfor %}"
-    assert text.read_text(str(path), chat).text == "first document\n\n[user] question;[assistant] answer;\n"
+    assert read.read_text(str(path), chat).content == "first document\n\n[user] question;[assistant] answer;\n"
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(QkitError, match=r"line 2.*roles must alternate"):
-        text.read_text(str(path), chat)
+        read.read_text(str(path), chat)
 
 
 @pytest.mark.parametrize(
@@ -134,24 +208,24 @@ def test_bad_files(plain, tmp_path, name, data, message):
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(QkitError, match=message):
-        text.read_text(str(path), plain)
+        read.read_text(str(path), plain)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "bom.txt"
     path.write_bytes(b"\xef\xbb\xbfhello")
-    assert text.read_text(str(path)).text == "hello"
+    assert read.read_text(str(path)).content == "hello"
 
 
 @pytest.mark.parametrize("spec", ["/no/such/file", "missing.txt", "./a/b", "a/b/c", "dir/file.jsonl"])
 def test_a_missing_file_is_not_looked_up_on_the_hub(spec):
     with pytest.raises(QkitError, match="no such text file"):
-        text.read_text(spec)
+        read.read_text(spec)
 
 
 def test_a_folder(tmp_path):
     with pytest.raises(QkitError, match="is a folder"):
-        text.read_text(str(tmp_path))
+        read.read_text(str(tmp_path))
 
 
 class _Info:
@@ -173,13 +247,13 @@ def test_a_hub_data_set(monkeypatch, tmp_path):
     info = _Info("README.md", "a-test.jsonl", "data/train.jsonl")
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, spec, timeout: info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    got = text.read_text("org/data")
-    assert got.text == "from the hub\n" and got.name == "org/data/data/train.jsonl"
+    got = read.read_text("org/data")
+    assert got.content == "from the hub\n" and got.name == "org/data/data/train.jsonl"
     assert asked == [("org/data", "data/train.jsonl", "dataset")]
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, spec, timeout: _Info("x.arrow"))
     with pytest.raises(QkitError, match="no file that can be read"):
-        text.read_text("org/data")
+        read.read_text("org/data")
 
 
 def test_no_network(monkeypatch):
@@ -190,5 +264,5 @@ def test_no_network(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     with pytest.raises(QkitError, match="Name or service not known") as caught:
-        text.read_text("org/data")
+        read.read_text("org/data")
     assert "--calib FILE" in (caught.value.hint or "")
