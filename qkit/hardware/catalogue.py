@@ -36,16 +36,17 @@ class Device:
     source: str
 
 
-def _catalogue_path() -> Path:
+def profile_path(name: str) -> Path:
+    """Where a data file of profiles/ lies: in the installed package, or in a checkout."""
     here = Path(__file__).resolve().parents[1]
-    installed = here / "profiles" / "devices.csv"
-    return installed if installed.is_file() else here.parent / "profiles" / "devices.csv"  # in a checkout
+    installed = here / "profiles" / name
+    return installed if installed.is_file() else here.parent / "profiles" / name
 
 
 @cache
 def catalogue() -> tuple[Device, ...]:
     """The rows of profiles/devices.csv. Raises QkitError where a row is malformed."""
-    path = _catalogue_path()
+    path = profile_path("devices.csv")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return tuple(_device(row, line) for line, row in enumerate(csv.DictReader(file), 2))

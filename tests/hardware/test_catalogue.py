@@ -50,7 +50,7 @@ def test_a_malformed_catalogue(monkeypatch, tmp_path, body):
     header = ",".join(catalogue.Device.__dataclass_fields__)
     path = tmp_path / "devices.csv"
     path.write_text(body.replace("{header}", header))
-    monkeypatch.setattr(catalogue, "_catalogue_path", lambda: path)
+    monkeypatch.setattr(catalogue, "profile_path", lambda name: path)
     catalogue.catalogue.cache_clear()
     try:
         with pytest.raises(QkitError, match="line 2"):

@@ -24,6 +24,7 @@ from vllm.scalar_type import scalar_types
 from ...kernels import pack, unpack
 from ...kernels.select import KERNELS, Problem, Weight, select
 from .. import opaque
+from .measured import release
 
 _log = init_logger("vllm.plugins.qkit")
 
@@ -133,9 +134,7 @@ class QkitLinearKernel(MPLinearKernel):
             bits,
             self.config.partition_weight_shape[0],
         )
-        for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
-            if name is not None and hasattr(layer, name):
-                setattr(layer, name, None)
+        release(layer, (self.w_q_name, self.w_s_name, self.w_zp_name))
         loading.done(_attach(layer, weight, self.config.act_type, None))
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -207,8 +206,7 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
             scale = scale.data.reshape(-1).repeat_interleave(widths)
         unsigned = (codes.data.view(torch.uint8) ^ 0x80).contiguous()
         weight = Weight(pack(unsigned, 8), scale.data.reshape(out_features, 1).contiguous(), None, 8, in_features)
-        for name in self.layer_param_names[:2]:
-            setattr(layer, name, None)
+        release(layer, self.layer_param_names[:2])
         loading.done(_attach(layer, weight, dtype, "int8"))
 
     def _next(self) -> Int8ScaledMMLinearKernel:

@@ -25,6 +25,7 @@ from ...kernels import unpack
 from ...kernels.select import Problem, Weight, select
 from .. import opaque
 from .kernels import first_reason, loading
+from .measured import release
 
 
 class QkitCompressedTensorsConfig(CompressedTensorsConfig):  # type: ignore[misc]
@@ -108,10 +109,8 @@ class QkitExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
                 kernel = select(weight, dtype)
                 pair.append((kernel, kernel.prepack(weight, None)))
             experts.append((pair[0], pair[1]))
-        for name in ("w13", "w2"):
-            for part in ("packed", "scale", "zero_point", "shape"):
-                if hasattr(layer, f"{name}_weight_{part}"):
-                    setattr(layer, f"{name}_weight_{part}", None)
+        parts = ("packed", "scale", "zero_point", "shape")
+        release(layer, [f"{name}_weight_{part}" for name in ("w13", "w2") for part in parts])
         layer.qkit_handle = opaque.hold_experts(experts)
         layer.qkit_kernel = experts[0][0][0].name
         weakref.finalize(layer, opaque.release, layer.qkit_handle)

@@ -1,0 +1,130 @@
+"""Where the vLLM plug-in puts our kernels, in a vLLM made of what it touches; what is left of prepacked layers."""
+
+from __future__ import annotations
+
+import csv
+import enum
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from qkit.hardware.catalogue import profile_path
+from qkit.runtime.vllm import measured, plugin
+
+
+class Platform(enum.Enum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class QkitLinearKernel: ...
+
+
+class QkitInt8LinearKernel: ...
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Tables as vLLM has them, and the functions that the plug-in calls."""
+    tables: dict[str, dict[Platform, list[Any]]] = {
+        kind: {Platform.CPU: ["theirs"], Platform.CUDA: ["machete", "marlin"]} for kind in ("mp", "int8")
+    }
+    linear = ModuleType("vllm.model_executor.kernels.linear")
+    linear._POSSIBLE_KERNELS, linear._POSSIBLE_INT8_KERNELS = tables["mp"], tables["int8"]  # type: ignore[attr-defined]
+    linear.register_linear_kernel = lambda kernel, on, kind: tables[kind][on].append(kernel)  # type: ignore[attr-defined]
+    platforms = ModuleType("vllm.platforms")
+    platforms.PlatformEnum = Platform  # type: ignore[attr-defined]
+    card = type("Card", (), {"name": "NVIDIA H100 80GB HBM3", "is_cuda": lambda self: True})()
+    card.get_device_name = lambda: card.name
+    platforms.current_platform = card  # type: ignore[attr-defined]
+    logger = ModuleType("vllm.logger")
+    logger.init_logger = logging.getLogger  # type: ignore[attr-defined]
+    ours = ModuleType("qkit.runtime.vllm.kernels")
+    ours.QkitLinearKernel, ours.QkitInt8LinearKernel = QkitLinearKernel, QkitInt8LinearKernel  # type: ignore[attr-defined]
+    kernels = ModuleType("vllm.model_executor.kernels")
+    kernels.linear = linear  # type: ignore[attr-defined]
+    modules = {
+        "vllm": ModuleType("vllm"), "vllm.logger": logger, "vllm.platforms": platforms,
+        "vllm.model_executor": ModuleType("vllm.model_executor"), "vllm.model_executor.kernels": kernels,
+        "vllm.model_executor.kernels.linear": linear, "qkit.runtime.vllm.kernels": ours,
+    }  # fmt: skip
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("QKIT_VLLM", raising=False)
+    return type("Vllm", (), {"tables": tables, "card": card})()
+
+
+def rows(path: Path, *given: tuple[str, str, float, str]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["card", "kernel", "ratio", "date", "command"])
+        writer.writerows(
+            [card, kernel, ratio, date, "benchmarks/vllm_decode.py"] for card, kernel, ratio, date in given
+        )
+
+
+def test_last_on_cuda_and_first_on_cpus(vllm: Any) -> None:
+    for _ in range(2):  # vLLM calls it in every process, and more than once
+        plugin.register()
+    assert vllm.tables["mp"] == {
+        Platform.CPU: [QkitLinearKernel, "theirs"], Platform.CUDA: ["machete", "marlin", QkitLinearKernel],
+    }  # fmt: skip
+    assert vllm.tables["int8"][Platform.CUDA] == ["machete", "marlin", QkitInt8LinearKernel]
+
+
+def test_first_where_the_user_says_so_and_off(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QKIT_VLLM", "0")
+    plugin.register()
+    assert vllm.tables["mp"][Platform.CPU] == ["theirs"]
+    monkeypatch.setenv("QKIT_VLLM", "1")
+    plugin.register()
+    assert vllm.tables["mp"][Platform.CUDA][0] is QkitLinearKernel
+
+
+def test_first_on_a_card_where_it_was_measured_faster(
+    vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "vllm.csv"
+    monkeypatch.setattr(measured, "profile_path", lambda name: path)
+    rows(
+        path,
+        (vllm.card.name, "QkitLinearKernel", 1.3, "2027-01-01"),
+        ("other", "QkitInt8LinearKernel", 9, "2027-01-01"),
+    )
+    plugin.register()
+    assert vllm.tables["mp"][Platform.CUDA] == [QkitLinearKernel, "machete", "marlin"]
+    assert vllm.tables["int8"][Platform.CUDA] == ["machete", "marlin", QkitInt8LinearKernel]
+
+
+def test_a_card_that_cannot_be_asked_is_unknown(vllm: Any) -> None:
+    def fail() -> str:
+        raise RuntimeError("NVML")
+
+    vllm.card.get_device_name = fail
+    plugin.register()
+    assert vllm.tables["mp"][Platform.CUDA][-1] is QkitLinearKernel
+
+
+def test_the_newest_measurement_counts(tmp_path: Path) -> None:
+    path = tmp_path / "vllm.csv"
+    rows(path, ("a", "k", 1.5, "2026-01-01"), ("a", "k", 1.04, "2027-01-01"), ("b", "k", 1.05, "2026-05-05"))
+    assert not measured.faster_on("a", "k", path) and measured.faster_on("b", "k", path)
+    assert not measured.faster_on("c", "k", path)
+    with profile_path(measured.FILE).open() as file:
+        assert csv.DictReader(file).fieldnames == ["card", "kernel", "ratio", "date", "command"]
+
+
+def test_released_parameters_still_answer_for_device_and_type() -> None:
+    """vLLM's LoRA layers ask the base layer's packed weight where it is (lora/layers/utils.py)."""
+    layer = torch.nn.Linear(4, 8, bias=False)
+    layer.register_parameter("weight_packed", torch.nn.Parameter(torch.ones(8, 2).int(), requires_grad=False))
+    layer.weight_scale = None
+    measured.release(layer, ("weight_packed", "weight_scale", None, "absent"))
+    assert layer.weight_packed.device == torch.device("cpu") and layer.weight_packed.dtype == torch.int32
+    assert layer.weight_packed.numel() == 0 and layer.weight_scale is None and not hasattr(layer, "absent")
+    assert "weight_packed" in dict(layer.named_parameters())
