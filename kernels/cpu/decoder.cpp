@@ -12,10 +12,14 @@
 
 using namespace qkit;
 
-// Compiled for three levels of x86 and chosen by the loader; everywhere else, and by GCC before 12, which does not
-// know these names, once.
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
+// Compiled for three levels of x86 and chosen by the loader; by GCC before 12, which does not know the levels' names, for
+// their main features. Elsewhere once.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
+#if __GNUC__ >= 12
 #define QK_LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define QK_LEVELS __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define QK_LEVELS
 #endif
@@ -79,8 +83,8 @@ QK_LEVELS void gated(const uint16_t* gate, const uint16_t* up, uint16_t* to, int
     }
 }
 
-// x / rms(x) * weight
-QK_LEVELS void rms_norm(const float* x, const float* weight, float* to, int64_t n, float epsilon) {
+// x / rms(x) * (weight + offset)
+QK_LEVELS void rms_norm(const float* x, const uint16_t* weight, float offset, float* to, int64_t n, float epsilon) {
     float lanes[LANES] = {};
     const int64_t whole = n / LANES * LANES;
     for (int64_t i = 0; i < whole; i += LANES)
@@ -89,7 +93,7 @@ QK_LEVELS void rms_norm(const float* x, const float* weight, float* to, int64_t 
     for (int k = 0; k < LANES; ++k) total += lanes[k];
     for (int64_t i = whole; i < n; ++i) total += x[i] * x[i];
     const float scale = 1.0f / std::sqrt(total / (float)n + epsilon);
-    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * scale * weight[i];
+    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * scale * (widen1(weight[i]) + offset);
 }
 
 // Rows begin .. end of w [rows, cols] times M vectors x (float [M, cols], cols a multiple of 16 after padding).
@@ -202,14 +206,14 @@ struct Step {
     }
 
     // half = norm(x), for the linears that follow.
-    void norm(const float* weight) {
+    void norm(const uint16_t* weight) {
         for (int64_t b = 0; b < batch; ++b)
-            rms_norm(x.data() + b * d.hidden, weight, normed.data() + b * d.hidden, d.hidden, d.epsilon);
+            rms_norm(x.data() + b * d.hidden, weight, d.norm_offset, normed.data() + b * d.hidden, d.hidden, d.epsilon);
         narrow(normed.data(), half.data(), batch * d.hidden);
     }
 
     // x += y, y normed first where the architecture does.
-    void residual(const uint16_t* y, const float* post_norm) {
+    void residual(const uint16_t* y, const uint16_t* post_norm) {
         for (int64_t b = 0; b < batch; ++b) {
             float* to = x.data() + b * d.hidden;
             if (!post_norm) {
@@ -218,16 +222,16 @@ struct Step {
             }
             float* t = normed.data();
             widen_all(y + b * d.hidden, t, d.hidden, 1.0f);
-            rms_norm(t, post_norm, t, d.hidden, d.epsilon);
+            rms_norm(t, post_norm, d.norm_offset, t, d.hidden, d.epsilon);
             for (int64_t i = 0; i < d.hidden; ++i) to[i] += t[i];
         }
     }
 
     // One head of queries or keys: bfloat16 -> normed and rotated float.
-    void turn(const uint16_t* from, float* to, const float* weight, const QkLayer& layer, int64_t position) const {
+    void turn(const uint16_t* from, float* to, const uint16_t* weight, const QkLayer& layer, int64_t position) const {
         const int64_t half_dim = d.head_dim / 2;
         widen_all(from, to, d.head_dim, 1.0f);
-        if (weight) rms_norm(to, weight, to, d.head_dim, d.epsilon);
+        if (weight) rms_norm(to, weight, d.norm_offset, to, d.head_dim, d.epsilon);
         rotate(to, layer.cosine + position * half_dim, layer.sine + position * half_dim, half_dim);
     }
 

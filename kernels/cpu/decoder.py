@@ -39,7 +39,7 @@ _SIZES = ("n_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim",
 class _Decoder(ctypes.Structure):
     _fields_ = (
         ("layers", _P), *((name, _N) for name in _SIZES), ("embedding", _P), ("final_norm", _P), ("head", _Linear),
-        ("embedding_scale", _F), ("attention_scale", _F), ("epsilon", _F), ("activation", _I),
+        ("embedding_scale", _F), ("attention_scale", _F), ("epsilon", _F), ("norm_offset", _F), ("activation", _I),
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder block. Norms are float32 with what is added to the stored weight included, or None.
+    """One decoder block. Norms are the model's own bfloat16 tensors, read at every step, or None.
 
     cosine, sine  float32 [positions, head_dim / 2]; window: positions a query sees, its own included; 0: all
     """
@@ -82,7 +82,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as `decode` runs it. embedding bfloat16 [vocabulary, hidden]; final_norm float32 [hidden]."""
+    """A model as `decode` runs it. embedding bfloat16 [vocabulary, hidden]; final_norm bfloat16 [hidden]; norm_offset
+    is added to the weights of all norms."""
 
     layers: tuple[Layer, ...]
     heads: int
@@ -94,6 +95,7 @@ class Decoder:
     embedding_scale: float
     attention_scale: float
     epsilon: float
+    norm_offset: float
     activation: str
     _c: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -112,8 +114,8 @@ class Decoder:
             self._c["decoder"] = _Decoder(
                 ctypes.addressof(layers), len(self.layers), hidden, intermediate, self.heads, self.kv_heads,
                 self.head_dim, vocabulary, _pointer(self.embedding, torch.bfloat16),
-                _pointer(self.final_norm, torch.float32), _linear(self.head), self.embedding_scale,
-                self.attention_scale, self.epsilon, ACTIVATIONS.index(self.activation),
+                _pointer(self.final_norm, torch.bfloat16), _linear(self.head), self.embedding_scale,
+                self.attention_scale, self.epsilon, self.norm_offset, ACTIVATIONS.index(self.activation),
             )  # fmt: skip
         result: _Decoder = self._c["decoder"]
         return result
@@ -142,8 +144,9 @@ def _linear(l: Linear) -> _Linear:
 
 def _layer(l: Layer) -> _Layer:
     linears = [_linear(getattr(l, name)) for name in _LINEARS]
-    floats = [_pointer(getattr(l, name), torch.float32) for name in (*_NORMS, "cosine", "sine")]
-    return _Layer(*linears, *floats, l.window)
+    norms = [_pointer(getattr(l, name), torch.bfloat16) for name in _NORMS]
+    tables = [_pointer(getattr(l, name), torch.float32) for name in ("cosine", "sine")]
+    return _Layer(*linears, *norms, *tables, l.window)
 
 
 @functools.cache

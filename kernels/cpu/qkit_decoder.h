@@ -15,11 +15,12 @@ struct QkLinear {
     int64_t rows, cols;
 };
 
-// Norms are float, what is added to the stored weight included. Null: the architecture has none there.
+// Norms are bfloat16, the model's own: read at every step, so that writes to them count. Null: the architecture has none
+// there.
 struct QkLayer {
     QkLinear q, k, v, o, gate, up, down;
-    const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // [hidden]
-    const float *q_norm, *k_norm;                                                  // [head_dim]
+    const uint16_t *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // [hidden]
+    const uint16_t *q_norm, *k_norm;                                                  // [head_dim]
     const float *cosine, *sine;  // [positions][head_dim / 2]
     int64_t window;              // positions a query sees, its own included; 0: all
 };
@@ -30,9 +31,9 @@ struct QkDecoder {
     const QkLayer* layers;
     int64_t n_layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary;
     const uint16_t* embedding;  // bfloat16 [vocabulary, hidden]
-    const float* final_norm;
+    const uint16_t* final_norm;
     QkLinear head;
-    float embedding_scale, attention_scale, epsilon;
+    float embedding_scale, attention_scale, epsilon, norm_offset;  // norm_offset: added to every norm's weight
     int activation;  // QkActivation
 };
 

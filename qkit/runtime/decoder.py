@@ -8,25 +8,22 @@ everything else. Results are those of the model up to rounding: activations are 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import TYPE_CHECKING, Any
 
+from .growing_cache import apart, grow, new
 from .linear import QuantLinear
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..kernels.cpu.decoder import Cache, Decoder, Linear
-
-_log = logging.getLogger("qkit")
+    from ..kernels.cpu.decoder import Decoder, Linear
 
 _GEMMA = ("gemma3_text",)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *_GEMMA)
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length so far
 _FIRST_POSITIONS = 1024
-_HEADROOM = 256  # tokens a cache has room for when it is first copied; it doubles when they are used up
 _KNOWN = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "token_type_ids"}
 _MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
 
@@ -49,11 +46,6 @@ def detach(model: Any) -> None:
         model.__class__ = type(model).__mro__[1]
 
 
-def _new(base: type) -> Any:
-    """An empty instance, for copies and pickles that are of a class which can be found by its name."""
-    return object.__new__(base)
-
-
 @functools.cache
 def _fast_class(base: type) -> type:
     """`base` with a forward that tries the fast step first."""
@@ -66,24 +58,14 @@ def _fast_class(base: type) -> type:
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = {k: v for k, v in self.__dict__.items() if k != "_qkit_runner"}
-        return _new, (base,), state
+        return new, (base,), state
 
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), members)
 
 
 def _unsupported(model: Any) -> str | None:
-    reason = _foreign(model)
-    if reason is None:
-        try:
-            _linears(model)
-        except (AttributeError, TypeError) as error:
-            return str(error)
-    return reason
-
-
-def _foreign(model: Any) -> str | None:
-    """What speaks against the model before its linears are looked at."""
+    """What speaks against the fast step for the model as it is now, or None."""
     import torch
 
     from ..kernels import backend
@@ -104,6 +86,12 @@ def _foreign(model: Any) -> str | None:
     for parameters in _rope_parameters(config).values():
         if parameters.get("rope_type", "default") not in _ROPE_TYPES or parameters.get("partial_rotary_factor", 1) != 1:
             return f"rotary embedding {parameters}"
+    try:
+        _linears(model)
+        _norms(model)
+        _own(model.get_input_embeddings().weight)
+    except (AttributeError, TypeError) as error:
+        return str(error)
     return None
 
 
@@ -135,7 +123,40 @@ def _linear(module: nn.Module) -> Linear:
         return Linear(state, bias)
     if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16:
         raise TypeError(f"a linear is a {type(module).__name__}")
-    return Linear(module.weight.detach().contiguous(), None if module.bias is None else module.bias.detach())
+    return Linear(_own(module.weight), None if module.bias is None else _own(module.bias))
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The model's own memory, so that whatever is written to it counts. Raises TypeError where it is laid out otherwise
+    than the step reads it."""
+    import torch
+
+    if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
+        raise TypeError(f"a {tensor.dtype} tensor of strides {tensor.stride()}")
+    return tensor.detach()
+
+
+def _norms(model: Any) -> list[dict[str, torch.Tensor | None]]:
+    """The norms of each layer, by their names in `Layer`, and at the end {"final": ...}."""
+
+    def weight(module: Any) -> torch.Tensor | None:
+        return None if module is None else _own(module.weight)
+
+    gemma = model.config.model_type in _GEMMA
+    found = []
+    for layer in model.model.layers:
+        a = layer.self_attn
+        found.append(
+            {
+                "attention_norm": weight(layer.input_layernorm),
+                "attention_post_norm": weight(layer.post_attention_layernorm) if gemma else None,
+                "mlp_norm": weight(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm),
+                "mlp_post_norm": weight(layer.post_feedforward_layernorm) if gemma else None,
+                "q_norm": weight(getattr(a, "q_norm", None)),
+                "k_norm": weight(getattr(a, "k_norm", None)),
+            }
+        )
+    return [*found, {"final": weight(model.model.norm)}]
 
 
 def _linears(model: Any) -> list[Linear]:
@@ -183,37 +204,19 @@ def _build(model: Any, positions: int) -> Decoder:
     from ..kernels.cpu.decoder import Decoder, Layer
 
     config, inner = model.config, model.model
-    offset = 1.0 if config.model_type in _GEMMA else 0.0
     linears = iter(_linears(model))
     head = next(linears)
-
-    def norm(module: Any) -> torch.Tensor | None:
-        return None if module is None else (module.weight.detach().float() + offset).contiguous()
-
+    *norms, last = _norms(model)
     kinds = _kinds(config)
     tables = {kind: _rotary(inner.rotary_emb, kind, positions) for kind in set(kinds)}
     layers = []
-    for i, layer in enumerate(inner.layers):
-        a = layer.self_attn
-        gemma = config.model_type in _GEMMA
+    for i in range(len(inner.layers)):
         cosine, sine = tables[kinds[i]]
-        layers.append(
-            Layer(
-                *(next(linears) for _ in range(7)),
-                attention_norm=norm(layer.input_layernorm),
-                attention_post_norm=norm(layer.post_attention_layernorm) if gemma else None,
-                mlp_norm=norm(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm),
-                mlp_post_norm=norm(layer.post_feedforward_layernorm) if gemma else None,
-                q_norm=norm(getattr(a, "q_norm", None)),
-                k_norm=norm(getattr(a, "k_norm", None)),
-                cosine=cosine,
-                sine=sine,
-                window=_window(config, i) or 0,
-            )  # type: ignore[arg-type]
-        )
+        own = [next(linears) for _ in range(7)]
+        layers.append(Layer(*own, **norms[i], cosine=cosine, sine=sine, window=_window(config, i) or 0))  # type: ignore[arg-type]
     embedding = model.get_input_embeddings()
     scale = getattr(embedding, "embed_scale", None)
-    final = norm(inner.norm)
+    final = last["final"]
     assert final is not None
     first = inner.layers[0]
     return Decoder(
@@ -221,12 +224,13 @@ def _build(model: Any, positions: int) -> Decoder:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=first.self_attn.head_dim,
-        embedding=embedding.weight.detach().contiguous(),
+        embedding=_own(embedding.weight),
         final_norm=final,
         head=head,
         embedding_scale=1.0 if scale is None else float(scale.to(torch.bfloat16)),
         attention_scale=first.self_attn.scaling,
         epsilon=config.rms_norm_eps,
+        norm_offset=1.0 if config.model_type in _GEMMA else 0.0,
         activation=_ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act],
     )
 
@@ -248,104 +252,6 @@ def _rotary(module: Any, kind: str, positions: int) -> tuple[torch.Tensor, torch
         cosine, sine = module(like, ids, kind) if kind else module(like, ids)
     half = cosine.shape[-1] // 2
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
-
-
-class _Store:
-    """Keys and values of every layer, with room to grow: entries [0, length), of a sliding layer only the last."""
-
-    def __init__(self, layers: list[Any], length: int, capacity: int):
-        import torch
-
-        from ..kernels.cpu.decoder import Cache
-
-        self.length, self.capacity = length, capacity
-        both = []
-        for name in ("keys", "values"):
-            grown = []
-            for layer in layers:
-                old = getattr(layer, name)
-                new = torch.empty(*old.shape[:2], capacity, old.shape[3], dtype=torch.bfloat16)
-                new[:, :, length - old.shape[2] : length] = old
-                grown.append(new)
-            both.append(tuple(grown))
-        self.cache: Cache = Cache.of(*both)
-
-
-def _apart(layer: Any) -> bool:
-    """Whether a grown layer's keys or values were assigned since: its store no longer is the cache."""
-    return "store" in layer.__dict__ and bool({"_plain_keys", "_plain_values"} & layer.__dict__.keys())
-
-
-@functools.cache
-def _grown_class(base: type) -> type:
-    """`base` (a DynamicLayer) whose keys and values are views of a `_Store` until something assigns them."""
-
-    def view(name: str) -> property:
-        plain = f"_plain_{name}"
-
-        def get(self: Any) -> Any:
-            store = self.__dict__.get("store")
-            if plain in self.__dict__ or store is None:
-                return self.__dict__.get(plain)
-            window = getattr(self, "sliding_window", None)
-            begin = max(0, store.length - window + 1) if window else 0
-            return getattr(store.cache, name)[self.index][:, :, begin : store.length]
-
-        def put(self: Any, value: Any) -> None:
-            if self.__dict__.get("store") is not None and not _apart(self):
-                self.__dict__["_cumulative"] = self.store.length  # what the store stops counting here
-            self.__dict__[plain] = value
-
-        return property(get, put)
-
-    def cumulative(self: Any) -> int:
-        store = self.__dict__.get("store")
-        return self.__dict__["_cumulative"] if store is None or "_plain_keys" in self.__dict__ else store.length
-
-    def set_cumulative(self: Any, value: int) -> None:
-        # update() counts new entries before it assigns the keys: from then on the layer is on its own
-        if self.__dict__.get("store") is not None and "_plain_keys" not in self.__dict__:
-            keys, values = self.keys, self.values
-            self.__dict__["_plain_keys"], self.__dict__["_plain_values"] = keys, values
-        self.__dict__["_cumulative"] = value
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        """A copy or a pickle is an ordinary layer with tensors of its own."""
-        held = ("store", "index", "_cumulative", "_plain_keys", "_plain_values")
-        state = {k: v for k, v in self.__dict__.items() if k not in held}
-        state |= {name: getattr(self, name).clone() for name in ("keys", "values")}
-        if sliding:
-            state["cumulative_length"] = self.cumulative_length
-        return _new, (base,), state
-
-    sliding = hasattr(base, "sliding_window") or "Sliding" in base.__name__
-    members: dict[str, Any] = {"keys": view("keys"), "values": view("values"), "__reduce_ex__": reduce}
-    if sliding:
-        members["cumulative_length"] = property(cumulative, set_cumulative)
-    return type(f"Grown{base.__name__}", (base,), members)
-
-
-def _grow(cache: Any, length: int) -> _Store:
-    """The cache's store, made or enlarged so that one more entry fits. The cache stays a cache of its own type."""
-    layers = cache.layers
-    store: _Store | None = getattr(layers[0], "store", None)
-    kept = all(
-        getattr(layer, "store", None) is store and not {"_plain_keys", "_plain_values"} & layer.__dict__.keys()
-        for layer in layers
-    )
-    if store is not None and kept and store.length == length < store.capacity:
-        return store
-    capacity = max(length + _HEADROOM, 2 * length if store is not None else 0)
-    fresh = _Store(layers, length, capacity)
-    for i, layer in enumerate(layers):
-        base = type(layer) if not type(layer).__name__.startswith("Grown") else type(layer).__mro__[1]
-        state = {k: v for k, v in layer.__dict__.items() if k not in ("keys", "values", "_plain_keys", "_plain_values")}
-        if "cumulative_length" in state:
-            state["_cumulative"] = state.pop("cumulative_length")
-        grown: Any = object.__new__(_grown_class(base))
-        grown.__dict__.update(state, store=fresh, index=i)
-        layers[i] = grown
-    return fresh
 
 
 class _Runner:
@@ -392,7 +298,7 @@ class _Runner:
             return None
         if config.output_attentions or config.output_hidden_states or config.return_dict is False:
             return None
-        if any(_apart(layer) for layer in cache.layers):
+        if any(apart(layer) for layer in cache.layers):
             return None  # somebody assigned keys or values (beam search, a crop): the cache is on its own from there
         length = cache.get_seq_length()
         layers: list[Any] = cache.layers
@@ -409,7 +315,7 @@ class _Runner:
         if not self._ready(model, int(positions.max()) + 1):
             return None
         assert self.decoder is not None
-        store = _grow(cache, length)
+        store = grow(cache, length)
         tokens = ids.reshape(-1).long().contiguous()
         logits = decode(self.decoder, store.cache, length, tokens, positions.contiguous(), first)
         store.length += 1

@@ -13,7 +13,7 @@ from models import make_model
 
 from qkit.kernels import backend
 from qkit.kernels.cpu.decoder import Cache, decode, dense
-from qkit.runtime import QuantLinear, decoder, load
+from qkit.runtime import QuantLinear, decoder, growing_cache, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="no C++ library")
 
@@ -147,7 +147,7 @@ def test_generate_whatever_the_strategy(folders: Any) -> None:
 
 @torch.no_grad()
 def test_a_cache_grows_past_its_headroom(folders: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(decoder, "_HEADROOM", 2)
+    monkeypatch.setattr(growing_cache, "HEADROOM", 2)
     monkeypatch.setattr(decoder, "_FIRST_POSITIONS", 16)
     model = packed(folders("llama"))
     prompt, more = tokens(model, 1, 10), tokens(model, 1, 30, 1)

@@ -115,7 +115,39 @@ def _assigned_forward(model: Any) -> None:
     mlp.forward = lambda x: plain(x) * -50
 
 
-CHANGES = [_hook, _pre_hook, _norm_in_place, _norm_replaced, _linear_in_place, _embedding_in_place, _stand_in,
+def _through_data(pick: Any) -> Any:
+    """A write past autograd: it counts no version."""
+
+    def change(model: Any) -> None:
+        tensor = pick(model).data
+        tensor.add_(torch.linspace(-3, 3, tensor.shape[-1]))
+
+    change.__name__ = pick.__name__
+    return change
+
+
+def _input_norm(model: Any) -> torch.Tensor:
+    return model.model.layers[0].input_layernorm.weight  # type: ignore[no-any-return]
+
+
+def _mlp_norm(model: Any) -> torch.Tensor:
+    return model.model.layers[1].post_attention_layernorm.weight  # type: ignore[no-any-return]
+
+
+def _last_norm(model: Any) -> torch.Tensor:
+    return model.model.norm.weight  # type: ignore[no-any-return]
+
+
+def _embedding(model: Any) -> torch.Tensor:
+    return model.get_input_embeddings().weight[:250]  # type: ignore[no-any-return]
+
+
+def _head(model: Any) -> torch.Tensor:
+    return model.lm_head.weight  # type: ignore[no-any-return]
+
+
+WRITES = [_through_data(pick) for pick in (_input_norm, _mlp_norm, _last_norm, _embedding, _head)]
+CHANGES = [*WRITES, _hook, _pre_hook, _norm_in_place, _norm_replaced, _linear_in_place, _embedding_in_place, _stand_in,
            _assigned_forward]  # fmt: skip
 
 
@@ -128,6 +160,20 @@ def test_a_change_of_the_model_counts(model: Any, change: Any, when: str) -> Non
     after = recomputed(model, ids)
     assert not close(before, after)
     assert close(stepped(model, ids), after)
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen3", "q_norm.weight"), ("qwen3", "k_norm.weight"),
+                                              ("qwen2", "q_proj.bias"), ("gemma3_text", "q_norm.weight")])  # fmt: skip
+def test_writes_to_the_small_tensors_of_attention_count(tmp_path: Path, family: str, name: str) -> None:
+    model, ids = load(make_model(tmp_path / "m", family), device="cpu"), prompt()
+    before = stepped(model, ids)
+    for layer in model.model.layers:
+        module, _, kind = name.partition(".")
+        # Channels of different sizes: a norm is blind to one factor for all.
+        tensor = getattr(layer.self_attn.get_submodule(module), kind).data
+        tensor.add_(torch.linspace(-9, 9, tensor.numel()))
+    after = recomputed(model, ids)
+    assert not close(before, after) and close(stepped(model, ids), after)
 
 
 def test_global_hooks_count(model: Any, monkeypatch: Any) -> None:
