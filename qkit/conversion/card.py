@@ -46,6 +46,13 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
                 f"(sha256 `{calibration['sha256'][:16]}`).",
                 "",
             ]
+        computed = sorted({t["computed_on"] for t in manifest.tensors.values() if "computed_on" in t})
+        if computed:
+            lines += [
+                f"Computed on {'; '.join(computed)}. The order of sums, and with it the last bits of a calibrated "
+                "result, depends on that; nothing else does.",
+                "",
+            ]
     if source.stored.quantized:
         lines += [
             f"The source is itself quantized ({source.stored.describe()}; {units.size(source.stored.nbytes)} stored, "

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from results import QUICK, contents
 from safetensors.torch import load_file, save_file
 
 from qkit.conversion.run import convert
 from qkit.errors import QkitError
 from qkit.inspection import inspect
-
-QUICK = {"method": "gptq", "calib_samples": 4, "calib_len": 32}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+from qkit.sources import open_source
+from qkit.storage.manifest import Manifest
 
 
 def test_names_and_paths_of_the_user_are_in_no_byte(llama: Path, tmp_path: Path) -> None:
@@ -27,7 +29,7 @@ def test_names_and_paths_of_the_user_are_in_no_byte(llama: Path, tmp_path: Path)
         place = tmp_path / name
         shutil.copytree(llama, place / name)
         (place / f"{name}.txt").write_text(text)
-        convert(str(place / name), place / "out", calib=str(place / f"{name}.txt"), **QUICK)
+        convert(str(place / name), place / "out", calib=str(place / f"{name}.txt"), method="gptq", **QUICK)
         results.append(contents(place / "out"))
     assert results[0] == results[1]
     assert not any(b"client-secret" in data or str(tmp_path).encode() in data for data in results[0].values())
@@ -109,11 +111,11 @@ def test_null_values_in_the_config_are_defaults(llama: Path, tmp_path: Path) -> 
     for key in ("quantization_config", "num_experts_per_tok", "num_local_experts", "sliding_window", "text_config"):
         config[key] = None
     (source / "config.json").write_text(json.dumps(config))
-    assert convert(str(source), tmp_path / "out", **QUICK).plan.schemes
+    assert convert(str(source), tmp_path / "out", method="gptq", **QUICK).plan.schemes
     config["num_local_experts"] = "many"
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(QkitError, match="num_local_experts"):
-        convert(str(source), tmp_path / "odd", **QUICK)
+        convert(str(source), tmp_path / "odd", method="gptq", **QUICK)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -129,3 +131,44 @@ def test_the_largest_finite_weight_is_no_traceback(llama: Path, tmp_path: Path, 
         convert(str(source), tmp_path / "out", format=format, **options)
     except QkitError as error:
         assert "down_proj" in error.message
+
+
+def cli(llama: Path, out: Path, threads: int, method: str) -> None:
+    """In a process of its own, whose thread pools have that size from the start."""
+    more = ["--calib-samples", "4", "--calib-len", "32"] if method == "gptq" else ["--clip-search"]
+    command = [sys.executable, "-m", "qkit", "convert", str(llama), "-o", str(out), "--method", method, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
+def test_rounding_gives_the_same_bytes_with_any_number_of_threads(llama: Path, tmp_path: Path) -> None:
+    for threads in (1, 2, 3):
+        cli(llama, tmp_path / str(threads), threads, "rtn")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+def test_the_card_of_a_calibrated_result_says_what_it_was_computed_on(llama: Path, tmp_path: Path) -> None:
+    for threads in (1, 2):
+        cli(llama, tmp_path / str(threads), threads, "gptq")
+        said = f"{threads} threads. The order of sums"
+        assert said in " ".join((tmp_path / str(threads) / "README.md").read_text().split())
+        entries = Manifest.load(tmp_path / str(threads)).tensors.values()
+        assert all(entry["computed_on"].endswith(f"{threads} threads") for entry in entries)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_what_was_read_of_the_source_is_noted_and_compared(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    options = {"method": method, **(QUICK if method == "gptq" else {})}
+    convert(str(llama), tmp_path / "out", **options)
+    source = open_source(str(llama))
+    noted = Manifest.load(tmp_path / "out").sources
+    assert noted.keys() == set(source.names())
+    for name in source.names():
+        values = source.read(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert noted[name] == f"crc32:{zlib.crc32(values):08x}"
+    monkeypatch.setattr("qkit.conversion.verify.digest", lambda tensor: "crc32:00000000")
+    with pytest.raises(QkitError, match="is not what it was when it was converted"):
+        convert(str(llama), tmp_path / "changed", **options)
+    assert not (tmp_path / "changed").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_model
+from results import QUICK, contents
 from safetensors.torch import load_file, save_file
 
 from qkit.conversion.run import convert
@@ -23,15 +23,6 @@ from qkit.errors import QkitError
 from qkit.sources import open_source
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
-QUICK = {"calib_samples": 4, "calib_len": 32}
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
 
 
 def options(method: str) -> dict:
@@ -74,7 +65,7 @@ def test_the_folder_is_complete_and_loads(llama, tmp_path, format, scheme):
 def test_same_input_same_bytes_whatever_the_workers(llama, tmp_path, method):
     convert(str(llama), tmp_path / "a" / "out", **options(method))
     convert(str(llama), tmp_path / "b" / "out", max_memory=3 << 30, **options(method))
-    assert digest(tmp_path / "a" / "out") == digest(tmp_path / "b" / "out")
+    assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
 
 
 def test_gptq_is_better_than_rtn_on_what_it_saw(llama, tmp_path):
@@ -102,13 +93,13 @@ def test_dry_run_writes_nothing(llama, tmp_path):
 def test_converting_again_is_a_no_op_and_other_options_are_refused(llama, tmp_path):
     out = tmp_path / "out"
     convert(str(llama), out, method="rtn")
-    before = digest(out)
+    before = contents(out)
     assert convert(str(llama), out, method="rtn").already_done
     with pytest.raises(QkitError, match="holds another conversion"):
         convert(str(llama), out, method="rtn", scheme="w8a16")
-    assert digest(out) == before
+    assert contents(out) == before
     convert(str(llama), out, method="rtn", scheme="w8a16", restart=True)
-    assert digest(out) != before and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert contents(out) != before and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_folder_that_is_not_ours_is_never_touched(llama, tmp_path):
@@ -243,7 +234,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(larger, tmp_path,
     assert kills > 0
     run = start(larger, out, method)
     assert run.wait() == 0, run.stderr.read()
-    assert digest(out) == digest(whole)
+    assert contents(out) == contents(whole)
     assert sorted(p.name for p in out.parent.iterdir()) == ["out"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_model
+from results import QUICK, contents
 from safetensors.torch import load_file, save_file
 
 from qkit.conversion import execute, workspace
@@ -18,12 +19,6 @@ from qkit.conversion.run import convert
 from qkit.conversion.workspace import partial_dir, resolve_out
 from qkit.errors import QkitError
 from qkit.storage.manifest import MANIFEST, Manifest
-
-QUICK = {"calib_samples": 4, "calib_len": 32}
-
-
-def digest(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "a\0b", "../.."])
@@ -80,11 +75,11 @@ def test_an_input_is_never_inside_the_output_nor_around_it(tmp_path, where, what
 def test_restart_over_the_source_keeps_it(llama, tmp_path):
     exported = tmp_path / "export"
     convert(str(llama), exported, format="safetensors", scheme="none")
-    before = digest(exported)
+    before = contents(exported)
     for out in (exported, tmp_path, exported / "x"):
         with pytest.raises(QkitError):
             convert(str(exported), out, method="rtn", restart=True)
-    assert digest(exported) == before
+    assert contents(exported) == before
 
 
 def test_neighbours_with_unlucky_names_stay(llama, tmp_path):
@@ -218,7 +213,7 @@ def test_an_interruption_anywhere_gives_the_same_bytes_and_repeats_no_finished_b
 
     options = {"method": "gptq", **QUICK}
     convert(str(deep), tmp_path / "whole" / "out", **options)
-    expected = digest(tmp_path / "whole" / "out")
+    expected = contents(tmp_path / "whole" / "out")
     real = {name: getattr(os, name) for name in ("replace", "rename", "fsync")}
     solved: list[int] = []
     quantize = block.Block.quantize
@@ -262,7 +257,7 @@ def test_an_interruption_anywhere_gives_the_same_bytes_and_repeats_no_finished_b
             convert(str(deep), out, **options)
             assert len(solved) <= 4 - max(0, min(before, 4) - 1)
             assert len(solved) <= 4 - max(0, blocks)
-        assert digest(out) == expected, moment
+        assert contents(out) == expected, moment
         shutil.rmtree(out.parent)
 
 
