@@ -10,21 +10,11 @@ import torch
 from .. import reference
 from ..weight import FLOATS, Weight
 from . import unavailable
+from .layout import why_not_dynamic
 
 if TYPE_CHECKING:
     from ..problem import Problem
     from .w8a8 import Packed8
-
-
-def why_not(kind: str, bits: int, group_size: int, in_features: int, symmetric: bool, activations: str) -> str | None:
-    """None where such a weight can be multiplied by such activations, or why not."""
-    if (kind, bits, activations) not in (("int", 8, "int8"), ("fp8", 8, "fp8")):
-        return f"multiplies 8-bit integers by int8 and fp8 by fp8, not {bits}-bit {kind} by {activations}"
-    if group_size != in_features and group_size % 64:
-        return f"needs one scale a row or groups that are multiples of 64, not {group_size} of {in_features}"
-    if group_size != in_features and not symmetric:
-        return f"takes zero points with one scale a row only, not groups of {group_size}"
-    return None
 
 
 def supports(p: Problem) -> str | None:
@@ -33,7 +23,9 @@ def supports(p: Problem) -> str | None:
         return "takes activations quantized to int8 or fp8"
     if p.act_dtype not in FLOATS:
         return f"takes float32, float16 or bfloat16 activations, not {p.act_dtype}"
-    return unavailable(p.device) or why_not(p.kind, p.bits, p.group_size, p.shape[1], p.symmetric, p.activations)
+    return unavailable(p.device) or why_not_dynamic(
+        p.kind, p.bits, p.group_size, p.shape[1], p.symmetric, p.activations
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Layer:
 
 
 def prepack(w: Weight, activations: str | None) -> Layer:
-    """Raises ValueError for a weight that `why_not` refuses."""
+    """Raises ValueError for a weight that `layout.why_not_dynamic` refuses."""
     from . import w8a8
 
     return Layer(w8a8.prepack(w, str(activations)), w.scale, w.zero, w.multiplier)

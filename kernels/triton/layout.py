@@ -78,6 +78,19 @@ def why_not(kind: str, group_size: int, in_features: int) -> str | None:
     return None
 
 
+def why_not_dynamic(
+    kind: str, bits: int, group_size: int, in_features: int, symmetric: bool, activations: str
+) -> str | None:
+    """None where `w8a8` multiplies such a weight by such activations, quantized as they come; else why not."""
+    if (kind, bits, activations) not in (("int", 8, "int8"), ("fp8", 8, "fp8")):
+        return f"multiplies 8-bit integers by int8 and fp8 by fp8, not {bits}-bit {kind} by {activations}"
+    if group_size != in_features and group_size % 64:
+        return f"needs one scale a row or groups that are multiples of 64, not {group_size} of {in_features}"
+    if group_size != in_features and not symmetric:
+        return f"takes zero points with one scale a row only, not groups of {group_size}"
+    return None
+
+
 def prepack(weight: Weight | Sequence[Weight], paired: bool = False) -> Packed:
     """One weight, or several over the same inputs joined along the outputs, ragged sizes padded once.
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..weight import FLOATS, Weight
 from .activations import quantize_rows
-from .dynamic import why_not
+from .layout import why_not_dynamic
 
 _MULTIPLE = 128  # both dimensions of a weight are padded to it, so that no load of it is masked
 
@@ -116,8 +116,8 @@ class Packed8:
 
 
 def prepack(w: Weight, activations: str) -> Packed8:
-    """`Weight` -> `Packed8`. Raises ValueError for what `dynamic.why_not` names."""
-    reason = why_not(w.kind, w.bits, w.group_size, w.in_features, w.zero is None, activations)
+    """`Weight` -> `Packed8`. Raises ValueError for what `layout.why_not_dynamic` names."""
+    reason = why_not_dynamic(w.kind, w.bits, w.group_size, w.in_features, w.zero is None, activations)
     if reason is not None:
         raise ValueError(f"w8a8 {reason}")
     out, in_ = w.out_features, w.in_features

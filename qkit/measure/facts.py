@@ -124,8 +124,9 @@ def versions() -> dict[str, Any]:
 
 def manifest(folder: Path | None) -> tuple[dict[str, Any], str | None]:
     """(identity of the conversion, sha256 of the manifest file); ({}, None) where there is no manifest."""
+    from ..storage.local import at
     from ..storage.manifest import MANIFEST, Manifest
-    from ..storage.store import at, hash_file
+    from ..storage.store import hash_file
 
     found = Manifest.find(folder)
     if folder is None or found is None:

@@ -60,7 +60,8 @@ def _open(spec: str) -> Source:
 
 
 def _open_file(path: Path) -> Source:
-    from ..storage.store import open_file, read_bytes
+    from ..storage.local import open_file
+    from ..storage.store import read_bytes
     from .folder import PICKLE_HINT, PICKLE_SUFFIXES
 
     file = open_file(path)

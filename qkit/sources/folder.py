@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import first_few, is_plain_name, natural_key, read_json
+from ..storage.local import at
 from ..storage.safetensors import SafetensorsFile
-from ..storage.store import Store, at, read_file
+from ..storage.store import Store, read_file
 from .types import CARD_KEYS, Sidecar, Stored
 
 if TYPE_CHECKING:

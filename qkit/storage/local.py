@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..errors import QkitError
 from .files import os_error
-from .store import FileDigest, Reader
+from .store import FileDigest, Reader, Store
 
 TEMPORARY_SUFFIX = ".qkit-tmp"
 # Large enough to hide the hand-over between the two threads, small enough that the bytes are still in the
@@ -108,6 +108,19 @@ class LocalStore:
                 output.write(chunk)
                 del chunk  # it keeps its tensor alive
         return output.digest()
+
+
+def at(place: str | os.PathLike[str] | Store) -> Store:
+    """The store for a folder's path; a store is returned as it is."""
+    return LocalStore(Path(place)) if isinstance(place, str | os.PathLike) else place
+
+
+def open_file(file: str | os.PathLike[str] | Reader) -> Reader:
+    """A reader of the file at a path; a reader is returned as it is. Raises QkitError as `Store.open`."""
+    if not isinstance(file, str | os.PathLike):
+        return file
+    path = Path(file)
+    return at(path.parent).open(path.name)
 
 
 class _Output:

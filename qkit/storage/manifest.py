@@ -17,7 +17,8 @@ from typing import Any
 
 from ..errors import QkitError
 from .files import is_inside, read_json
-from .store import FileDigest, Store, at, hash_file
+from .local import at
+from .store import FileDigest, Store, hash_file
 from .writer import write_file
 
 MANIFEST = "qkit_manifest.json"

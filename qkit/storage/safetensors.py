@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import QkitError
 from ..spec.dtypes import ITEMSIZE, TensorMeta
 from .buffers import empty
+from .local import open_file
 from .samples import sample
-from .store import Reader, open_file, read_bytes
+from .store import Reader, read_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,8 @@ Readers and writers know nothing else: what is in a file is their business, how 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 _CHUNK = 4 << 20
@@ -70,21 +68,6 @@ class Store(Protocol):
         """Write a file whole or not at all; a chunk may be reused once the next one is asked for. Whatever `chunks`
         raises passes through. Raises QkitError where the system refuses."""
         ...
-
-
-def at(place: str | os.PathLike[str] | Store) -> Store:
-    """The store for a folder's path; a store is returned as it is."""
-    from .local import LocalStore
-
-    return LocalStore(Path(place)) if isinstance(place, str | os.PathLike) else place
-
-
-def open_file(file: str | os.PathLike[str] | Reader) -> Reader:
-    """A reader of the file at a path; a reader is returned as it is. Raises QkitError as `Store.open`."""
-    if not isinstance(file, str | os.PathLike):
-        return file
-    path = Path(file)
-    return at(path.parent).open(path.name)
 
 
 def read_bytes(reader: Reader, offset: int = 0, length: int | None = None) -> bytes:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import QkitError
+from ...storage.local import at, open_file
 from ...storage.samples import sample
-from ...storage.store import Reader, Store, at, open_file, read_bytes
+from ...storage.store import Reader, Store, read_bytes
 from .ggml import GGML_TYPES, GgmlType, dequantize
 
 if TYPE_CHECKING:
