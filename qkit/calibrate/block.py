@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..hardware import memory
 from ..spec.dtypes import torch_dtype
 from .statistics import STATISTICS
 
@@ -217,6 +218,8 @@ class Block:
             if not members:
                 continue
             weights = [self._read(f"{local}.weight") for local in members]
+            if 4 * weights[0].shape[1] ** 2 > memory.KEPT:  # it will ask for far more than what is kept
+                memory.give_back()
             seen = self._statistic(group)
             del self.statistics[group]
             schemes = [self.schemes[self.names[local]] for local in members]

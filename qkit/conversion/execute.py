@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
-from ..hardware import memory
 from ..progress import notify, track
 from .executor import Executor
 from .record import check_finite, computed_on, digest, record, weight_error
@@ -93,8 +92,6 @@ def _write_blocks(
                 produce = Calibrated(direct, result, plan.device)
                 for shard in shards[result.index]:
                     _write_shard(shard, produce, work, executor, lambda amount: None)
-            # Else every block would begin with hundreds of MB that the ones before it have freed.
-            memory.give_back()
             advance(1)
 
 

@@ -44,9 +44,7 @@ class Options:
         metavar="N",
     )
     clip_search: bool = option(False, "rtn: search each group's scale for the least error", identity=True)
-    calib: str | None = option(
-        None, "calibration text; default: text that comes with qkit or Python", metavar="FILE|HUB_ID"
-    )
+    calib: str | None = option(None, "calibration text; default: one that comes with qkit", metavar="FILE|HUB_ID")
     calib_samples: int = option(64, "calibration windows", parse=whole(1), metavar="N")
     calib_len: int = option(512, "tokens per window", parse=whole(16), metavar="N")
     device: str = option("auto", "where gptq computes: auto, cpu, cuda or cuda:<index>", metavar="NAME")

@@ -37,7 +37,11 @@ def resolve_out(out: str | os.PathLike[str], inputs: Iterable[str | None] = ()) 
     hint = "choose another folder with -o: one that does not exist yet"
     if not text or "\0" in text:
         raise QkitError(f"{text!r} is not a name for the output folder", hint)
-    path = Path(os.path.abspath(os.path.expanduser(text)))
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = expanded.partition(os.sep)[0][1:]
+        raise QkitError(f"{text}: there is no user {user!r}", f"for a folder of that name write ./{text}")
+    path = Path(os.path.abspath(expanded))
     if not path.name:
         raise QkitError(f"the output cannot be {path}", hint)
     if len(os.fsencode(partial_dir(path).name)) > 255 - 24:  # what stands beside it has a longer name

@@ -21,7 +21,7 @@ from qkit.errors import QkitError
 from qkit.storage.manifest import MANIFEST, Manifest
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "/", "a\0b", "../.."])
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a\0b", "../..", "~nobody-of-that-name/out"])
 def test_a_place_that_no_rename_fills_is_refused(llama, tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

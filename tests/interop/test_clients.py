@@ -24,6 +24,8 @@ from qkit.runtime import load_tokenizer
 from qkit.text.defaults import evaluation_text
 
 SEQUENCES, LENGTH = 2, 64
+# What "mixed" is: layers of 8 bits, a block that is kept, and the rest at 4 bits.
+MIXED = "- {modules: '*.down_proj', scheme: w8a16}\n- {modules: 'model.layers.0.*', scheme: keep}\n"
 # name -> (model, format, scheme, group size); 0 is one scale per output channel
 FOLDERS = {
     "smol-ct-w4": ("smol", "compressed-tensors", "w4a16", 64),
@@ -35,14 +37,18 @@ FOLDERS = {
     "smol-gptq-w8": ("smol", "gptq", "w8a16", 32),
     "gemma-ct-w4": ("gemma", "compressed-tensors", "w4a16", 128),
     "gemma-gptq-w4": ("gemma", "gptq", "w4a16", 128),
+    "smol-ct-mixed": ("smol", "compressed-tensors", "mixed", 64),
+    "smol-gptq-mixed": ("smol", "gptq", "mixed", 64),
     "smol-awq-w4": ("smol", "awq", "w4a16-asym", 64),  # the values of smol-ct-w4-asym
 }
 # (client, script or None for its own, folders): one process each, for each model.
 RUNS = {
-    "compressed-tensors": ("compressed-tensors", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-ct-w8", "gemma-ct-w4")),
+    "compressed-tensors": ("compressed-tensors", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-ct-w8", "smol-ct-mixed",
+                                                        "gemma-ct-w4")),
     "compressed-tensors-0.17": ("vllm", "client_transformers.py", ("smol-ct-w4", "smol-ct-w4-asym", "gemma-ct-w4")),
     "gptqmodel": (
-        "gptqmodel", None, ("smol-gptq-w4", "smol-gptq2-w4", "smol-gptq2-w4-asym", "smol-gptq-w8", "gemma-gptq-w4"),
+        "gptqmodel", None, ("smol-gptq-w4", "smol-gptq2-w4", "smol-gptq2-w4-asym", "smol-gptq-w8", "smol-gptq-mixed",
+                            "gemma-gptq-w4"),
     ),
     "gptqmodel-in-transformers": ("gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym")),
     # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
@@ -71,7 +77,11 @@ class Bench:
         out = self.root / name
         if fmt == "awq":
             return awq.write(self.folder("smol-ct-w4-asym"), out)
-        qkit.convert(source, out, format=fmt, scheme=scheme, method="rtn", group_size=group_size)
+        recipe = self.root / "mixed.yaml" if scheme == "mixed" else None
+        if recipe is not None:
+            recipe.write_text(MIXED)
+        named = {"recipe": recipe} if recipe is not None else {"scheme": scheme}
+        qkit.convert(source, out, format=fmt, method="rtn", group_size=group_size, **named)
         return out
 
     def _tokens(self, model: str) -> list[list[int]]:
