@@ -26,6 +26,10 @@ class Document:
     text: str
     words: str
 
+    def within(self, start: int, end: int) -> str:
+        """The words of text[start:end]; of a chat all, as its template hides which they are."""
+        return self.text[start:end] if self.words == self.text else self.words
+
 
 @dataclass(frozen=True)
 class Text:
@@ -46,15 +50,12 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
     def words(self, prefix: int) -> str:
-        """What is said in the first `prefix` characters of the content, to the end of the document they end in."""
-        if len(self.documents) == 1:
-            document = self.documents[0]
-            return document.text[:prefix] if document.words == document.text else document.words
+        """What is said in the first `prefix` characters of the content; of a chat that begins in them, all of it."""
         found, at = [], 0
         for document in self.documents:
             if at >= prefix:
                 break
-            found.append(document.words)
+            found.append(document.within(0, prefix - at))
             at += len(document.text) + len(_BETWEEN)
         return _BETWEEN.join(found)
 
@@ -133,7 +134,7 @@ def _parse(filename: str, data: bytes, tokenizer: Any, name: str) -> list[Docume
     if not filename.endswith(".jsonl"):
         return [Document(content, content)]
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also split at U+2028, inside a string
         if not line.strip():
             continue
         try:

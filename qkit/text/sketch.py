@@ -20,10 +20,11 @@ _HASH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a text shares with a sketched one.
+    """What a text shares with a sketched one. What the text repeats counts once: the prompt that opens every chat of
+    a set is no copy of the chats of another.
 
-    count     word n-grams of the text whose hash is in the sketch
-    fraction  share of the text's words that lie in one of them (0 .. 1)
+    count     word n-grams of the text, each once, whose hash is in the sketch
+    fraction  share of the text's words that lie in one of them (0 .. 1), without words in repetitions
     example   the first shared passage, as it stands in the text ("" where there is none)
     """
 
@@ -63,16 +64,17 @@ def overlap(sketch: str, text: str) -> Overlap:
     n, hashes = _parse(sketch)
     spans = [m.span() for m in _WORD.finditer(text)]
     words = [text[a:b].lower() for a, b in spans]
-    hits = [i for i, h in enumerate(_hashes(words, n)) if h in hashes] if hashes else []
+    first: dict[int, int] = {}  # where each n-gram stands first
+    for i, h in enumerate(_hashes(words, n)):
+        first.setdefault(h, i)
+    hits = [i for h, i in first.items() if h in hashes]
     if not hits:
         return Overlap(0, 0.0, "")
-    covered: set[int] = set()
-    for i in hits:
-        covered.update(range(i, i + n))
+    covered, fresh = ({k for i in places for k in range(i, i + n)} for places in (hits, first.values()))
     last = hits[0] + n - 1
     while last + 1 in covered:
         last += 1
-    return Overlap(len(hits), len(covered) / len(words), text[spans[hits[0]][0] : spans[last][1]])
+    return Overlap(len(hits), len(covered) / len(fresh), text[spans[hits[0]][0] : spans[last][1]])
 
 
 @lru_cache(maxsize=4)

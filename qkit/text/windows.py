@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QkitError
 from ..models.families import EMBEDDINGS
 from . import defaults
-from .read import Text, read_text
+from .read import Document, Text, read_text
 from .sketch import sketch
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..sources.types import Source
 
 _SEED = 0  # of the places that calibration windows are taken from
-_WINDOWS_EACH = 4  # windows that one of many documents gives at most
 
 
 @dataclass(frozen=True)
@@ -71,57 +71,91 @@ def calibration_tokens(spec: str | None, tokenizer: Any, samples: int, length: i
 
 
 def spread(text: Text, tokenizer: Any, samples: int, length: int) -> tuple[torch.Tensor, str] | None:
-    """(int64 [samples, length], the words they come from), taken from all over a text; None where it has little more
-    than that many tokens, so that they have to be taken one after the other.
+    """(int64 [samples, length], the words they come from), taken from all over a text; None where it has hardly that
+    many tokens, so that they have to be taken one after the other.
 
-    Of several documents, in an order that a fixed seed gives, each adds at most four windows' worth, from a place that
-    the seed gives too, until there are enough tokens; windows follow each other through them. A single document is
-    divided into `samples` equal stretches; each window begins at a line of its own stretch. The same text, samples
-    and length give the same windows.
+    A single document is divided into `samples` equal stretches; each window begins at a line of its own stretch. Where
+    a stretch is too short for one, the stretches are taken as documents are. Of several documents, in an order that a
+    fixed seed gives, each adds at most a window's worth (where they are fewer than the samples, an even share), from a
+    place that the seed gives too, until there are enough tokens; windows follow each other through them. Where that is
+    too little, documents that have more add more. The same text, samples and length give the same windows.
     """
     import torch
 
-    random = Random(_SEED)
-    many = len(text.documents) > 1
-    ids, words = (_of_documents if many else _of_stretches)(text, tokenizer, samples, length, random)
-    if len(ids) < samples * length:
+    need = samples * length
+    if need > 4 * sum(len(d.text) for d in text.documents):  # a token is at least a byte
         return None
-    return torch.tensor(ids[: samples * length], dtype=torch.int64).view(samples, length), words
+    random = Random(_SEED)
+    if len(text.documents) > 1:
+        ids, words = _of_documents(text.documents, tokenizer, need, length, random)
+    else:
+        (document,) = text.documents
+        ids, words = _of_stretches(document, tokenizer, samples, length, random)
+        if not ids:
+            ids, words = _of_documents(list(_divide(document, samples)), tokenizer, need, length, random)
+    if len(ids) < need:
+        return None
+    return torch.tensor(ids, dtype=torch.int64).view(samples, length), "\n\n".join(dict.fromkeys(words))
 
 
-def _of_documents(text: Text, tokenizer: Any, samples: int, length: int, random: Random) -> tuple[list[int], str]:
-    ids: list[int] = []
-    words = []
-    most = _WINDOWS_EACH * length
-    for document in random.sample(text.documents, len(text.documents)):
-        if len(ids) >= samples * length:
-            break
-        start = _line(document.text, int(random.random() * max(0, len(document.text) - 8 * most)))
-        _, found = _tokenize_prefix(document.text, tokenizer, most, start)
-        ids += found[:most]
-        words.append(document.words)
-    return ids, "\n\n".join(words)
+def _of_documents(
+    documents: Sequence[Document], tokenizer: Any, need: int, length: int, random: Random
+) -> tuple[list[int], list[str]]:
+    """(`need` tokens, or all there are, the words of each document they come from)."""
+    # random() alone promises the same numbers in every Python, shuffle() and sample() do not.
+    drawn = sorted((random.random(), i, random.random()) for i in range(len(documents)))
+    most = max(length, -(-need // len(documents)))
+    while True:
+        ids: list[int] = []
+        words, cut = [], 0
+        for _, i, place in drawn:
+            text = documents[i].text
+            start = _line(text, int(place * max(0, len(text) - 8 * most)))
+            wanted = min(most, need - len(ids))
+            _, found, ends = _tokenize_prefix(text, tokenizer, wanted, start)
+            ids += found[:wanted]
+            if found:
+                words.append(documents[i].within(start, ends[:wanted][-1]))
+            if len(ids) == need:
+                return ids, words
+            cut += start > 0 or len(found) > wanted
+        if not cut:
+            return ids, words
+        most += -(-(need - len(ids)) // cut)
 
 
-def _of_stretches(text: Text, tokenizer: Any, samples: int, length: int, random: Random) -> tuple[list[int], str]:
-    content = text.content
+def _divide(document: Document, count: int) -> Iterator[Document]:
+    """At most `count` parts of a document, of about the same size, each ending with a line."""
+    text, start = document.text, 0
+    while start < len(text):
+        at = start + -(-len(text) // count)
+        end = _line(text, at) if at < len(text) else len(text)
+        yield Document(text[start:end], document.within(start, end))
+        start = end
+
+
+def _of_stretches(
+    document: Document, tokenizer: Any, samples: int, length: int, random: Random
+) -> tuple[list[int], list[str]]:
+    """(a window of each stretch, its words); nothing where a stretch holds too few tokens."""
+    content = document.text
     stretch = len(content) // samples
     ids: list[int] = []
-    used = []
+    words = []
     for i in range(samples):
         first = i * stretch
-        end, found = _tokenize_prefix(content[first : first + stretch], tokenizer, length, 0)
+        end, found, ends = _tokenize_prefix(content[first : first + stretch], tokenizer, length, 0)
         room = stretch - end  # characters that the window does not need: it may begin that much later
         if len(found) < length or room < 0:
-            return [], ""
+            return [], []
         start = _line(content, first + int(random.random() * room)) if room else first
-        end, found = _tokenize_prefix(content, tokenizer, length, start)
+        _, found, ends = _tokenize_prefix(content, tokenizer, length, start)
         if len(found) < length:  # a long line took it to the end of the text
             start = first
-            end, found = _tokenize_prefix(content, tokenizer, length, start)
+            _, found, ends = _tokenize_prefix(content, tokenizer, length, start)
         ids += found[:length]
-        used.append(content[start:end])
-    return ids, "\n".join(used)
+        words.append(document.within(start, ends[length - 1]))
+    return ids, words
 
 
 def _line(content: str, at: int) -> int:
@@ -140,13 +174,13 @@ def token_windows(
     import torch
 
     need = count * length
-    prefix, ids = _tokenize_prefix(text.content, tokenizer, need, 0)
+    _, ids, ends = _tokenize_prefix(text.content, tokenizer, need, 0)
     whole = min(count, len(ids) // length)
     if whole < (1 if allow_fewer else count):
         hint = "use a longer text" + (f", or lower {remedy}" if remedy else "")
         raise QkitError(f"{text.name} has {len(ids)} tokens; {count} x {length} = {need} are needed", hint)
     tokens = torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)
-    return tokens, prefix, _place_bos(tokens, tokenizer)
+    return tokens, ends[whole * length - 1], _place_bos(tokens, tokenizer)
 
 
 def _place_bos(tokens: torch.Tensor, tokenizer: Any) -> bool:
@@ -175,26 +209,25 @@ def check_vocabulary(tokens: torch.Tensor, source: Source, tokenizer: Any) -> No
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts BOS before a text."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    ids = _ids(tokenizer, "a", add_special_tokens=True)
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     return bos is not None and bool(ids) and ids[0] == bos
 
 
-def _ids(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
-    # verbose=False: a text longer than the model's context is what we want here, and no cause for a warning.
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-
-
-def _tokenize_prefix(text: str, tokenizer: Any, need: int, start: int) -> tuple[int, list[int]]:
-    """(end, tokens of text[start:end]): at least `need` where the text has them.
+def _tokenize_prefix(text: str, tokenizer: Any, need: int, start: int) -> tuple[int, list[int], list[int]]:
+    """(end, tokens of text[start:end], where in the text each ends): at least `need` where the text has them.
 
     The cut can change the last few tokens before it, so a cut text must hold some to spare; one that
     turns out short is tokenized anew at a greater length, which keeps the tokens those of the whole text.
+    A tokenizer without offsets (one in Python) has each token end at `end`.
     """
     spare = 64
     size = 5 * (need + spare)
+    fast = {"return_offsets_mapping": True} if getattr(tokenizer, "is_fast", False) else {}
     while True:
         end = len(text) if start + size >= len(text) else text.find("\n", start + size) + 1 or len(text)
-        ids = _ids(tokenizer, text[start:end])
+        # verbose=False: a text longer than the model's context is what we want here, and no cause for a warning.
+        found = tokenizer(text[start:end], add_special_tokens=False, verbose=False, **fast)
+        ids = found["input_ids"]
         if end == len(text) or len(ids) >= need + spare:
-            return end, ids
+            return end, ids, [start + b for _, b in found["offset_mapping"]] if fast else [end] * len(ids)
         size = max(2 * size, int(1.1 * size * (need + spare) / max(1, len(ids))))

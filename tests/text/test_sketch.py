@@ -54,6 +54,15 @@ def test_disjoint_texts_and_short_quotes_are_not_reported(seed, length):
     assert text.overlap(text.sketch(ours), theirs) == text.Overlap(0, 0.0, "")
 
 
+def test_a_passage_that_a_text_repeats_counts_once():
+    rng = random.Random(4)
+    prompt = words(rng, 60, "shared")
+    ours = f"{prompt} {words(rng, 500, 'a')}"
+    found = text.overlap(text.sketch(ours), " ".join(f"{prompt} {words(rng, 80, f'row{i}x')}" for i in range(100)))
+    assert 3 <= found.count <= 48 and 0.005 < found.fraction < 0.01
+    assert text.overlap(text.sketch(ours), f"{ours} " * 50).fraction > 0.9  # copies of nothing else stay copies
+
+
 def test_case_punctuation_and_line_breaks_do_not_hide_a_copy():
     rng = random.Random(1)
     passage = words(rng, 40, "w")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qkit.errors import QkitError
+from qkit.measure.run import MOST_SHARED
 from qkit.text import read, windows
 from qkit.text.defaults import calibration_text, evaluation_text
 from qkit.text.sketch import overlap
@@ -79,8 +80,25 @@ def test_a_text_with_just_enough_tokens_is_used_whole(plain, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text(calibration_text().content[:3000])
     whole = plain(path.read_text(), add_special_tokens=False)["input_ids"]
-    length = len(whole) // 6
-    assert calibration_tokens(str(path), plain, 6, length).tokens.flatten().tolist() == whole[: 6 * length]
+    for samples in (1, 6):
+        length = len(whole) // samples
+        got = calibration_tokens(str(path), plain, samples, length)
+        assert got.tokens.shape == (samples, length) and got.note == ""
+        assert overlap(got.sketch, path.read_text()).fraction > 0.8
+
+
+def test_a_text_of_uneven_density_is_not_taken_from_its_head_alone(plain, tmp_path):
+    """Digits are a token each, words are not: equal stretches of words hold too few tokens for their windows."""
+    rng = random.Random(3)
+    digits = "".join(f"{rng.randrange(10**9):09d}\n" for _ in range(5000))
+    words = "".join(f"which is the {name} of the statement\n" * 1500 for name in ("alpha", "omega"))
+    path = tmp_path / "uneven.txt"
+    path.write_text(digits + words)
+    length = int(1.1 * len(plain(words)["input_ids"]) / len(words) * len(digits + words) / 64)
+    got = calibration_tokens(str(path), plain, 64, length)
+    assert got.tokens.shape == (64, length)
+    text = plain.decode(got.tokens.flatten())
+    assert text.count("alpha") > 500 and text.count("omega") > 500 and sum(map(text.count, "0123456789")) > 10_000
 
 
 def chats(path, contents):
@@ -117,6 +135,63 @@ def test_one_long_document_does_not_take_all_windows(plain, tmp_path):
     for samples in (16, 32):
         text = plain.decode(calibration_tokens(str(tmp_path / "d.jsonl"), plain, samples, 64).tokens.flatten())
         assert text.count("omega") > text.count("alpha")
+
+
+@pytest.mark.parametrize(("samples", "length"), [(64, 64), (8, 64), (6, 300)])
+def test_a_few_long_documents_all_give_windows(plain, tmp_path, samples, length):
+    names = ("alpha", "beta", "gamma", "delta", "omega", "sigma")
+    rows = [{"text": "".join(f"{name} number {i}\n" for i in range(20_000))} for name in names]
+    path = tmp_path / "books.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    got = calibration_tokens(str(path), plain, samples, length)
+    counts = [plain.decode(got.tokens.flatten()).count(name) for name in names]
+    assert min(counts) > 0.5 * max(counts), counts
+
+
+def test_of_a_long_document_the_sketch_knows_the_part_that_was_used(plain, tmp_path):
+    rng = random.Random(5)
+    books = ["".join(some_words(rng.random(), 12) + "\n" for _ in range(3000)) for _ in range(3)]
+    path = tmp_path / "books.jsonl"
+    path.write_text("\n".join(json.dumps({"text": book}) for book in books))
+    got = calibration_tokens(str(path), plain, 8, 256)
+    assert overlap(got.sketch, plain.decode(got.tokens.flatten())).fraction > 0.9
+    share = got.tokens.numel() / sum(len(plain(book)["input_ids"]) for book in books)
+    assert overlap(got.sketch, "\n".join(books)).fraction < 1.5 * share
+    text = read.read_text(str(path))
+    _, prefix, _ = windows.token_windows(text, plain, 8, 256)
+    assert len(plain(text.words(prefix))["input_ids"]) == pytest.approx(8 * 256, abs=2)
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_windows(plain, corpus, tmp_path):
+    class Slow:
+        is_fast = False
+        bos_token_id = None
+
+        def __call__(self, text, **options):
+            return {"input_ids": plain(text, **options)["input_ids"]}
+
+    rows = [{"text": part} for part in corpus.read_text().split("\n\n")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for spec, samples, length in ((corpus, 8, 64), (corpus, 60, 700), (tmp_path / "d.jsonl", 8, 256)):
+        slow, fast = (calibration_tokens(str(spec), each, samples, length) for each in (Slow(), plain))
+        assert torch.equal(slow.tokens, fast.tokens)
+        assert overlap(slow.sketch, plain.decode(fast.tokens.flatten())).fraction > 0.5
+
+
+def test_a_system_prompt_that_two_chat_sets_share_is_no_copy(plain, tmp_path):
+    prompt = some_words(7)
+
+    def dialogues(name, seed):
+        said = ([prompt, some_words(f"{seed} {i}", 80)] for i in range(200))
+        rows = ([{"role": r, "content": c} for r, c in zip(("system", "user"), pair, strict=True)] for pair in said)
+        (tmp_path / name).write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+        return str(tmp_path / name)
+
+    got = calibration_tokens(dialogues("a.jsonl", "ours"), plain, 16, 1024)
+    found = overlap(got.sketch, read.read_text(dialogues("b.jsonl", "theirs")).words(10**9))
+    assert found.count > 0 and found.fraction < MOST_SHARED
+    again = overlap(got.sketch, read.read_text(dialogues("c.jsonl", "ours")).words(10**9))
+    assert again.fraction > MOST_SHARED
 
 
 def test_chats_share_their_template_and_no_words(chat, tmp_path):
@@ -188,6 +263,14 @@ def test_jsonl_of_text_and_messages(plain, tmp_path):
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(QkitError, match=r"line 2.*roles must alternate"):
         read.read_text(str(path), chat)
+
+
+def test_only_a_newline_ends_a_row(tmp_path):
+    """JSON may hold the other line separators of Unicode as they are."""
+    path = tmp_path / "data.jsonl"
+    rows = ["one\u2028two\x85three\u2029four", "five"]
+    path.write_bytes("\r\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows).encode())
+    assert [d.text for d in read.read_text(str(path)).documents] == rows
 
 
 @pytest.mark.parametrize(
