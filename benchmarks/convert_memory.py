@@ -110,9 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--method", nargs="+", default=["rtn", "gptq"])
-    parser.add_argument("--max-memory")
+    parser.add_argument(
+        "--max-memory", default="64GiB", help="with one, freed memory is returned and not kept for speed"
+    )
     args = parser.parse_args()
-    more = ["--max-memory", args.max_memory] if args.max_memory else []
+    more = ["--max-memory", args.max_memory]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:

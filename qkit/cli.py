@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 from . import __version__
 from .conversion.options import Options as ConvertOptions
 from .errors import QkitError
-from .hardware import memory
 from .measure.options import Options as ProfileOptions
 from .options import add_arguments, option
 
@@ -135,7 +134,7 @@ def run(argv: Sequence[str] | None) -> int:
     place, _, name = command.function.partition(":")
     module = importlib.import_module(f"{__package__}.{place}")
     if command.name == "convert":
-        memory.keep_freed()
+        given["keep_freed"] = True  # this process is for nothing else
     result = getattr(module, name)(**given)
     shown = json.dumps(command.document(result), indent=2, allow_nan=False) if as_json else command.text(module, result)
     print(shown)

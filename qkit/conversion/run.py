@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hardware.memory import peak_resident
+from ..hardware import memory
 from ..options import identity, with_options
 from ..progress import notify
 from .options import Options
@@ -76,6 +76,8 @@ def convert(
         return ConvertResult(plan, plan.out)
     for note in plan.notes:
         notify(note)
+    if plan.predicted.kept:
+        memory.keep_freed()
     calibration = _calibration(plan, opened) if plan.method.needs else None
     made_of = _identity(plan, opened, calibration)
     done = finished(plan.out, made_of, options.restart)
@@ -95,7 +97,7 @@ def convert(
         finish.complete(work)
         work.publish()
     return ConvertResult(
-        plan, plan.out, time.perf_counter() - started, peak_resident(), _fallbacks(work.manifest), work.resumed
+        plan, plan.out, time.perf_counter() - started, memory.peak_resident(), _fallbacks(work.manifest), work.resumed
     )  # fmt: skip
 
 

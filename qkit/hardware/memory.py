@@ -59,8 +59,9 @@ KEPT = 144 << 20  # bytes of an allocation that `keep_freed` lets this process u
 
 
 def keep_freed() -> None:
-    """Let this process use freed memory again instead of returning it, up to `KEPT` bytes a piece: activations come and go
-    by the hundred, and a fresh page costs more than the arithmetic on it. From one arena, or every thread keeps its own.
+    """Let this process use freed memory again instead of returning it, up to `KEPT` bytes a piece: activations come and
+    go by the hundred, and a fresh page costs more than the arithmetic on it. From one arena, or every thread keeps its
+    own.
 
     For processes of qkit's own: it cannot be undone. Does nothing with another C library than glibc."""
     import ctypes
