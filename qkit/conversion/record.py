@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..kernels.weight import Weight
     from .tasks import Task
 
-_SLAB = 1 << 21  # weights compared at a time: 16 MiB in float64
+_SLAB = 1 << 19  # weights compared at a time: 4 MiB in float64
 
 
 def computed_on(device: str) -> str:
