@@ -33,7 +33,9 @@ def get(name: str) -> Format:
     key = name.lower()
     key = {"compressed_tensors": "compressed-tensors", "gptq-v2": "gptq_v2"}.get(key, key)
     if key not in FORMATS:
-        raise QkitError(f"unknown format {name!r}", "known formats: " + ", ".join(FORMATS))
+        raise QkitError(
+            f"unknown format {name!r}", "known formats: " + ", ".join(n for n, f in FORMATS.items() if not f.read_only)
+        )
     return FORMATS[key]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import QkitError
 from ..spec import CHANNEL, LayerSpec
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 class Format(Protocol):
     """One on-disk format. `name` is what the user types; local names are suffixes such as "weight_packed".
 
-    Formats are subclasses, which gives them what most have in common."""
+    Formats are subclasses, which gives them what most have in common. read_only: folders are read, and not written."""
+
+    read_only: ClassVar[bool] = False
 
     @property
     def name(self) -> str: ...

@@ -33,6 +33,7 @@ class BitsAndBytes(Format):
     """The scheme says nf4 or fp4 and whether scales are themselves quantized; block and shape stand in the tensors."""
 
     name: str = "bnb"
+    read_only: ClassVar[bool] = True
     quant_method: ClassVar[str | None] = "bitsandbytes"
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:

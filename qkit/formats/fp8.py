@@ -72,6 +72,7 @@ class BlockFp8(Format):
     of 128 x 128 or whatever weight_block_size says. Read, not written."""
 
     name: str = "fp8"
+    read_only: ClassVar[bool] = True
     quant_method: ClassVar[str | None] = "fp8"
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
