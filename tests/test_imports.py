@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import qkit
+import qkit.kernels
 
-ROOT = Path(qkit.__path__[0])
+ROOTS = {"qkit": Path(qkit.__file__).parent, "qkit.kernels": Path(qkit.kernels.__file__).parent}
 
 
 def modules() -> dict[str, Path]:
     found = {}
-    paths = (Path(at, name) for at, _, names in os.walk(ROOT, followlinks=True) for name in names)
-    for path in (path for path in paths if path.suffix == ".py"):
-        parts = ("qkit", *path.relative_to(ROOT).with_suffix("").parts)
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for stem, root in ROOTS.items():
+        for path in (Path(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names):
+            if path.suffix == ".py":
+                parts = (stem, *path.relative_to(root).with_suffix("").parts)
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 

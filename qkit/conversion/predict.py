@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from ..methods import Method
     from ..sources.types import Source
 
-# Resident before a tensor is read: Python and torch; for calibrated methods transformers and a tokenizer as well. And
-# what malloc keeps of freed tensors that are too small (32 MiB) to be given back at once. Measured by
+# What is resident before a tensor is read, beside Python and torch, of which each installation maps another part of its
+# libraries: what conversion loads; for calibrated methods transformers and a tokenizer as well. And what malloc keeps of freed tensors that are too small (32 MiB) to be given back at once. Measured by
 # `benchmarks/convert_memory.py`, whose table stands in the README.
-BASE_MEMORY, BASE_MEMORY_CALIBRATED = 235 << 20, 430 << 20
+BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
 RETAINED = 300 << 20
 # With freed memory kept for use again (`memory.keep_freed`) peaks were up to 0.95 GB above those without it, which
 # differs from run to run; the two README models were converted in 33 s instead of 43, and in 39 instead of 50.
@@ -49,9 +49,12 @@ def predict(
     """What writing the files will take. Raises QkitError where --max-memory or the machine cannot hold it."""
     here = memory.limit()
     limit = min(options.max_memory or here, here)
-    base = BASE_MEMORY
+    import torch  # noqa: F401  for its share of what is resident
+
+    base = memory.resident() + BASE_MEMORY
     if method.needs:
-        base = BASE_MEMORY_CALIBRATED + TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
+        base += BASE_MEMORY_CALIBRATED - BASE_MEMORY
+        base += TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
     tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
     workers = usable
