@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ..sources.types import Source
 
 # What is resident before a tensor is read, beside Python and torch, of which each installation maps another part of its
-# libraries: what conversion loads; for calibrated methods transformers and a tokenizer as well. And what malloc keeps of freed tensors that are too small (32 MiB) to be given back at once. Measured by
-# `benchmarks/convert_memory.py`, whose table stands in the README.
+# libraries: what conversion loads; for calibrated methods transformers and a tokenizer as well. And what malloc keeps
+# of freed tensors that are too small (32 MiB) to be given back at once. Measured by `benchmarks/convert_memory.py`,
+# whose table stands in the README.
 BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
 RETAINED = 300 << 20
 # With freed memory kept for use again (`memory.keep_freed`) peaks were up to 0.95 GB above those without it, which
