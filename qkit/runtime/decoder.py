@@ -121,8 +121,7 @@ def _linear(module: nn.Module) -> Linear:
         _, state = module._prepared(torch.bfloat16)
         if not isinstance(state, CpuWeight):
             raise TypeError("a linear is not on the C++ kernels")
-        bias = None if module.bias is None else module.bias.to(torch.bfloat16)
-        return Linear(state, bias)
+        return Linear(state, None if module.bias is None else _own(module.bias))
     if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16:
         raise TypeError(f"a linear is a {type(module).__name__}")
     return Linear(_own(module.weight), None if module.bias is None else _own(module.bias))

@@ -169,6 +169,30 @@ def test_a_replaced_weight_is_noticed(folders: Any) -> None:
     assert error(after, before) > 0.05 and error(after, steps(own(model), cache, more)) < 0.05
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("held", ["as loaded", "float32", "strided"])
+def test_a_write_to_the_bias_of_a_packed_linear_counts(folders: Any, held: str, monkeypatch: Any) -> None:
+    """Past autograd, where it counts no version. A bias that the step would have to copy is left to the model."""
+    calls = []
+    original = decoder._Runner.step
+    monkeypatch.setattr(decoder._Runner, "step", lambda *given: calls.append(original(*given)) or calls[-1])
+    model = packed(folders("qwen2"))
+    layers = [layer.self_attn.q_proj for layer in model.model.layers]
+    for layer in layers:
+        layer.bias = {
+            "as loaded": layer.bias.clone(), "float32": layer.bias.float(),
+            "strided": layer.bias.repeat_interleave(2)[::2],
+        }[held]  # fmt: skip
+    prompt, more = tokens(model, 1, 10), tokens(model, 1, 1, 1)
+    cache = own(model)(prompt, use_cache=True).past_key_values
+    before = steps(model, copy.deepcopy(cache), more)
+    for layer in layers:
+        layer.bias.data.add_(torch.linspace(-9, 9, layer.bias.numel()))
+    after = steps(model, copy.deepcopy(cache), more)
+    assert [call is not None for call in calls] == [held == "as loaded"] * 2
+    assert error(after, before) > 0.05 and error(after, steps(own(model), cache, more)) < 0.05
+
+
 def test_everything_else_is_left_to_the_model(folders: Any) -> None:
     model = packed(folders("llama"))
     prompt, one = tokens(model, 1, 10), tokens(model, 1, 1, 1)
