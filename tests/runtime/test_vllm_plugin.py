@@ -115,6 +115,10 @@ def test_the_newest_measurement_counts(tmp_path: Path) -> None:
     rows(path, ("a", "k", 1.5, "2026-01-01"), ("a", "k", 1.04, "2027-01-01"), ("b", "k", 1.05, "2026-05-05"))
     assert not measured.faster_on("a", "k", path) and measured.faster_on("b", "k", path)
     assert not measured.faster_on("c", "k", path)
+    assert not measured.faster_on("a", "k", tmp_path / "absent.csv")
+    for broken in ("card,kernel,ratio,date,command\na,k,fast,2027-01-01,x\n", "card\na\n", "\0"):
+        path.with_name("broken.csv").write_text(broken)
+        assert not measured.faster_on("a", "k", path.with_name("broken.csv"))
     with profile_path(measured.FILE).open() as file:
         assert csv.DictReader(file).fieldnames == ["card", "kernel", "ratio", "date", "command"]
 

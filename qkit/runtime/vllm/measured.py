@@ -14,10 +14,14 @@ FASTER = 1.05  # below that the difference is noise, and vLLM's own stays first
 
 
 def faster_on(card: str, kernel: str, path: Path | None = None) -> bool:
-    """Whether the newest row for this card and kernel class says that ours is faster. No row, no claim."""
-    with open(path or profile_path(FILE), newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row["card"], row["kernel"]) == (card, kernel)]
-    return bool(rows) and float(max(rows, key=lambda row: row["date"])["ratio"]) >= FASTER
+    """Whether the newest row for this card and kernel class says that ours is faster. No row, no claim; nor a file that
+    is missing or cannot be read: an engine does not fail to start over it."""
+    try:
+        with open(path or profile_path(FILE), newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if (row["card"], row["kernel"]) == (card, kernel)]
+        return bool(rows) and float(max(rows, key=lambda row: row["date"])["ratio"]) >= FASTER
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return False
 
 
 def release(layer: Any, names: Iterable[str | None]) -> None:
