@@ -139,32 +139,34 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
         for members in groups.values()
     ]
     return Cost(
-        forward + sum(cost.flops for cost in costs), _peak(source, schemes, tokens, size * length, groups, costs)
+        forward + sum(cost.flops for cost in costs),
+        _peak(source, weights, schemes, tokens, size * length, groups, costs),
     )
 
 
 def _peak(
     source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
     schemes: Mapping[str, LayerSpec],
     tokens: int,
     batch: int,
     groups: Mapping[tuple[str, int], list[str]],
     costs: Sequence[Cost],
 ) -> int:
-    """Bytes alive at once beside the process itself. tokens: of all windows; batch: of one pass."""
-    shapes = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
+    """Bytes alive at once beside the process itself. shapes: of all matrices; tokens: of all windows; batch: of one
+    pass."""
     hidden = positive_int(source.config, "hidden_size", max((in_ for _, in_ in groups), default=1))
     states = 2 * tokens * hidden
     passing = states + 2 * 2 * batch * hidden  # what a layer adds to, and what it makes of it
-    weights: dict[str, int] = {}
+    per_block: dict[str, int] = {}
     for name in schemes:
         head, _, tail = name.partition("layers.")
         key = head + tail.partition(".")[0]
-        weights[key] = weights.get(key, 0) + source.meta(name).nbytes
+        per_block[key] = per_block.get(key, 0) + source.meta(name).nbytes
     gated = 3 * 2 * batch * max((shapes[name][0] for name in schemes), default=0)
     solving = (cost.nbytes + 2 * batch * in_ for (_, in_), cost in zip(groups, costs, strict=True))
     embedding = max((source.meta(name).nbytes for name in shapes if name not in schemes), default=0)
-    return max(embedding + 2 * states, max(weights.values(), default=0) + passing + max(gated, *solving, 0))
+    return max(embedding + 2 * states, max(per_block.values(), default=0) + passing + max(gated, *solving, 0))
 
 
 def _activation_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
@@ -39,32 +39,23 @@ def write_weights(
 ) -> None:
     """Write every file of weights that is not there yet. tokens: calibration windows, None for data-free methods."""
     options = {name: getattr(plan.options, name) for name in plan.method.options}
-    direct = Direct(source, fmt, plan.method, options)
+    produce = Produce(source, fmt, plan.method, options)
     # First what belongs to no block, the embeddings among it: the largest tensors, before any statistics are held.
-    _write_shards([s for s in plan.shards if tokens is None or s.block is None], direct, work, executor)
+    _write_shards([s for s in plan.shards if tokens is None or s.block is None], produce, work, executor)
     if tokens is not None:
-        _write_blocks(plan, source, fmt, work, executor, tokens, direct, options)
-        _write_shards(plan.shards, direct, work, executor)  # blocks of which nothing is quantized
+        _write_blocks(plan, produce, work, executor, tokens)
+        _write_shards(plan.shards, produce, work, executor)  # blocks of which nothing is quantized
 
 
-def _write_shards(shards: Sequence[Shard], direct: Direct, work: Workspace, executor: Executor) -> None:
+def _write_shards(shards: Sequence[Shard], produce: Produce, work: Workspace, executor: Executor) -> None:
     left = [shard for shard in shards if not work.has(shard.file)]
     if left:
         with track("writing", sum(t.bytes_in for shard in left for t in shard.tasks), "bytes") as advance:
             for shard in left:
-                _write_shard(shard, direct, work, executor, advance)
+                _write_shard(shard, produce, work, executor, advance)
 
 
-def _write_blocks(
-    plan: Plan,
-    source: Source,
-    fmt: Format,
-    work: Workspace,
-    executor: Executor,
-    tokens: torch.Tensor,
-    direct: Direct,
-    options: Mapping[str, Any],
-) -> None:
+def _write_blocks(plan: Plan, produce: Produce, work: Workspace, executor: Executor, tokens: torch.Tensor) -> None:
     """Run the calibrated method over the decoder blocks; each goes to its file as soon as it is quantized."""
     from ..calibrate.blocks import quantize_blocks
 
@@ -79,19 +70,19 @@ def _write_blocks(
         own = shards.get(index, [])
         if not own or not all(work.has(shard.file) for shard in own):
             return None
-        return _finished_block(own, fmt, work, replaced=plan.method.prepares)
+        return _finished_block(own, produce.fmt, work, replaced=plan.method.prepares)
 
     with track(plan.method.name, len(shards), "blocks") as advance:
         for result in quantize_blocks(
-            source, plan.schemes, tokens, plan.method, device=plan.device, done=finished, **options
+            produce.source, plan.schemes, tokens, plan.method, device=plan.device, done=finished, **produce.options
         ):
             for name, layer in result.layers.items():
                 if layer.fallback:
                     notify(f"WARNING: {name} fell back to rounding: {layer.fallback}")
             if result.layers:
-                produce = Calibrated(direct, result, plan.device)
+                own = replace(produce, block=result, computed_on=computed_on(plan.device))
                 for shard in shards[result.index]:
-                    _write_shard(shard, produce, work, executor, lambda amount: None)
+                    _write_shard(shard, own, work, executor, lambda amount: None)
             advance(1)
 
 
@@ -129,11 +120,17 @@ def parts(task: Task, output: torch.Tensor) -> Sequence[torch.Tensor]:
     return [output] if len(task.sources) == 1 else list(output)
 
 
-class Direct:
-    """A task's outputs from the source alone: quantized by a method that needs no data, or passed through."""
+@dataclass(frozen=True)
+class Produce:
+    """A task's outputs: quantized, or passed through. With the result of a block, what a calibrated method made of it;
+    else from the source alone, by a method that needs no data."""
 
-    def __init__(self, source: Source, fmt: Format, method: Method, options: Mapping[str, Any]):
-        self.source, self.fmt, self.method, self.options = source, fmt, method, options
+    source: Source
+    fmt: Format
+    method: Method
+    options: Mapping[str, Any]
+    block: BlockResult | None = None
+    computed_on: str | None = None
 
     def __call__(self, task: Task) -> Produced:
         made = Produced([])
@@ -142,54 +139,40 @@ class Direct:
             tensor = self.source.read(name)
             made.digests[name] = digest(tensor)
             if task.scheme is None:
-                check_finite(name, tensor)
-                pieces.append([tensor])
-                continue
-            try:
-                (result,) = self.method.quantize([tensor], None, [task.scheme], **self.options)
-            except QkitError as e:
-                raise QkitError(f"{name}: {e.message}", e.hint) from e
-            error = result.weight_error
-            if error is None:
-                error = weight_error(tensor, result.weight)
-            made.entries[name] = record(task, result.method, error, fallback=result.fallback)
-            pieces.append(list(self.fmt.pack(result.weight).values()))
+                pieces.append([self._passed(name, tensor)])
+            else:
+                weight, made.entries[name] = self._quantized(task, name, tensor)
+                pieces.append(list(self.fmt.pack(weight).values()))
         made.outputs = stack(pieces)
         return made
 
-
-class Calibrated:
-    """A task's outputs from a block's results; what the method did not touch passes through."""
-
-    def __init__(self, direct: Direct, result: BlockResult, device: str):
-        self.direct, self.result = direct, result
-        self.computed_on = computed_on(device)
-
-    def __call__(self, task: Task) -> Produced:
-        layers, replaced = self.result.layers, self.result.replaced
-        if not any(name in layers or name in replaced for name in task.sources):
-            return self.direct(task)
-        made = Produced([])
-        pieces = []
-        for name in task.sources:
-            original = self.direct.source.read(name)
-            made.digests[name] = digest(original)
-            layer = layers.get(name)
-            if layer is None:
-                pieces.append([replaced.get(name, original)])
-                continue
-            made.entries[name] = record(
+    def _quantized(self, task: Task, name: str, tensor: torch.Tensor) -> tuple[Weight, dict[str, Any]]:
+        """The weight and its entry in the manifest."""
+        assert task.scheme is not None
+        if self.block is not None and name in self.block.layers:
+            done = self.block.layers[name]
+            # Of the source's weight, whatever the method folded into it before.
+            entry = record(
                 task,
-                layer.method,
-                weight_error(original, layer.weight),
-                output_error=layer.output_error,
-                calibration_tokens=self.result.tokens.get(name),
-                fallback=layer.fallback,
+                done.method,
+                weight_error(tensor, done.weight),
+                output_error=done.output_error,
+                calibration_tokens=self.block.tokens.get(name),
+                fallback=done.fallback,
                 computed_on=self.computed_on,
             )
-            pieces.append(list(self.direct.fmt.pack(layer.weight).values()))
-        made.outputs = stack(pieces)
-        return made
+            return done.weight, entry
+        try:
+            (done,) = self.method.quantize([tensor], None, [task.scheme], **self.options)
+        except QkitError as e:
+            raise QkitError(f"{name}: {e.message}", e.hint) from e
+        error = weight_error(tensor, done.weight) if done.weight_error is None else done.weight_error
+        return done.weight, record(task, done.method, error, fallback=done.fallback)
+
+    def _passed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or what the method put in its place. Raises QkitError for NaN or infinity in the source."""
+        check_finite(name, tensor)
+        return tensor if self.block is None else self.block.replaced.get(name, tensor)
 
 
 def stack(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -210,7 +193,7 @@ def _write_shard(
 
     def stream() -> Iterator[torch.Tensor]:
         for task, made in zip(shard.tasks, executor.run(produce, shard.tasks), strict=True):
-            noted.append(Produced([], made.entries, made.digests))
+            noted.append(made)
             yield from made.outputs
             made.outputs = ()  # or they would live until the next task is done
             advance(task.bytes_in)

@@ -21,7 +21,7 @@ from ..text.read import check_spec
 from .options import Options
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
-from .tasks import Shard, Task, check_collisions, make_shards
+from .tasks import Shard, Task, check_collisions, make_shards, schemes_of
 from .workspace import partial_dir
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Plan:
     @property
     def schemes(self) -> dict[str, LayerSpec]:
         """Weight name -> scheme, for the quantized weights."""
-        return {name: t.scheme for t in self.tasks if t.scheme is not None for name in t.sources}
+        return schemes_of(self.tasks)
 
     @property
     def kinds(self) -> list[LayerSpec]:

@@ -11,7 +11,7 @@ from ..errors import QkitError
 from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores
 from .options import Options
-from .tasks import Shard, Task
+from .tasks import Shard, Task, schemes_of
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -48,13 +48,12 @@ def predict(
     source: Source, shards: Sequence[Shard], method: Method, options: Options, device: LocalDevice
 ) -> Prediction:
     """What writing the files will take. Raises QkitError where --max-memory or the machine cannot hold it."""
-    here = memory.limit()
-    limit = min(options.max_memory or here, here)
     import torch  # noqa: F401  for its share of what is resident
 
-    base = memory.resident() + BASE_MEMORY
+    here = memory.limit()
+    limit = min(options.max_memory or here, here)
+    base = memory.resident() + (BASE_MEMORY_CALIBRATED if method.needs else BASE_MEMORY)
     if method.needs:
-        base += BASE_MEMORY_CALIBRATED - BASE_MEMORY
         base += TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
     tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
@@ -66,8 +65,7 @@ def predict(
     if method.needs:
         from ..calibrate import blocks
 
-        schemes = {t.name: t.scheme for t in tasks if t.scheme is not None}
-        cost = blocks.predict_cost(source, schemes, options.calib_samples, options.calib_len, method)
+        cost = blocks.predict_cost(source, schemes_of(tasks), options.calib_samples, options.calib_len, method)
         peak = max(peak, base + cost.nbytes + min(cost.nbytes, RETAINED))
         seconds += 6.0 + cost.flops / _matmul_rate(device.id)
     if MARGIN * peak > limit:

@@ -69,6 +69,11 @@ class Shard:
         return sum(t.bytes_out for t in self.tasks)
 
 
+def schemes_of(tasks: Iterable[Task]) -> dict[str, LayerSpec]:
+    """Weight name -> scheme, for the quantized weights."""
+    return {name: t.scheme for t in tasks if t.scheme is not None for name in t.sources}
+
+
 def check_collisions(tasks: Iterable[Task]) -> None:
     """Raises QkitError where two outputs have one name."""
     seen = Counter(name for t in tasks for name, _ in t.outputs)
