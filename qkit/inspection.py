@@ -79,14 +79,17 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
         quantization=source.config.get("quantization_config"),
         schemes=dict(schemes),
         converted_by=f"qkit {manifest.identity.get('qkit')}" if manifest else None,
-        calibration=_without_sketch(manifest.identity.get("calibration")) if manifest else None,
+        calibration=without_sketch(manifest.identity.get("calibration")) if manifest else None,
         fallbacks={n: t["fallback"] for n, t in manifest.tensors.items() if t.get("fallback")} if manifest else {},
         problems=problems,
     )
 
 
-def _without_sketch(calibration: dict[str, Any] | None) -> dict[str, Any] | None:
-    return {k: v for k, v in calibration.items() if k != "sketch"} if calibration else None
+def without_sketch(calibration: Any) -> Any:
+    """A manifest's calibration without the sketch, which says nothing to a reader; what is none as it is."""
+    if not isinstance(calibration, dict):
+        return calibration
+    return {k: v for k, v in calibration.items() if k != "sketch"}
 
 
 def _logical(source: Source, metas: dict[str, TensorMeta], reader: formats.FormatReader) -> tuple[int, Counter[str]]:

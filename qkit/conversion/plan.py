@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import units
 from ..errors import QkitError
 from ..hardware.detect import resolve
-from ..models.config import model_dtype, positive_int, text_config
+from ..models.config import max_positions, model_dtype, text_config
 from ..models.families import BLOCK, module_of
 from ..models.skeleton import check_architecture
 from ..spec import Keep, LayerSpec, Recipe
@@ -231,8 +231,8 @@ def _choose_method(recipe: Recipe, options: Options, source: Source) -> tuple[Me
     if method.needs:
         check_architecture(source.config)
         check_spec(options.calib)
-        longest = positive_int(text_config(source.config), "max_position_embeddings", 1 << 30)
-        if options.calib_len > longest:
+        longest = max_positions(source.config)
+        if longest is not None and options.calib_len > longest:
             raise QkitError(
                 f"--calib-len {options.calib_len} is longer than the {longest} tokens the model takes",
                 f"use --calib-len {longest} or less",

@@ -77,6 +77,29 @@ class Format(Protocol):
         ...
 
 
+class ReadOnly(Format):
+    """A format whose folders are read, and not written."""
+
+    read_only: ClassVar[bool] = True
+
+    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
+        raise QkitError(f"format {self.name} is read, not written", "use compressed-tensors or gptq")
+
+    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
+        return f"format {self.name} is read, not written"
+
+    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
+        raise ValueError(f"format {self.name} is read, not written")
+
+    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+        raise ValueError(f"format {self.name} is read, not written")
+
+    def config(
+        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        raise ValueError(f"format {self.name} is read, not written")
+
+
 class FormatReader(Protocol):
     """What the config.json of one folder says of its quantized modules. Made by `formats.reader`.
 

@@ -12,12 +12,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
 from ..spec import LayerSpec, Scale, table
-from ..spec.dtypes import TensorMeta, dtype_name
-from .base import Format, as_names
+from ..spec.dtypes import dtype_name
+from .base import ReadOnly, as_names
 
 if TYPE_CHECKING:
     import torch
@@ -25,33 +25,14 @@ if TYPE_CHECKING:
     from ..kernels.weight import Weight
 
 _STATE = "weight.quant_state.bitsandbytes__"
-_READ_ONLY = "4-bit bitsandbytes folders are read, not written"
 
 
 @dataclass(frozen=True)
-class BitsAndBytes(Format):
+class BitsAndBytes(ReadOnly):
     """The scheme says nf4 or fp4 and whether scales are themselves quantized; block and shape stand in the tensors."""
 
     name: str = "bnb"
-    read_only: ClassVar[bool] = True
     quant_method: ClassVar[str | None] = "bitsandbytes"
-
-    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
-        raise QkitError(_READ_ONLY, "use compressed-tensors or gptq")
-
-    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
-        return _READ_ONLY
-
-    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
-        _refuse()
-
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
-        _refuse()
-
-    def config(
-        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        _refuse()
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
         import torch
@@ -84,16 +65,15 @@ class BitsAndBytes(Format):
         if kind not in ("nf4", "fp4"):
             raise QkitError(f"bnb_4bit_quant_type {kind!r} is not supported", "supported: nf4, fp4")
         over = Scale((1, 256), "F32") if given.get("bnb_4bit_use_double_quant") else None
-        skipped = as_names(given.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
-        return BitsAndBytesReader(table(kind, scale_dtype="F32", over=over), skipped)
+        as_names(given.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
+        return BitsAndBytesReader(table(kind, scale_dtype="F32", over=over))
 
 
 @dataclass(frozen=True)
 class BitsAndBytesReader:
-    """The tensors say which modules are quantized; `skipped` are names, or ends of names, that the config excludes."""
+    """The tensors say which modules are quantized: those that the config skips have none of these."""
 
     spec: LayerSpec
-    skipped: tuple[str, ...]
     format: BitsAndBytes = BitsAndBytes()
     markers: ClassVar[tuple[str, ...]] = ("weight.absmax",)
     scale: ClassVar[str] = "weight.absmax"
@@ -149,7 +129,3 @@ def _check_table(found: torch.Tensor, kind: str) -> None:
 
     if not torch.allclose(found, torch.tensor(TABLES[kind]), atol=1e-6):
         raise QkitError(f"its quant_map is not the table of {kind}", "quantize the original checkpoint anew")
-
-
-def _refuse() -> NoReturn:
-    raise QkitError(_READ_ONLY, "use compressed-tensors or gptq")

@@ -7,13 +7,13 @@ weight F8_E4M3 [out, in]; a scale per output channel [out, 1], per tensor [1], p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
 from ..spec import Activations, LayerSpec, fp8
 from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
-from .base import Format, as_names, as_object
+from .base import ReadOnly, as_names
 
 if TYPE_CHECKING:
     import torch
@@ -67,39 +67,15 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, scale: str) -> 
 
 
 @dataclass(frozen=True)
-class BlockFp8(Format):
+class BlockFp8(ReadOnly):
     """Folders whose quant_method is "fp8" (transformers' FineGrainedFP8): weight_scale_inv, which multiplies, per block
     of 128 x 128 or whatever weight_block_size says. Read, not written."""
 
     name: str = "fp8"
-    read_only: ClassVar[bool] = True
     quant_method: ClassVar[str | None] = "fp8"
-
-    def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
-        raise QkitError("format fp8 is read, not written", "use compressed-tensors")
-
-    def check(self, shape: tuple[int, int], scheme: LayerSpec) -> str | None:
-        return check(shape, scheme)
-
-    def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
-        return metas(shape, scheme, "weight_scale_inv")
-
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
-        return pack(weight, "weight_scale_inv")
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
         return unpack(tensors, scheme, "weight_scale_inv")
-
-    def config(
-        self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        block = next(iter(schemes.values())).scale.block
-        return {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(block),
-            "modules_to_not_convert": list(ignored),
-        }
 
     def parse(self, quantization_config: Mapping[str, Any]) -> BlockFp8Reader:
         given = quantization_config
@@ -114,8 +90,7 @@ class BlockFp8(Format):
                 "supported",
                 "supported: e4m3, dynamic",
             )
-        as_object(given, "quantization_config")
-        spec = LayerSpec(fp8().grid, fp8((block[0], block[1]), "F32").scale, Activations("float", 8))
+        spec = replace(fp8((block[0], block[1]), "F32"), input=Activations("float", 8))
         return BlockFp8Reader(spec, as_names(given.get("modules_to_not_convert"), "modules_to_not_convert"))
 
 

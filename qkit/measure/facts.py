@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from ..hardware.catalogue import catalogue
+from ..inspection import inspect, without_sketch
 from . import memory
 from .footprint import Footprint
 from .types import Formula, Measured, Memory, Speed
@@ -33,7 +34,6 @@ def measured(
     context: int,
 ) -> Measured:
     """One model's row. found: what its own process saw, or why that failed; speeds: one a batch size."""
-    from ..inspection import inspect
     from ..runtime import QuantLinear
 
     facts = inspect(name)
@@ -135,8 +135,5 @@ def manifest(folder: Path | None) -> tuple[dict[str, Any], str | None]:
 
 
 def conversion(identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's identity without the sketch, which says nothing to a reader."""
-    calibration = identity.get("calibration")
-    if isinstance(calibration, dict):
-        return {**identity, "calibration": {k: v for k, v in calibration.items() if k != "sketch"}}
-    return identity
+    """The manifest's identity without the sketch of the calibration text."""
+    return {**identity, "calibration": without_sketch(identity.get("calibration"))} if identity else identity

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import units
 from ..errors import QkitError
-from ..models.config import positive_int, text_config
+from ..models.config import max_positions
 from ..models.skeleton import check_architecture
-from ..spec.dtypes import FLOATS
+from ..spec.dtypes import FLOATS, ITEMSIZE, named_dtype
 from . import memory, speed
 
 if TYPE_CHECKING:
     from ..hardware.detect import LocalDevice
     from ..sources.types import Source
-
-_ITEMSIZE = {"float32": 4, "fp32": 4}  # of the types a model runs in; the others have 2 bytes
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ def sizes(source: Source) -> Sizes:
     except Exception as error:  # transformers' validators raise classes of their own
         hint = "check the values in config.json"
         raise QkitError(f"transformers refuses the config of {source.label}: {error}", hint) from error
-    itemsize = _ITEMSIZE.get(str(given.get("dtype") or given.get("torch_dtype")), 2)
+    itemsize = ITEMSIZE[named_dtype(given.get("dtype") or given.get("torch_dtype")) or "BF16"]
     metas = [source.meta(name) for name in source.names()]
     # Plain tensors are cast to the type that the model runs in; codes and small floats stay as they are.
     weights = sum(m.numel * itemsize if m.dtype in FLOATS else m.nbytes for m in metas)
-    most = positive_int(text_config(given), "max_position_embeddings", 0) or None
+    most = max_positions(given)
     text = config.get_text_config()
     intermediate = getattr(text, "intermediate_size", None) or 0
     return Sizes(source.label, config, itemsize, weights, text.vocab_size, text.hidden_size, intermediate, most)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import units
 from ..errors import QkitError
 from ..hardware.detect import resolve
-from ..models.config import positive_int, text_config
+from ..models.config import max_positions
 from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
@@ -20,7 +20,6 @@ from .types import EvaluationText, Measured, Profile
 if TYPE_CHECKING:
     import torch
 
-    from ..sources.types import Source
     from .quality import Quality
 
 HEADLINE = "llama.cpp"  # the protocol that thresholds and headlines use; the report shows both
@@ -65,7 +64,7 @@ def profile(model: str, options: Options) -> Profile:
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
     identity, manifest_sha = facts.manifest(source.folder)
-    limit = _max_positions(source)
+    limit = max_positions(source.config) or 1 << 30
     context = _context(options.context, limit)
     n_ctx = min(N_CTX, limit)
     named = [(model, source), *([(baseline, base_source)] if baseline and base_source else [])]
@@ -141,10 +140,6 @@ def _out_folder(out: str | None, model: str) -> Path:
             f"the report's folder {folder} cannot be made: {error.strerror}", "choose another with -o"
         ) from None
     return folder
-
-
-def _max_positions(source: Source) -> int:
-    return positive_int(text_config(source.config), "max_position_embeddings", 1 << 30)
 
 
 def _context(context: int | None, limit: int) -> int:

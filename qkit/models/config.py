@@ -25,6 +25,11 @@ def positive_int(config: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """The most tokens that a config says the model takes; None where it says nothing."""
+    return positive_int(text_config(config), "max_position_embeddings", 0) or None
+
+
 def model_dtype(config: Mapping[str, Any]) -> str:
     """The safetensors name of the float type a config declares, "BF16" where it declares none."""
     for part in (config, text_config(config)):

@@ -139,7 +139,9 @@ def facts(result: Profile) -> Table:
         lines.append(["kernels", ", ".join(f"{n} x {k}" for k, n in row.kernels.items()) + f" ({p['kernels']})"])
     if result.baseline:
         base = result.baseline
-        quantized = f"; itself quantized: {_types(base)}, {base.bits_per_weight:.2f} bits per weight"
+        quantized = (
+            f"; itself quantized: {units.counted(base.stored_types)}, {base.bits_per_weight:.2f} bits per weight"
+        )
         lines.append(["baseline", f"{base.name} ({base.dtype}{quantized if against(result) else ''})"])
     cores = f", {d['cores']} cores, {d['threads']} threads" if d["cores"] else ""
     size = f"{units.size(row.memory.free_bytes)} free of {units.size(d['memory_bytes'])}"
@@ -154,10 +156,6 @@ def facts(result: Profile) -> Table:
         ["system, date", f"{p['system']}, {p['date']}"],
     ]  # fmt: skip
     return ["", ""], lines
-
-
-def _types(row: Measured) -> str:
-    return ", ".join(f"{n} x {kind}" for kind, n in sorted(row.stored_types.items(), key=lambda item: -item[1]))
 
 
 def records(result: Profile) -> Table:

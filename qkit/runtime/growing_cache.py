@@ -20,7 +20,7 @@ def new(base: type) -> Any:
     return object.__new__(base)
 
 
-class Store:
+class Buffers:
     """Keys and values of every layer, with room to grow: entries [0, length), of a sliding layer only the last."""
 
     def __init__(self, layers: list[Any], length: int, capacity: int):
@@ -48,7 +48,7 @@ def apart(layer: Any) -> bool:
 
 @functools.cache
 def _grown_class(base: type) -> type:
-    """`base` (a DynamicLayer) whose keys and values are views of a `Store` until something assigns them."""
+    """`base` (a DynamicLayer) whose keys and values are views of a `Buffers` until something assigns them."""
 
     def view(name: str) -> property:
         plain = f"_plain_{name}"
@@ -95,16 +95,16 @@ def _grown_class(base: type) -> type:
     return type(f"Grown{base.__name__}", (base,), members)
 
 
-def grow(cache: Any, length: int) -> Store:
+def grow(cache: Any, length: int) -> Buffers:
     """The cache's store, made or enlarged so that one more entry fits. The cache stays a cache of its own type; none of
     its layers is `apart`."""
     layers = cache.layers
-    store: Store | None = getattr(layers[0], "store", None)
+    store: Buffers | None = getattr(layers[0], "store", None)
     kept = all(getattr(layer, "store", None) is store for layer in layers)
     if store is not None and kept and store.length == length < store.capacity:
         return store
     capacity = max(length + HEADROOM, 2 * length if store is not None else 0)
-    fresh = Store(layers, length, capacity)
+    fresh = Buffers(layers, length, capacity)
     for i, layer in enumerate(layers):
         base = type(layer) if not type(layer).__name__.startswith("Grown") else type(layer).__mro__[1]
         state = {k: v for k, v in layer.__dict__.items() if k not in ("keys", "values")}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .. import units
 from ..spec.dtypes import TensorMeta
 from ..storage.store import Store, hash_file, read_file
 
@@ -56,7 +57,7 @@ class Stored:
 
     def describe(self) -> str:
         """ "210 x Q4_1, 61 x F32"."""
-        return ", ".join(f"{n} x {kind}" for kind, n in sorted(self.types.items(), key=lambda item: -item[1]))
+        return units.counted(self.types)
 
 
 class Source(Protocol):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import QkitError
-from ...spec import Activations, LayerSpec, Scale, fp8
+from ...spec import Activations, LayerSpec, fp8
 from ...spec.dtypes import TensorMeta
 from .. import fp8 as codec
 
@@ -74,4 +75,4 @@ def parse(name: str, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> L
         return spec
     dynamic = inputs.get("dynamic") in (True, "local")
     per = "token" if dynamic and inputs.get("strategy") in ("token", "group", None) else "tensor"
-    return LayerSpec(spec.grid, Scale(spec.scale.block, spec.scale.dtype), Activations("float", 8, dynamic, per))
+    return replace(spec, input=Activations("float", 8, dynamic, per))
