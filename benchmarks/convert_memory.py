@@ -1,6 +1,6 @@
 """Peak memory of conversions, predicted by the plan against measured on the process.
 
-    python benchmarks/convert_memory.py [--only NAME ...] [--method rtn gptq] [--max-memory SIZE]
+    python benchmarks/convert_memory.py [--only NAME ...] [--method rtn gptq]
 
 Llama-shaped random bfloat16 checkpoints from small to one block of Llama-3.1-8B with its embeddings; each conversion in
 a process of its own. "ratio" is measured / predicted. The last line of stdout is one JSON document.
@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, hidden: int, wide: int, kv: int, layers: int, 
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def convert(source: Path, out: Path, method: str, samples: int, length: int, more: list[str]) -> dict[str, Any]:
+def convert(source: Path, out: Path, method: str, samples: int, length: int) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -77,7 +77,6 @@ def convert(source: Path, out: Path, method: str, samples: int, length: int, mor
         "--method",
         method,
         "--json",
-        *more,
     ]
     if method != "rtn":
         command += ["--calib-samples", str(samples), "--calib-len", str(length)]
@@ -110,11 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--method", nargs="+", default=["rtn", "gptq"])
-    parser.add_argument(
-        "--max-memory", default="64GiB", help="with one, freed memory is returned and not kept for speed"
-    )
     args = parser.parse_args()
-    more = ["--max-memory", args.max_memory]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:
@@ -123,7 +118,7 @@ def main() -> None:
             make_checkpoint(source, *shape)
             for method in args.method:
                 row = {"shape": name, "method": method}
-                row |= convert(source, Path(scratch, f"{name}-{method}"), method, samples, length, more)
+                row |= convert(source, Path(scratch, f"{name}-{method}"), method, samples, length)
                 rows.append(row)
                 print(show(row), flush=True)
     print(json.dumps(rows))

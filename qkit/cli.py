@@ -12,8 +12,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import __version__
@@ -42,7 +42,6 @@ class Command:
     text      (module of the function, result) -> what stdout gets
     model     (name, help) of the one positional argument
     out       help of a required -o, an argument of the function beside the options
-    always    keyword arguments that the command line gives beside the user's
     failed    whether the result makes the exit code 1
     document  what --json prints"""
 
@@ -53,7 +52,6 @@ class Command:
     options: type = NoOptions
     model: tuple[str, str] | None = None
     out: str | None = None
-    always: Mapping[str, Any] = field(default_factory=dict)
     failed: Callable[[Any], bool] = lambda result: False
     document: Callable[[Any], dict[str, Any]] = lambda result: result.as_dict()
 
@@ -73,7 +71,6 @@ COMMANDS = (
         ConvertOptions,
         model=("source", SOURCE),
         out="folder to create; it appears complete, as the last step",
-        always={"keep_freed": True},  # the process is for nothing else
         document=lambda result: (result.plan if result.plan.options.dry_run else result).as_dict(),
     ),
     Command(
@@ -136,7 +133,7 @@ def run(argv: Sequence[str] | None) -> int:
         raise QkitError(f"qkit {command.name} does not take {' '.join(unknown)}", hint)
     place, _, name = command.function.partition(":")
     module = importlib.import_module(f"{__package__}.{place}")
-    result = getattr(module, name)(**given, **command.always)
+    result = getattr(module, name)(**given)
     shown = json.dumps(command.document(result), indent=2, allow_nan=False) if as_json else command.text(module, result)
     print(shown)
     sys.stdout.flush()

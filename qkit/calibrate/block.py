@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
-from ..hardware import memory
 from ..spec.dtypes import torch_dtype
 from .statistics import STATISTICS
 
@@ -105,27 +104,52 @@ class Block:
         self.replaced: dict[str, torch.Tensor] = {}
         self.statistics: dict[Group, Statistic] = {}
 
-    def quantize(self, hidden: list[torch.Tensor]) -> BlockResult:
-        """Quantize every linear and replace `hidden` by the quantized block's output, in place."""
+    def quantize(self, hidden: list[torch.Tensor], side_by_side: bool) -> BlockResult:
+        """Quantize every linear and replace `hidden`, a tensor per batch, by the quantized block's output, in place.
+
+        side_by_side: one pass, whose activations are alive for all batches; or one (partial) pass per stage."""
         self._discover(hidden[0][:1])
         if self.method.prepares:
             self._prepare(hidden)
-        if len(hidden) == 1:
-            with self._hooks(self._quantize_on_arrival):
-                hidden[0] = self.runner(hidden[0]).to("cpu")
-            self._solve(self.groups)  # those that no token reached
+        if side_by_side:
+            self._side_by_side(hidden)
         else:
-            for stage in range(len(self.stages)):
-                with self._hooks(partial(self._observe_stage, stage)):
-                    for states in hidden:
-                        try:
-                            self.runner(states)
-                        except _Stop:
-                            continue
-                self._solve([group for group in self.groups if group[1] == stage])
-            self.runner.advance(hidden)
+            self._stage_by_stage(hidden)
         layers = {name: self.results[name] for name in self.names.values()}
         return BlockResult(self.index, layers, self.tokens, self.replaced)
+
+    def _side_by_side(self, hidden: list[torch.Tensor]) -> None:
+        """Each batch's pass waits at a linear that is not quantized, until the passes of all batches wait there."""
+        from greenlet import getcurrent, greenlet
+
+        def run(batch: int) -> None:
+            hidden[batch] = self.runner(hidden[batch]).to("cpu")
+
+        def wait(local: str, x: torch.Tensor) -> None:
+            if self.names[local] not in self.results:
+                group = self._group(local)
+                self._statistic(group).add(x)
+                getcurrent().parent.switch(group)
+
+        with self._hooks(wait):
+            passes = [greenlet(run) for _ in hidden]
+            waiting = [(each, each.switch(i)) for i, each in enumerate(passes)]
+            while waiting := [(each, group) for each, group in waiting if not each.dead]:
+                here = waiting[0][1]
+                self._solve([here])
+                waiting = [(each, each.switch() if group == here else group) for each, group in waiting]
+        self._solve(self.groups)  # what is never called
+
+    def _stage_by_stage(self, hidden: list[torch.Tensor]) -> None:
+        for stage in range(len(self.stages)):
+            with self._hooks(partial(self._observe_stage, stage)):
+                for states in hidden:
+                    try:
+                        self.runner(states)
+                    except _Stop:
+                        continue
+            self._solve([group for group in self.groups if group[1] == stage])
+        self.runner.advance(hidden)
 
     def _prepare(self, hidden: list[torch.Tensor]) -> None:
         """Let the method fold what it wants into the block, from the inputs of the block as it was."""
@@ -198,12 +222,6 @@ class Block:
         if local == self.groups[group][0]:  # once for all that share the input
             self._statistic(group).add(x)
 
-    def _quantize_on_arrival(self, local: str, x: torch.Tensor) -> None:
-        group = self._group(local)
-        if group in self.groups and self.names[local] not in self.results:
-            self._statistic(group).add(x)
-            self._solve([group])
-
     def _observe_stage(self, stage: int, local: str, x: torch.Tensor) -> None:
         group = self._group(local)
         if group[1] == stage:
@@ -218,8 +236,6 @@ class Block:
             if not members:
                 continue
             weights = [self._read(f"{local}.weight") for local in members]
-            if 4 * weights[0].shape[1] ** 2 > memory.KEPT:  # it will ask for far more than what is kept
-                memory.give_back()
             seen = self._statistic(group)
             del self.statistics[group]
             schemes = [self.schemes[self.names[local]] for local in members]

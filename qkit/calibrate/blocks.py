@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from ..sources.types import Source
     from ..spec import LayerSpec
 
-# All samples go through a block at once as long as its activations fit in this many bytes: then one forward pass
-# does everything. Above it, in batches, with one (partial) pass per stage. A constant, not the free memory:
-# the batches decide the order of additions, and results must not depend on the machine's load.
-_ACTIVATION_BYTES = 4 << 30
+# Bytes of a batch's widest activation. Small enough to stay in the caches, and that malloc uses its memory again: glibc
+# gives pieces of 32 MiB and more back to the system at once, and a fresh page costs more than the arithmetic on it.
+_BATCH_BYTES = 8 << 20
+# Up to these bytes of activations wait while the batches go through a block side by side; above, every stage takes a
+# (partial) pass of its own. Constants, not the free memory: the batches decide the order of additions, and results must
+# not depend on the machine's load.
+_WAITING_BYTES = 4 << 30
 
 
 def quantize_blocks(
@@ -76,8 +79,14 @@ def _run(
     done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None],
     options: dict[str, Any],
 ) -> Iterator[BlockResult]:
+    from ..models.experts import Experts
+
     prefix, blocks = _decoder_blocks(model)
-    size = _batch_size(source, schemes, tokens.shape[0], tokens.shape[1], dtype.itemsize)
+    size = _batch_size(source, schemes, tokens.shape[1], dtype.itemsize)
+    side_by_side = _waiting_bytes(source, schemes, tokens.numel(), dtype.itemsize) <= _WAITING_BYTES
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.call_all = True  # so that every batch's pass meets the same linears in the same order
     hidden, calls = _embed(model, blocks, source, tokens, size, device, dtype)
     for index, block in enumerate(blocks):
         at = f"{prefix}{index}."
@@ -87,7 +96,7 @@ def _run(
         ready = done(index)
         result = BlockResult(index)
         if own and ready is None:
-            result = Block(runner, index, at, source, own, method, options).quantize(hidden)
+            result = Block(runner, index, at, source, own, method, options).quantize(hidden, side_by_side)
         else:
             _put_back(block, index, at, own, ready or {})
             runner.advance(hidden)
@@ -131,16 +140,16 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
         return tokens * share if ".experts." in name else tokens
 
     forward = sum(2.0 * reached(name) * weights[name][0] * weights[name][1] for name in schemes)
-    size = _batch_size(source, schemes, samples, length, 2)
-    if size < samples:
+    if _waiting_bytes(source, schemes, tokens, 2) > _WAITING_BYTES:
         forward *= 2.5  # partial passes per stage
+    size = _batch_size(source, schemes, length, 2)
     costs = [
         method.cost([(weights[name][0], weights[name][1]) for name in members], reached(members[0]))
         for members in groups.values()
     ]
     return Cost(
         forward + sum(cost.flops for cost in costs),
-        _peak(source, weights, schemes, tokens, size * length, groups, costs),
+        _peak(source, weights, schemes, tokens, min(samples, size) * length, groups, costs),
     )
 
 
@@ -157,7 +166,8 @@ def _peak(
     pass."""
     hidden = positive_int(source.config, "hidden_size", max((in_ for _, in_ in groups), default=1))
     states = 2 * tokens * hidden
-    passing = states + 2 * 2 * batch * hidden  # what a layer adds to, and what it makes of it
+    waiting = _waiting_bytes(source, schemes, tokens, 2)
+    passing = waiting if waiting <= _WAITING_BYTES else states
     per_block: dict[str, int] = {}
     for name in schemes:
         head, _, tail = name.partition("layers.")
@@ -169,15 +179,15 @@ def _peak(
     return max(embedding + 2 * states, max(per_block.values(), default=0) + passing + max(gated, *solving, 0))
 
 
-def _activation_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:
-    """Largest set of activations alive at once: gate, up, their product and a float32 norm."""
-    widest = max((max(source.meta(name).shape) for name in schemes), default=0)
-    return 4 * tokens * widest * itemsize
+def _waiting_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:
+    """What is alive where `tokens` wait in a block: the states it was given, those it adds to, and a layer's input."""
+    hidden = positive_int(source.config, "hidden_size", 0)
+    return tokens * (2 * hidden + max((source.meta(name).shape[1] for name in schemes), default=0)) * itemsize
 
 
-def _batch_size(source: Source, schemes: Mapping[str, LayerSpec], samples: int, length: int, itemsize: int) -> int:
-    per_sample = max(1, _activation_bytes(source, schemes, length, itemsize))
-    return max(1, min(samples, _ACTIVATION_BYTES // per_sample))
+def _batch_size(source: Source, schemes: Mapping[str, LayerSpec], length: int, itemsize: int) -> int:
+    widest = max((max(source.meta(name).shape) for name in schemes), default=1)
+    return max(1, _BATCH_BYTES // (length * widest * itemsize))
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, Any]:

@@ -49,11 +49,6 @@ class Options:
     calib_len: int = option(512, "tokens per window", parse=whole(16), metavar="N")
     device: str = option("auto", "where gptq computes: auto, cpu, cuda or cuda:<index>", metavar="NAME")
     max_memory: int | None = option(None, "memory to stay within, such as 8GiB", parse=size, metavar="SIZE")
-    keep_freed: bool = option(
-        False,
-        "use freed memory again where there is plenty: faster, for processes that do nothing else",
-        command_line=False,
-    )
     lora: str | None = option(None, "PEFT adapter to merge first", metavar="DIR")
     skip: tuple[str, ...] = option((), "leave modules alone, such as '*.down_proj'", metavar="PATTERN")
     trust_remote_code: bool = option(False, "run Python code that comes with the checkpoint (its tokenizer's)")

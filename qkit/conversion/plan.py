@@ -111,7 +111,6 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "bits_per_quantized_weight": self.bits_per_quantized_weight,
             "peak_memory_predicted_bytes": self.predicted.peak,
-            "memory_kept_at_most_bytes": self.predicted.kept,
             "seconds_predicted": self.predicted.seconds,
             "disk_needed_bytes": self.disk_needed,
             "disk_free_bytes": self.disk_free,

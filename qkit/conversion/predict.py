@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 # of freed tensors that are too small (32 MiB) to be given back at once. Measured by `benchmarks/convert_memory.py`,
 # whose table stands in the README.
 BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
-RETAINED = 300 << 20
-# With freed memory kept for use again (`memory.keep_freed`) peaks were up to 0.95 GB above those without it, which
-# differs from run to run; the two README models were converted in 33 s instead of 43, and in 39 instead of 50.
-KEPT_AT_MOST = 1 << 30
+RETAINED = 340 << 20
 TOKENIZER = 15  # bytes that a tokenizer takes for each of its tokenizer.json
 MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
@@ -35,12 +32,10 @@ RTN_BYTES_PER_CORE_S = 0.4e9
 
 @dataclass(frozen=True)
 class Prediction:
-    """workers: tasks at a time; peak: resident bytes of the process; kept: bytes that malloc may keep beyond that, for
-    speed; seconds."""
+    """workers: tasks at a time; peak: resident bytes of the process; seconds."""
 
     workers: int
     peak: int
-    kept: int
     seconds: float
 
 
@@ -66,7 +61,7 @@ def predict(
         from ..calibrate import blocks
 
         cost = blocks.predict_cost(source, schemes_of(tasks), options.calib_samples, options.calib_len, method)
-        peak = max(peak, base + cost.nbytes + min(cost.nbytes, RETAINED))
+        peak = max(peak, base + cost.nbytes + min(3 * cost.nbytes // 2, RETAINED))
         seconds += 6.0 + cost.flops / _matmul_rate(device.id)
     if MARGIN * peak > limit:
         allowed = "--max-memory allows" if limit < here else "this process can have"
@@ -77,9 +72,7 @@ def predict(
             if method.needs
             else "raise --max-memory: the largest tensor has to fit",
         )
-    plenty = options.max_memory is None and MARGIN * peak + 2 * KEPT_AT_MOST < here
-    kept = KEPT_AT_MOST if options.keep_freed and method.needs and plenty else 0
-    return Prediction(workers, peak, kept, seconds)
+    return Prediction(workers, peak, seconds)
 
 
 def _in_flight(shards: Sequence[Shard], workers: int) -> int:

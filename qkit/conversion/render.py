@@ -30,9 +30,8 @@ def describe(plan: Plan) -> str:
         + (f" ({per_quantized:.2f} in the quantized layers)" if per_quantized else "")
     )
     lines.append(f"disk     {units.size(plan.disk_needed)} needed, {units.size(plan.disk_free)} free")
-    kept = f" (and up to {units.size(plan.predicted.kept)} kept for speed)" if plan.predicted.kept else ""
     lines.append(
-        f"predicted: peak memory {units.size(plan.predicted.peak)}{kept}, time {units.duration(plan.predicted.seconds)}"
+        f"predicted: peak memory {units.size(plan.predicted.peak)}, time {units.duration(plan.predicted.seconds)}"
     )
     return "\n".join(lines)
 

@@ -76,8 +76,6 @@ def convert(
         return ConvertResult(plan, plan.out)
     for note in plan.notes:
         notify(note)
-    if plan.predicted.kept:
-        memory.keep_freed()
     calibration = _calibration(plan, opened) if plan.method.needs else None
     made_of = _identity(plan, opened, calibration)
     done = finished(plan.out, made_of, options.restart)

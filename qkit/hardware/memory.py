@@ -55,32 +55,6 @@ def peak_resident() -> int | None:
     return None
 
 
-KEPT = 144 << 20  # bytes of an allocation that `keep_freed` lets this process use again
-
-
-def keep_freed() -> None:
-    """Let this process use freed memory again instead of returning it, up to `KEPT` bytes a piece: activations come and
-    go by the hundred, and a fresh page costs more than the arithmetic on it. From one arena, or every thread keeps its
-    own.
-
-    For processes of qkit's own: it cannot be undone. Does nothing with another C library than glibc."""
-    import ctypes
-
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-8, 1)  # M_ARENA_MAX
-        mallopt(-3, KEPT)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def give_back() -> None:
-    """Return to the system what malloc keeps of freed memory, in the arenas of all threads; where that is known how."""
-    import ctypes
-
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def reset_peak() -> bool:
     """Let `peak_resident` count from now on. False where the system cannot."""
     try:

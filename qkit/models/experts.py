@@ -35,16 +35,18 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Drop-in for the fused experts of transformers 5 (`MixtralExperts`, `Qwen3MoeExperts`, ...)."""
+    """Drop-in for the fused experts of transformers 5 (`MixtralExperts`, `Qwen3MoeExperts`, ...).
+
+    call_all: call an expert that no token chose too, with an input of no tokens."""
+
+    call_all = False
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden].
-
-        An expert no token chose is not called."""
+        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
         out = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
+        for index in range(len(self)) if self.call_all else top_k_index.unique().tolist():
             token, position = torch.where(top_k_index == index)
             result = self[index](hidden_states[token]) * top_k_weights[token, position, None]
             out.index_add_(0, token, result.to(out.dtype))

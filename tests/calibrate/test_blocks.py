@@ -71,14 +71,16 @@ def test_errors_are_those_of_the_quantized_model(tmp_path, family):
         assert layer.output_error < float(rounded.square().sum() / (x @ w.T).square().sum()), name
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe"])
-def test_batches_give_what_one_pass_gives(tmp_path, family, monkeypatch):
+@pytest.mark.parametrize("waiting", [4 << 30, 0], ids=["side by side", "stage by stage"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "qwen2_moe"])
+def test_batches_give_what_one_batch_gives(tmp_path, family, waiting, monkeypatch):
     extra = {}
     if family == "qwen2_moe":
         extra = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64)
     source, tokens = open_source(make_family(tmp_path, family, extra)), tokens_of()
     whole, reached = run_all(source, tokens)
-    monkeypatch.setattr(blocks, "_ACTIVATION_BYTES", 1)  # one sample at a time
+    monkeypatch.setattr(blocks, "_BATCH_BYTES", 1)  # one sample at a time
+    monkeypatch.setattr(blocks, "_WAITING_BYTES", waiting)
     batched, again = run_all(source, tokens)
     assert list(whole) == list(batched)
     for name, layer in whole.items():
@@ -97,10 +99,11 @@ def make_family(folder, family, extra):
     return make_model(folder, family, **extra)
 
 
-@pytest.mark.parametrize("limit", [1 << 30, 1])
+@pytest.mark.parametrize("batch, waiting", [(8 << 20, 4 << 30), (1, 4 << 30), (1, 0)])
 @pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
-def test_resumed_is_bit_identical(tmp_path, family, limit, monkeypatch):
-    monkeypatch.setattr(blocks, "_ACTIVATION_BYTES", limit)
+def test_resumed_is_bit_identical(tmp_path, family, batch, waiting, monkeypatch):
+    monkeypatch.setattr(blocks, "_BATCH_BYTES", batch)
+    monkeypatch.setattr(blocks, "_WAITING_BYTES", waiting)
     source, tokens = open_source(make_model(tmp_path, family)), tokens_of(3)
     schemes = {name: SCHEME for name in weights_of(source)}
     first = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ))
@@ -177,4 +180,26 @@ def test_cost_grows_with_the_text_and_the_batches_bound_memory(tmp_path):
     assert 0 < small.nbytes < large.nbytes
     huge = blocks.predict_cost(source, schemes, 1 << 16, 512, GPTQ)
     hidden = 2 * 2 * (1 << 16) * 512 * 128
-    assert huge.nbytes < hidden + 2 * blocks._ACTIVATION_BYTES
+    assert huge.nbytes < hidden + 2 * blocks._WAITING_BYTES
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(tmp_path, monkeypatch):
+    """An error while other batches wait in the block ends them too, and a later run is as if nothing had been."""
+    monkeypatch.setattr(blocks, "_BATCH_BYTES", 1)
+    source, tokens = open_source(make_model(tmp_path, "llama")), tokens_of()
+    schemes = {name: SCHEME for name in weights_of(source)}
+    calls = []
+
+    class Breaks(type(GPTQ)):
+        def quantize(self, *args, **options):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().quantize(*args, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(blocks.quantize_blocks(source, schemes, tokens, Breaks()))
+    assert torch.is_grad_enabled()
+    first, again = (list(blocks.quantize_blocks(source, schemes, tokens, GPTQ))[0].layers for _ in range(2))
+    for name, layer in first.items():
+        assert torch.equal(codes_of(layer.weight), codes_of(again[name].weight))
