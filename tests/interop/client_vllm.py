@@ -2,7 +2,8 @@
 
 Writes out/<name>.json: for each sequence, for each of its tokens from the second on, [log-probability of that
 token, id of the likeliest token]; and out/<name>.kernels.json: {"what computes a layer": how many such layers}.
-Folders named in the job's "compile" go through torch.compile, the others run eagerly. One engine after another in this
+Folders named in the job's "compile" go through torch.compile, the others run eagerly; those in "adapters" get that
+LoRA adapter. One engine after another in this
 process.
 """
 
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm_layers import layers
 
 
@@ -20,6 +22,7 @@ def main(job_path: str) -> None:
     tokens = job["tokens"]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
     for name, folder in job["folders"].items():
+        adapter = job.get("adapters", {}).get(name)
         llm = LLM(
             folder,
             dtype="bfloat16",
@@ -29,8 +32,11 @@ def main(job_path: str) -> None:
             enforce_eager=name not in job.get("compile", ()),
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
+            enable_lora=adapter is not None,
         )
-        results = llm.generate([{"prompt_token_ids": row} for row in tokens], params, use_tqdm=False)
+        request = LoRARequest(name, 1, adapter) if adapter else None
+        prompts = [{"prompt_token_ids": row} for row in tokens]
+        results = llm.generate(prompts, params, use_tqdm=False, lora_request=request)
         rows = []
         for row, result in zip(tokens, results, strict=True):
             entries = zip(row[1:], result.prompt_logprobs[1:], strict=True)

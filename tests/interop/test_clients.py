@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from interop import awq, clients
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 
 import qkit
 from qkit.hardware.detect import cpu
@@ -39,6 +41,7 @@ FOLDERS = {
     "gemma-gptq-w4": ("gemma", "gptq", "w4a16", 128),
     "smol-ct-mixed": ("smol", "compressed-tensors", "mixed", 64),
     "smol-gptq-mixed": ("smol", "gptq", "mixed", 64),
+    "smol-ct-w8-lora": ("smol", "compressed-tensors", "w8a16", 0),  # with an adapter while it is served
     "smol-awq-w4": ("smol", "awq", "w4a16-asym", 64),  # the values of smol-ct-w4-asym
 }
 # (client, script or None for its own, folders): one process each, for each model.
@@ -54,7 +57,7 @@ RUNS = {
     # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
     "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4")),
     # The same vLLM with qkit installed: 8 bits too. Eager: with torch.compile a GPTQ folder's engine did not come up.
-    "vllm with qkit": ("vllm", None, ("smol-ct-w8",)),
+    "vllm with qkit": ("vllm", None, ("smol-ct-w8", "smol-ct-w8-lora")),
 }  # fmt: skip
 CASES = [(run, name) for run, (_, _, names) in RUNS.items() for name in names]
 COMPILED: dict[str, tuple[str, ...]] = {}  # the others run eagerly
@@ -67,6 +70,7 @@ class Bench:
         self.root = root
         self.folder = cache(self._folder)
         self.tokens = cache(self._tokens)
+        self.adapter = cache(self._adapter)
         self.own = cache(self._own)
         self.results = cache(self._results)
         self.site = cache(lambda: clients.install_qkit(root / "site"))
@@ -100,9 +104,26 @@ class Bench:
         results = []
         for dtype in ("float32", "bfloat16"):
             model = qkit.load(self.folder(name), device="cpu", dtype=dtype)
+            if name.endswith("-lora"):
+                model = PeftModel.from_pretrained(model, self.adapter(), config=qkit.lora(self.adapter()))
             with torch.inference_mode():
                 results.append(model(tokens).logits.float())
         return results[0], results[1]
+
+    def _adapter(self) -> Path:
+        """Adds to two linears of every block of SmolLM2."""
+        folder = self.root / "adapter"
+        folder.mkdir()
+        seeded = torch.Generator().manual_seed(0)
+        tensors = {}
+        for block in range(30):
+            for module, inputs in (("self_attn.q_proj", 576), ("mlp.down_proj", 1536)):
+                name = f"base_model.model.model.layers.{block}.{module}"
+                tensors[f"{name}.lora_A.weight"] = 0.02 * torch.randn(8, inputs, generator=seeded)
+                tensors[f"{name}.lora_B.weight"] = 0.05 * torch.randn(576, 8, generator=seeded)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"]).save_pretrained(folder)
+        return folder
 
     def path(self, run: str, name: str) -> Path:
         """The result of one folder; fails the test, without another try, where the client failed."""
@@ -125,6 +146,7 @@ class Bench:
                 # transformers' compressed path lays zero points out unpacked and so refuses everybody's
                 # asymmetric folders; its dequantizing path reads them.
                 "dequantize": [n for n in mine if "-ct-" in n and n.endswith("asym")],
+                "adapters": {n: str(self.adapter()) for n in mine if n.endswith("-lora")},
                 "compile": [n for n in mine if n in COMPILED.get(run, ())],
             }
             try:
@@ -170,9 +192,11 @@ def test_same_logits_as_qkit(run: str, name: str, bench: Bench, request: pytest.
     tokens = bench.tokens(model)
     exact, own = bench.own(name)
     path = bench.path(run, name)
-    other = (
-        next(n for n, f in FOLDERS.items() if f[0] == model and f[2] != FOLDERS[name][2]) if model == "smol" else None
-    )
+    other = None
+    if name.endswith("-lora"):
+        other = name.removesuffix("-lora")
+    elif model == "smol":
+        other = next(n for n, f in FOLDERS.items() if f[0] == model and f[2] != FOLDERS[name][2])
     if client_is_vllm(run):
         rows = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
         theirs, likeliest = rows[..., 0], rows[..., 1].long()

@@ -8,6 +8,8 @@ def layers(model: Any) -> dict[str, int]:
     """What computes the quantized linears: the kernel that qkit's plug-in chose, or the class of vLLM's method."""
     kinds: Counter[str] = Counter()
     for module in model.modules():
+        if hasattr(module, "base_layer"):  # what adapts a linear: it shows the linear's own attributes
+            continue
         method = getattr(module, "scheme", None) or getattr(module, "quant_method", None)
         if "Linear" in type(module).__name__ and method is not None:
             ours = getattr(module, "qkit_kernel", None)
