@@ -217,7 +217,7 @@ def test_an_interruption_anywhere_gives_the_same_bytes_and_repeats_no_finished_b
     real = {name: getattr(os, name) for name in ("replace", "rename", "fsync")}
     solved: list[int] = []
     quantize = block.Block.quantize
-    monkeypatch.setattr(block.Block, "quantize", lambda self, hidden: solved.append(1) or quantize(self, hidden))
+    monkeypatch.setattr(block.Block, "quantize", lambda self, *args: solved.append(1) or quantize(self, *args))
 
     class Countdown:
         left = 0
