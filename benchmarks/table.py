@@ -6,9 +6,9 @@
 Every conversion runs in a process of its own (its seconds exclude imports, its peak memory does not). Quality is
 measured by qkit's own evaluation for everybody, from the folder or file each tool wrote: the first 16 x 512 tokens
 of --text, BOS in place of each chunk's first token where the model has one, every position, bfloat16 forward,
-against the bfloat16 source. Calibration: the first 64 x 512 tokens of --calib. Speed: 512-token prompt, 64 tokens
-decoded, batch 1, each in its own engine. Rows already in DIR/rows.json are kept: delete a row to measure it again.
-The last line of stdout is one JSON document.
+against the bfloat16 source. Calibration: 64 x 512 tokens of --calib, the first for the peers.
+Speed: 512-token prompt, 64 tokens decoded, batch 1, each in its own engine. Rows already in DIR/rows.json are kept:
+delete a row to measure it again. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
