@@ -34,9 +34,13 @@ def main(job_path: str) -> None:
             skip_tokenizer_init=True,
             enable_lora=adapter is not None,
         )
-        request = LoRARequest(name, 1, adapter) if adapter else None
         prompts = [{"prompt_token_ids": row} for row in tokens]
-        results = llm.generate(prompts, params, use_tqdm=False, lora_request=request)
+        if adapter is None:
+            results = llm.generate(prompts, params, use_tqdm=False)
+        else:
+            # One at a time: vLLM 0.32 takes the wrong rows for log-probabilities of two adapted prompts in one step.
+            request = LoRARequest(name, 1, adapter)
+            results = [llm.generate([p], params, use_tqdm=False, lora_request=request)[0] for p in prompts]
         rows = []
         for row, result in zip(tokens, results, strict=True):
             entries = zip(row[1:], result.prompt_logprobs[1:], strict=True)
