@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from qkit.spec.ggml import GGML
+
 from . import dequantize, pack, reference, unpack
-from .weight import FLOATS, Weight
+from .ggml import dequantize as decode_blocks
+from .weight import FLOATS, Blocks, Weight
 
 
 def weight_of(
@@ -22,6 +25,10 @@ def codes_of(weight: Weight) -> torch.Tensor:
 
 def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[out, in] in `dtype`: computed in float32, rounded once."""
+    if isinstance(weight, Blocks):
+        out = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
+        decode_blocks(weight.packed.contiguous().view(-1), GGML[weight.block], out.view(-1))
+        return out
     weight = weight.plain()
     if weight.kind == "int" and dtype in FLOATS:
         return dequantize(weight.packed, weight.scale, weight.zero, weight.bits, weight.in_features, dtype)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from qkit.spec.dtypes import dtype_name
-from qkit.spec.layer import CHANNEL, Grid, LayerSpec, Scale
+from qkit.spec.ggml import GGML
+from qkit.spec.layer import CHANNEL, Grid, LayerSpec, Scale, ggml
 
 # What a 4-bit code stands for. nf4 and fp4: bitsandbytes (functional.py, create_normal_map and create_fp4_map); e2m1:
 # OCP Microscaling 1.0, section 5.3.3 (sign in bit 3).
@@ -176,3 +177,43 @@ def check_matrix(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name} is {t.dtype}, expected " + " or ".join(str(d) for d in dtypes))
     if t.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected two dimensions")
+
+
+@dataclass(frozen=True)
+class Blocks(Weight):
+    """A weight of ggml's blocks, as they lie in a GGUF file: `packed` is uint8 [out, bytes of a row], scales included.
+
+    No kernel multiplies by it: it is decoded first (`codes.values_of`).
+    """
+
+    block: str = ""
+
+    def __post_init__(self) -> None:
+        check_matrix("packed", self.packed, (torch.uint8,))
+        if self.packed.shape[1] != GGML[self.block].row_bytes(self.in_features):
+            raise ValueError(f"rows of {self.packed.shape[1]} bytes are not {self.in_features} weights in {self.block}")
+
+    @classmethod
+    def of(cls, packed: torch.Tensor, block: str) -> Blocks:
+        """The weight that rows of blocks stand for; raises ValueError where they are no whole blocks."""
+        size, nbytes = GGML[block].block_size, GGML[block].block_bytes
+        if packed.dim() != 2 or packed.shape[1] % nbytes:
+            raise ValueError(f"blocks of {block} take {nbytes} bytes each, not shape {tuple(packed.shape)}")
+        spec = ggml(block)
+        return cls(packed, packed[:, :0], None, spec.bits, packed.shape[1] // nbytes * size, "ggml", block=block)
+
+    @property
+    def spec(self) -> LayerSpec:
+        return ggml(self.block)
+
+    def rows(self, start: int, stop: int) -> Blocks:
+        return replace(self, packed=self.packed[start:stop])
+
+    def plain(self) -> Blocks:
+        return self
+
+    def to(self, device: torch.device | str) -> Blocks:
+        return replace(self, packed=self.packed.to(device))
+
+    def float_scale(self) -> torch.Tensor:
+        raise ValueError("the scales of ggml's blocks are inside them")

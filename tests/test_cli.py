@@ -126,6 +126,7 @@ def test_code_in_a_checkpoint_needs_the_flag(command, trusted, llama, tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qkit.runtime.load_tokenizer", load_tokenizer)
+    monkeypatch.setattr("qkit.text.tokenizer.load_tokenizer", load_tokenizer)
     assert main([command[0], str(llama), *command[1:], *(["--trust-remote-code"] if trusted else [])]) == 2
     assert f"error: trusted: {trusted}" in capsys.readouterr().err
 

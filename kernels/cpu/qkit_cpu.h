@@ -111,3 +111,18 @@ QK_API int qk_gptq_feedback(const float* target, const float* weight, const floa
 QK_API int qk_gptq_descend(const float* gradient, const float* h, int64_t stride, const float* diagonal,
                            const float* scale, float top, float* codes, float* steps, int64_t columns, int64_t out,
                            int isa, int nthreads);
+
+// A block type of ggml as codes and scales (kernels/ggml/grids.py): levels low .. high, or those of `levels`, ascending;
+// sub-blocks of `sub` inputs. Scales: integers least .. most times a float16 of each 256 inputs, or, with most 0, a float16
+// each, or, with `power`, a byte each, a power of two. affine: a minimum beside each scale. targets: what the largest
+// weight is tried at; none: at `high`.
+struct QkGrid {
+    int32_t sub, low, high, affine, power, least, most, n_levels, n_targets;
+    const float *levels, *targets;
+};
+
+// w [rows, cols] -> codes uint8 [rows, cols]; d, dmin uint16 [rows, cols / 256 or sub]; scales, minima int16
+// [rows, cols / sub]; those that the grid has not may be null. weight [cols] or null: what an error in each column costs.
+QK_API int qk_ggml_fit(const void* w, int w_dtype, const float* weight, const QkGrid* grid, uint8_t* codes, uint16_t* d,
+                       uint16_t* dmin, int16_t* scales, int16_t* minima, int64_t rows, int64_t cols, int isa,
+                       int nthreads);

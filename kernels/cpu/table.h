@@ -1,6 +1,7 @@
 // All row kernels, compiled with the flags of the file that includes this.
 #pragma once
 #include "activations.h"
+#include "ggml.h"
 #include "gptq.h"
 #include "packing.h"
 #include "quantize.h"
@@ -8,6 +9,7 @@
 
 namespace {
 
-const qkit::RowKernels TABLE = {quantize, pack, unpack, dequantize, search, feedback, descend, prepare, finish};
+const qkit::RowKernels TABLE = {quantize, pack,    unpack, dequantize, search,
+                                feedback, descend, ggml,   prepare,    finish};
 
 }  // namespace

@@ -62,7 +62,7 @@ def quantize_blocks(
         raise ValueError(f"tokens must be [samples, length], not {list(tokens.shape)}")
     dtype = dtype or torch.bfloat16
     model = skeleton.build(source.config)
-    prefix, blocks = _decoder_blocks(model)
+    prefix, blocks = decoder_blocks(model)
     _check_names(prefix, blocks, schemes, method)
     # As a decorator no_grad covers the generator's own code and not, between two blocks, its consumer's.
     return torch.no_grad()(_run)(model, source, schemes, tokens, method, device, dtype, done, options)
@@ -81,13 +81,13 @@ def _run(
 ) -> Iterator[BlockResult]:
     from ..models.experts import Experts
 
-    prefix, blocks = _decoder_blocks(model)
-    size = _batch_size(source, schemes, tokens.shape[1], dtype.itemsize)
+    prefix, blocks = decoder_blocks(model)
+    size = batch_size(source, schemes, tokens.shape[1], dtype.itemsize)
     side_by_side = _waiting_bytes(source, schemes, tokens.numel(), dtype.itemsize) <= _WAITING_BYTES
     for module in model.modules():
         if isinstance(module, Experts):
             module.call_all = True  # so that every batch's pass meets the same linears in the same order
-    hidden, calls = _embed(model, blocks, source, tokens, size, device, dtype)
+    hidden, calls = embed(model, blocks, source, tokens, size, device, dtype)
     for index, block in enumerate(blocks):
         at = f"{prefix}{index}."
         skeleton.materialize(block, source.read, at, dtype, device)
@@ -142,7 +142,7 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
     forward = sum(2.0 * reached(name) * weights[name][0] * weights[name][1] for name in schemes)
     if _waiting_bytes(source, schemes, tokens, 2) > _WAITING_BYTES:
         forward *= 2.5  # partial passes per stage
-    size = _batch_size(source, schemes, length, 2)
+    size = batch_size(source, schemes, length, 2)
     costs = [
         method.cost([(weights[name][0], weights[name][1]) for name in members], reached(members[0]))
         for members in groups.values()
@@ -185,12 +185,12 @@ def _waiting_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int
     return tokens * (2 * hidden + max((source.meta(name).shape[1] for name in schemes), default=0)) * itemsize
 
 
-def _batch_size(source: Source, schemes: Mapping[str, LayerSpec], length: int, itemsize: int) -> int:
+def batch_size(source: Source, schemes: Mapping[str, LayerSpec], length: int, itemsize: int) -> int:
     widest = max((max(source.meta(name).shape) for name in schemes), default=1)
     return max(1, _BATCH_BYTES // (length * widest * itemsize))
 
 
-def _decoder_blocks(model: nn.Module) -> tuple[str, Any]:
+def decoder_blocks(model: nn.Module) -> tuple[str, Any]:
     decoder = model.get_decoder()  # type: ignore[operator]
     prefix = next(name for name, module in model.named_modules() if module is decoder.layers)
     return prefix + ".", decoder.layers
@@ -213,7 +213,7 @@ def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, LayerSpec], met
             )
 
 
-def _embed(
+def embed(
     model: nn.Module, blocks: Any, source: Source, tokens: torch.Tensor, size: int, device: str, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]]:
     """(hidden states per batch, on the CPU; for each block: batch size -> the other arguments it is called with).

@@ -43,10 +43,12 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Moments:
-    """Per input channel, float32 [in]: the mean magnitude, and the mean square. Zero where no token came."""
+    """Per input channel, float32 [in]: the mean magnitude, and the mean square. Zero where no token came.
+    tokens: how many did."""
 
     magnitude: torch.Tensor
     square: torch.Tensor
+    tokens: int = 0
 
 
 class InputMoments:
@@ -68,7 +70,7 @@ class InputMoments:
 
     def result(self) -> Moments:
         count = max(1, self.tokens)
-        return Moments(self.magnitude / count, self.square / count)
+        return Moments(self.magnitude / count, self.square / count, self.tokens)
 
 
 def accumulate(hessian: torch.Tensor, x: torch.Tensor) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import units
-from ..spec import CHANNEL
 
 if TYPE_CHECKING:
     from ..sources.types import Source
     from ..storage.manifest import Manifest
     from .plan import Plan
+
+
+_LIBRARIES = {"gguf": "gguf"}
 
 
 def card(plan: Plan, source: Source, manifest: Manifest) -> str:
@@ -19,8 +21,8 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
 
     from .. import __version__
 
-    name = title(plan, source)
-    declared: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["qkit"]}
+    library = _LIBRARIES.get(plan.options.format, "transformers")
+    declared: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qkit"]}
     declared |= source.metadata
     if "/" in source.base_model:
         declared["base_model"] = source.base_model
@@ -29,7 +31,7 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
     if plan.kinds:
         declared["tags"].append(plan.options.format)
     header = ModelCardData(**declared).to_yaml().splitlines()
-    lines = ["---", *header, "---", "", f"# {name}", ""]
+    lines = ["---", *header, "---", "", f"# {plan.name}", ""]
     if not plan.kinds:
         lines += [f"`{source.base_model}` as plain safetensors, exported by qkit {__version__}.", ""]
     else:
@@ -72,17 +74,6 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def title(plan: Plan, source: Source) -> str:
-    """ "SmolLM2-135M-Instruct W4A16 g64 GPTQ"; not the folder's name, on which no byte may depend."""
-    base = source.base_model.rpartition("/")[2]
-    if not plan.kinds:
-        return base
-    most = plan.kinds[0]
-    group = "channel" if most.group_size == CHANNEL else f"g{most.group_size}"
-    mixed = "" if len(plan.kinds) == 1 else " mixed"
-    return f"{base} W{most.bits}A16 {group}{mixed} {plan.method.name.upper()}"
 
 
 def _table(plan: Plan, source: Source, manifest: Manifest) -> list[str]:

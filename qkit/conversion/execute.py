@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..models.config import positive_int, text_config
 from ..progress import notify, track
+from .containers import CONTAINERS
 from .executor import Executor
 from .record import check_finite, computed_on, digest, record, weight_error
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..calibrate.block import BlockResult
+    from ..calibrate.statistics import Moments
     from ..formats.base import Format
     from ..kernels.weight import Weight
     from ..methods import Method
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .tasks import Shard, Task
     from .workspace import Workspace
+
+
+# What a method that observes the whole model saw: mean squares of every quantized weight's inputs.
+STATISTICS = "imatrix.safetensors"
 
 
 @dataclass
@@ -34,17 +41,31 @@ class Produced:
     digests: dict[str, str] = field(default_factory=dict)
 
 
-def write_weights(
-    plan: Plan, source: Source, fmt: Format, work: Workspace, executor: Executor, tokens: torch.Tensor | None
-) -> None:
+def write_weights(plan: Plan, source: Source, work: Workspace, executor: Executor, tokens: torch.Tensor | None) -> None:
     """Write every file of weights that is not there yet. tokens: calibration windows, None for data-free methods."""
     options = {name: getattr(plan.options, name) for name in plan.method.options}
-    produce = Produce(source, fmt, plan.method, options)
+    produce = Produce(plan, plan.view, plan.fmt, plan.method, options)
+    if tokens is not None and plan.method.observes:
+        produce = replace(produce, statistics=_observed(plan, source, work, tokens))
+        tokens = None
     # First what belongs to no block, the embeddings among it: the largest tensors, before any statistics are held.
     _write_shards([s for s in plan.shards if tokens is None or s.block is None], produce, work, executor)
     if tokens is not None:
         _write_blocks(plan, produce, work, executor, tokens)
         _write_shards(plan.shards, produce, work, executor)  # blocks of which nothing is quantized
+
+
+def _observed(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor) -> dict[str, Moments]:
+    """The statistics of every quantized weight's inputs, in a file of their own as soon as they are all there."""
+    from ..calibrate.observe import observe, read_moments, write_moments
+    from ..storage.manifest import file_entry
+
+    if not work.has(STATISTICS):
+        with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
+            found = observe(source, plan.schemes, tokens, device=plan.device, advance=lambda: advance(1))
+        work.manifest.files[STATISTICS] = file_entry(write_moments(work.store, STATISTICS, found))
+        work.manifest.save(work.folder)
+    return read_moments(work.store, STATISTICS)
 
 
 def _write_shards(shards: Sequence[Shard], produce: Produce, work: Workspace, executor: Executor) -> None:
@@ -125,12 +146,14 @@ class Produce:
     """A task's outputs: quantized, or passed through. With the result of a block, what a calibrated method made of it;
     else from the source alone, by a method that needs no data."""
 
+    plan: Plan
     source: Source
     fmt: Format
     method: Method
     options: Mapping[str, Any]
     block: BlockResult | None = None
     computed_on: str | None = None
+    statistics: Mapping[str, Moments] = field(default_factory=dict)
 
     def __call__(self, task: Task) -> Produced:
         made = Produced([])
@@ -163,11 +186,13 @@ class Produce:
             )
             return done.weight, entry
         try:
-            (done,) = self.method.quantize([tensor], None, [task.scheme], **self.options)
+            moments = self.statistics.get(name)
+            (done,) = self.method.quantize([tensor], moments, [task.scheme], **self.options)
         except QkitError as e:
             raise QkitError(f"{name}: {e.message}", e.hint) from e
         error = weight_error(tensor, done.weight) if done.weight_error is None else done.weight_error
-        return done.weight, record(task, done.method, error, fallback=done.fallback)
+        tokens = None if moments is None else moments.tokens
+        return done.weight, record(task, done.method, error, calibration_tokens=tokens, fallback=done.fallback)
 
     def _passed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or what the method put in its place. Raises QkitError for NaN or infinity in the source."""
@@ -182,13 +207,9 @@ def stack(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return pieces[0] if len(pieces) == 1 else [torch.stack(same) for same in zip(*pieces, strict=True)]
 
 
-def _write_shard(
-    shard: Shard, produce: Callable[[Task], Produced], work: Workspace, executor: Executor, advance: Any
-) -> None:
+def _write_shard(shard: Shard, produce: Produce, work: Workspace, executor: Executor, advance: Any) -> None:
     from ..storage.manifest import file_entry
-    from ..storage.writer import write_safetensors
 
-    entries = [output for t in shard.tasks for output in t.outputs]
     noted: list[Produced] = []
 
     def stream() -> Iterator[torch.Tensor]:
@@ -198,7 +219,7 @@ def _write_shard(
             made.outputs = ()  # or they would live until the next task is done
             advance(task.bytes_in)
 
-    written = write_safetensors(work.store, shard.file, entries, stream())
+    written = CONTAINERS[produce.fmt.container].write(produce.plan, work.store, shard, stream())
     for made in noted:
         work.manifest.tensors.update(made.entries)
         work.manifest.sources.update(made.digests)

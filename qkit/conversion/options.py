@@ -28,15 +28,24 @@ class Options:
 
     format: str = option(
         "compressed-tensors",
-        "compressed-tensors, gptq, gptq_v2 or safetensors (export without quantizing)",
+        "compressed-tensors, gptq, gptq_v2, gguf or safetensors (export without quantizing)",
         metavar="NAME",
         identity=True,
     )
-    scheme: str = option("w4a16", "w4a16, w4a16-asym, w8a16, w8a16-asym or none", metavar="NAME")
+    scheme: str | None = option(
+        None,
+        "w4a16, w4a16-asym, w8a16, w8a16-asym or none; of gguf q4_k_m, q6_k, iq4_xs and llama.cpp's other names; "
+        "default: w4a16, of gguf q4_k_m, of safetensors none",
+        metavar="NAME",
+    )
     recipe: str | None = option(
         None, "rules that give modules schemes of their own, before --scheme (YAML or JSON)", metavar="FILE"
     )
-    method: str | None = option(None, "rtn or gptq; default: gptq below 8 bits, rtn at 8", metavar="NAME")
+    method: str | None = option(
+        None,
+        "rtn, gptq or, of gguf, imatrix; default: gptq or imatrix below 8 bits, rtn from 8",
+        metavar="NAME",
+    )
     group_size: int | None = option(
         None,
         "input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits",

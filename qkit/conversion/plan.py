@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,28 +15,36 @@ from ..hardware.detect import resolve
 from ..models.config import max_positions, model_dtype, text_config
 from ..models.families import BLOCK, module_of
 from ..models.skeleton import check_architecture
-from ..spec import Keep, LayerSpec, Recipe
+from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
 from ..text.read import check_spec
+from .containers import CONTAINERS
 from .options import Options
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
-from .tasks import Shard, Task, check_collisions, make_shards, schemes_of
+from .tasks import Shard, Task, check_collisions, schemes_of
 from .workspace import partial_dir
 
 if TYPE_CHECKING:
     from ..formats.base import Format
     from ..methods import Method
-    from ..sources.types import Source, Stored
+    from ..sources.types import Sidecar, Source, Stored
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole conversion, decided. Sizes in bytes."""
+    """The whole conversion, decided. Sizes in bytes.
+
+    fmt   bound to the source; view: the source with the tensors that the format's files hold
+    name  what the result is called, which no path decides
+    """
 
     source: str
     out: Path
     options: Options
+    fmt: Format
+    view: Source
+    name: str
     method: Method
     recipe: Recipe
     shards: tuple[Shard, ...]
@@ -137,32 +145,44 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
 
     device = resolve(options.device)
     fmt = formats.get(options.format)
-    recipe = _check_recipe(make_recipe(_export(options)), options)
+    if options.scheme is None:
+        options = replace(options, scheme=fmt.default_scheme)
+    recipe = _check_recipe(make_recipe(options), options, fmt)
     check_source(source)
-    method, notes = _choose_method(recipe, options, source)
+    original, fmt = source, fmt.bound(source)
+    source = fmt.view(source)
+    method, notes = _choose_method(recipe, options, original, fmt.calibrated)
     if source.stored.quantized:
         notes.append(
             f"the source is itself quantized: {source.stored.describe()}, {units.size(source.stored.nbytes)} stored; "
             "its values are expanded to bfloat16 (each rounded by 0.2 % at most), and what it lost before is lost in "
             "the result too"
         )
-    settled = settle(recipe, {name: source.meta(name) for name in source.names()}, fmt, model_dtype(source.config))
-    tasks = make_tasks(source, settled.choices, fmt)
+    metas = {name: source.meta(name) for name in source.names()}
+    settled = settle(recipe, metas, fmt, model_dtype(source.config))
+    choices, more = fmt.choose(settled.choices, importance=method.needs == "moments")
+    tasks = make_tasks(source, choices, fmt)
     if recipe.schemes and not any(t.scheme for t in tasks):
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
     check_collisions(tasks)
 
-    shards = make_shards(tasks, by_block=method.needs is not None)
+    container = CONTAINERS[fmt.container]
+    by_block = method.needs is not None and not method.observes
+    name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
+    shards = container.shards(tasks, by_block, name)
     predicted = predict(source, shards, method, options, device)
-    needed, free = _disk(source, tasks, out)
+    needed, free = _disk(container.sidecars(original), tasks, out)
     return Plan(
         source=source.label,
         out=out,
         options=options,
+        fmt=fmt,
+        view=source,
+        name=name,
         method=method,
         recipe=settled.recipe,
         shards=shards,
-        notes=(*notes, *settled.notes),
+        notes=(*notes, *settled.notes, *more),
         device=device.id,
         predicted=predicted,
         disk_needed=needed,
@@ -194,24 +214,37 @@ def make_tasks(source: Source, choices: Mapping[str, LayerSpec | Keep], fmt: For
     return tasks
 
 
-def _export(options: Options) -> Options:
-    """--format safetensors alone means --scheme none."""
-    plain = options.format == "safetensors" and options.scheme == "w4a16" and options.recipe is None
-    return replace(options, scheme="none") if plain else options
+def title(base_model: str, schemes: Sequence[LayerSpec], method: str, options: Options) -> str:
+    """ "SmolLM2-135M-Instruct W4A16 g64 GPTQ", "Qwen3-8B Q4_K_M"; no byte may depend on the folder's name."""
+    base = base_model.rpartition("/")[2]
+    if not schemes:
+        return base
+    most = max(dict.fromkeys(schemes), key=schemes.count)
+    if most.kind == "ggml":
+        return f"{base} {(options.scheme or '').upper()}"
+    group = "channel" if most.group_size == CHANNEL else f"g{most.group_size}"
+    mixed = "" if len(set(schemes)) == 1 else " mixed"
+    return f"{base} W{most.bits}A16 {group}{mixed} {method.upper()}"
 
 
-def _check_recipe(recipe: Recipe, options: Options) -> Recipe:
-    if (not recipe.schemes) != (options.format == "safetensors"):
+def _check_recipe(recipe: Recipe, options: Options, fmt: Format) -> Recipe:
+    for scheme in recipe.schemes if fmt.kinds else ():
+        if scheme.kind not in fmt.kinds:
+            known = [name for name, found in PRESETS.items() if found is not None and found.kind in fmt.kinds]
+            raise QkitError(
+                f"format {fmt.name} does not hold {scheme.describe()}", f"schemes that it holds: {', '.join(known)}"
+            )
+    if options.format != "gguf" and (not recipe.schemes) != (options.format == "safetensors"):
         what = "--recipe" if options.recipe else f"--scheme {options.scheme}"
         raise QkitError(
             f"--format {options.format} and {what} do not go together",
-            "--format safetensors exports without quantizing (--scheme none); the other formats hold w4a16 or w8a16",
+            "--format safetensors and --format gguf export without quantizing (--scheme none)",
         )
     return recipe
 
 
-def _choose_method(recipe: Recipe, options: Options, source: Source) -> tuple[Method, list[str]]:
-    """The method, with the default said, and its options checked."""
+def _choose_method(recipe: Recipe, options: Options, source: Source, calibrated: str) -> tuple[Method, list[str]]:
+    """The method, with the default said, and its options checked. calibrated: the format's, for less than 8 bits."""
     from .. import methods
 
     notes: list[str] = []
@@ -220,7 +253,7 @@ def _choose_method(recipe: Recipe, options: Options, source: Source) -> tuple[Me
         name = "rtn"
     elif name is None:
         bits = min(scheme.bits for scheme in recipe.schemes)
-        name = "gptq" if bits < 8 else "rtn"
+        name = calibrated if bits < 8 else "rtn"
         notes.append(f"method {name} (the default at {bits} bits)")
     method = methods.get(name)
     for scheme in recipe.schemes:
@@ -238,6 +271,8 @@ def _choose_method(recipe: Recipe, options: Options, source: Source) -> tuple[Me
             )
     elif options.calib is not None:
         raise QkitError(f"--calib is not used by method {name}", "drop it, or use --method gptq")
+    if options.clip_search and any(scheme.kind == "ggml" for scheme in recipe.schemes):
+        raise QkitError("--clip-search does not apply to GGUF", "its scales are always searched: drop it")
     for own in {option for other in methods.METHODS.values() for option in other.options} - set(method.options):
         if getattr(options, own):
             owners = ", ".join(other.name for other in methods.METHODS.values() if own in other.options)
@@ -277,9 +312,9 @@ def _quantization(config: Mapping[str, Any]) -> str:
     return str(method or "unknown method")
 
 
-def _disk(source: Source, tasks: Iterable[Task], out: Path) -> tuple[int, int]:
+def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], out: Path) -> tuple[int, int]:
     """(bytes needed, bytes free) where `out` will lie. Raises QkitError where they do not suffice."""
-    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in source.sidecars) + (16 << 20)
+    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in sidecars) + (16 << 20)
     free = _free_disk(out)
     partial = partial_dir(out)
     reusable = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # of freed tensors that are too small (32 MiB) to be given back at once. Measured by `benchmarks/convert_memory.py`,
 # whose table stands in the README.
 BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
-RETAINED = 340 << 20
+RETAINED = 290 << 20
 TOKENIZER = 15  # bytes that a tokenizer takes for each of its tokenizer.json
 MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by

@@ -27,7 +27,7 @@ def make_recipe(options: Options) -> Recipe:
     recipe."""
     skipped = [Rule(p, Keep("skipped on request"), origin=f"--skip {p!r}") for p in options.skip]
     listed = [] if options.recipe is None else read_rules(options.recipe, options.group_size)
-    rest = rule_for("*", options.scheme, options.group_size, kept="kept as it is")
+    rest = rule_for("*", options.scheme or "w4a16", options.group_size, kept="kept as it is")
     return Recipe((*skipped, *listed, rest))
 
 
@@ -109,7 +109,9 @@ def _settle_rule(
     if not isinstance(rule.scheme, LayerSpec):
         return rule
     scheme = rule.scheme
-    if shapes:
+    if scheme.kind == "ggml":
+        rule = replace(rule, any_group=False)
+    elif shapes:
         scheme = pick_group_size(scheme, None if rule.any_group else scheme.group_size, shapes)
         if rule.any_group:
             of = "every layer" if rule.modules == "*" else rule.modules

@@ -60,10 +60,9 @@ def convert(
     The same source, options and version give byte-identical files. An interrupted run continues when called
     again with the same arguments. Raises QkitError for bad input, before any tensor is read.
     """
-    from .. import formats
     from ..sources import open_source
     from . import finish
-    from .execute import write_weights
+    from .execute import STATISTICS, write_weights
     from .executor import Threads
     from .verify import verify_result
     from .workspace import finished, open_workspace, resolve_out
@@ -82,16 +81,15 @@ def convert(
     if done is not None:
         return ConvertResult(plan, plan.out, fallbacks=_fallbacks(done), already_done=True)
 
-    fmt = formats.get(plan.options.format)
     tokens = None if calibration is None else calibration.tokens
-    expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened, fmt)]
+    expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened), STATISTICS]
     with open_workspace(plan.out, made_of, expected, options.restart) as work:
         if work.resumed:
             notify(f"resuming in {work.folder}")
-        write_weights(plan, opened, fmt, work, Threads(plan.predicted.workers), tokens)
-        finish.write_companions(plan, opened, fmt, work)
+        write_weights(plan, opened, work, Threads(plan.predicted.workers), tokens)
+        finish.write_companions(plan, opened, work)
         if options.verify:
-            verify_result(plan, opened, fmt, work)
+            verify_result(plan, work)
         finish.complete(work)
         work.publish()
     return ConvertResult(
@@ -100,7 +98,7 @@ def convert(
 
 
 def _calibration(plan: Plan, source: Source) -> CalibrationSet:
-    from ..runtime import load_tokenizer
+    from ..text.tokenizer import load_tokenizer
     from ..text.windows import calibration_tokens, check_vocabulary
 
     o = plan.options

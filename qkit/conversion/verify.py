@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from ..errors import QkitError
 from ..models.families import module_of
 from ..progress import track
+from .containers import CONTAINERS
 from .execute import read_weights
 from .record import digest, weight_error
 
 if TYPE_CHECKING:
-    from ..formats.base import Format
-    from ..sources.types import Source
     from .plan import Plan
     from .tasks import Task
     from .workspace import Workspace
@@ -21,20 +20,18 @@ SAMPLES = 8  # weights measured again against the source: enough to catch a wron
 _HINT = "run the same command again: it keeps what is right and writes the rest anew; if it repeats, check the disk"
 
 
-def verify_result(plan: Plan, source: Source, fmt: Format, work: Workspace) -> None:
+def verify_result(plan: Plan, work: Workspace) -> None:
     """Raises QkitError unless every hash, every tensor's type and shape, and a sample of errors agree.
 
     The sampled weights are read back, unpacked, dequantized and compared with the source: their error must be
     the one noted while quantizing. Files that do not agree are forgotten, so that the same command repairs them."""
-    from ..sources.folder import FolderSource
-
     with track("verifying", 1, "steps") as advance:
         damaged = _damaged(work)
         advance(1)
     if damaged:
         work.drop(damaged)
         raise QkitError(f"verification failed: {next(iter(damaged.values()))}", _HINT)
-    written = FolderSource(work.folder)
+    written = CONTAINERS[plan.fmt.container].open(work.folder, plan.shards)
     files = {name: shard.file for shard in plan.shards for t in shard.tasks for name, _ in t.outputs}
     for task in plan.tasks:
         for name, meta in task.outputs:
@@ -42,8 +39,8 @@ def verify_result(plan: Plan, source: Source, fmt: Format, work: Workspace) -> N
                 work.drop([files[name]])
                 raise QkitError(f"verification failed: {name} is {written.meta(name)}, planned was {meta}", _HINT)
     for task in sample([t for t in plan.tasks if t.scheme is not None]):
-        for name, weight in read_weights(task, fmt, written.read).items():
-            original = source.read(name)
+        for name, weight in read_weights(task, plan.fmt, written.read).items():
+            original = plan.view.read(name)
             if digest(original) != work.manifest.sources[name]:
                 raise QkitError(
                     f"verification failed: {name} is not what it was when it was converted",

@@ -10,6 +10,7 @@ from .base import Format, FormatReader, local_names, quantized_modules, read_wei
 from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
 from .fp8 import BlockFp8
+from .gguf import Gguf
 from .gptq import GPTQ
 from .plain import Plain
 
@@ -22,6 +23,7 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": GPTQ("gptq"),
     "gptq_v2": GPTQ("gptq_v2"),
+    "gguf": Gguf(),
     "safetensors": Plain(),
     "bnb": BitsAndBytes(),
     "fp8": BlockFp8(),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import QkitError
-from ..spec import CHANNEL, LayerSpec
+from ..spec import CHANNEL, Keep, LayerSpec
 from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
 
 if TYPE_CHECKING:
@@ -20,9 +20,19 @@ if TYPE_CHECKING:
 class Format(Protocol):
     """One on-disk format. `name` is what the user types; local names are suffixes such as "weight_packed".
 
-    Formats are subclasses, which gives them what most have in common. read_only: folders are read, and not written."""
+    Formats are subclasses, which gives them what most have in common.
+    read_only       folders are read, and not written
+    kinds           of weights that it holds (`LayerSpec.kind`)
+    container       the kind of files that hold the tensors: a key of `conversion.containers.CONTAINERS`
+    default_scheme  what a user gets who names none
+    calibrated      the method of a user who names none, below 8 bits
+    """
 
     read_only: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("int",)
+    container: ClassVar[str] = "safetensors"
+    default_scheme: ClassVar[str] = "w4a16"
+    calibrated: ClassVar[str] = "gptq"
 
     @property
     def name(self) -> str: ...
@@ -31,6 +41,22 @@ class Format(Protocol):
     def quant_method(self) -> str | None:
         """What `quant_method` in a config.json says of folders in this format; None: they are not quantized."""
         ...
+
+    def bound(self, source: Source) -> Format:
+        """The format for this one checkpoint. Raises QkitError where it has no place in the format."""
+        return self
+
+    def view(self, source: Source) -> Source:
+        """The checkpoint with the tensors and values that the format's files hold."""
+        return source
+
+    def choose(
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+    ) -> tuple[Mapping[str, LayerSpec | Keep], list[str]]:
+        """The format's last word: what it makes of the recipe's choice for each tensor, and what to say of it.
+
+        importance: whether the method weighs errors by what the calibration text does."""
+        return choices, []
 
     def place(self, name: str) -> str:
         """What a module, or a tensor that is not quantized, is called in this format's files. Those that get one name

@@ -23,6 +23,8 @@ class Plain(Format):
 
     name: str = "safetensors"
     quant_method: ClassVar[str | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ()
+    default_scheme: ClassVar[str] = "none"
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         raise QkitError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from ..errors import QkitError
 from .base import Cost, Method, Quantized
 from .gptq import Gptq
+from .imatrix import Imatrix
 from .rtn import Rtn
 
 __all__ = ["METHODS", "Cost", "Method", "Quantized", "get"]
 
-METHODS: dict[str, Method] = {"rtn": Rtn(), "gptq": Gptq()}
+METHODS: dict[str, Method] = {"rtn": Rtn(), "gptq": Gptq(), "imatrix": Imatrix()}
 
 
 def get(name: str) -> Method:

@@ -47,6 +47,9 @@ class Method(Protocol):
     needs    the statistic of a layer's inputs that it is given: a key of `calibrate.statistics.STATISTICS`; None: the
              weights are enough, and each tensor is a task of its own
     options  names of the conversion's options that are its own; `quantize` gets them as keyword arguments
+    kinds    of weights that it makes (`LayerSpec.kind`)
+    observes the statistic is taken once, of the model as it is, for all weights, before any is quantized; else block by
+             block, of what the quantized blocks before it make of the text. It may be None for a weight then
     prepares whether `prepare` is to be called, for which the block runs once more
     """
 
@@ -54,10 +57,16 @@ class Method(Protocol):
     needs: ClassVar[str | None] = None
     options: ClassVar[tuple[str, ...]] = ()
     prepares: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("int",)
+    observes: ClassVar[bool] = False
 
     def check(self, spec: LayerSpec) -> str | None:
         """Why it cannot make weights of that kind, or None."""
-        return None if spec.kind == "int" else f"{self.name} makes integer weights, not {spec.kind}"
+        if spec.kind in self.kinds:
+            return None
+        named = {"int": "integer weights", "ggml": "GGUF's block types"}
+        made = " and ".join(named.get(kind, kind) for kind in self.kinds)
+        return f"{self.name} makes {made}, not {spec.describe()}"
 
     def prepare(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
-from ..kernels.weight import Weight
+from ..kernels.weight import Blocks, Weight
 from ..spec import LayerSpec
 from ..spec.dtypes import dtype_name
 from .base import Method, Quantized
@@ -31,12 +31,43 @@ class Rtn(Method):
 
     name: ClassVar[str] = "rtn"
     options: ClassVar[tuple[str, ...]] = ("clip_search",)
+    kinds: ClassVar[tuple[str, ...]] = ("int", "ggml")
 
     def quantize(
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
     ) -> list[Quantized]:
+        if any(spec.kind == "ggml" for spec in specs):
+            return [Quantized(blocks(w, spec), self.name) for w, spec in zip(weights, specs, strict=True)]
         made = (quantize_with_error(w, spec, **options) for w, spec in zip(weights, specs, strict=True))
         return [Quantized(weight, self.name, error) for weight, error in made]
+
+
+def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None) -> Blocks:
+    """w float [out, in] in the block type of `spec`. importance [in]: what an error in each input costs, or None.
+
+    Raises NonFiniteWeight for NaN or infinity, QkitError where a scale does not fit float16."""
+    from .. import kernels
+    from ..kernels import ggml
+
+    if dtype_name(w.dtype) not in ("F32", "F16", "BF16"):
+        w = w.float()
+    try:
+        return Blocks.of(ggml.encode(w.cpu(), spec.grid.block, importance), spec.grid.block)
+    except kernels.NonFiniteError as e:
+        raise _non_finite(w) from e
+    except kernels.ScaleOverflowError as e:
+        raise QkitError(
+            f"the weight's range does not fit the float16 scales of {spec.grid.block} "
+            f"(largest magnitude {float(w.abs().max()):.3g})",
+            "use another format",
+        ) from e
+
+
+def _non_finite(w: torch.Tensor) -> NonFiniteWeight:
+    kind = "NaN" if bool(w.isnan().any()) else "infinite values"
+    return NonFiniteWeight(
+        f"the weight contains {kind}", "the checkpoint is damaged, or was saved from a run that diverged"
+    )
 
 
 def quantize(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False) -> Weight:
@@ -68,10 +99,7 @@ def quantize_with_error(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = 
             w, scheme.bits, size, scheme.symmetric, scheme.scale_dtype, scheme.min_zero, multipliers
         )
     except kernels.NonFiniteError as e:
-        kind = "NaN" if bool(w.isnan().any()) else "infinite values"
-        raise NonFiniteWeight(
-            f"the weight contains {kind}", "the checkpoint is damaged, or was saved from a run that diverged"
-        ) from e
+        raise _non_finite(w) from e
     except kernels.ScaleOverflowError as e:
         raise QkitError(
             f"the weight's range does not fit {scheme.scale_dtype} scales "

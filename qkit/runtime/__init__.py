@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .load import load, load_tokenizer
+from ..text.tokenizer import load_tokenizer
+from .load import load
 
 if TYPE_CHECKING:
     from .linear import QuantLinear

@@ -47,8 +47,13 @@ def _open(spec: str) -> Source:
     except (OSError, ValueError) as error:  # a name too long, a NUL
         raise QkitError(f"{spec[:200]!r} is not a usable path: {error}", _HINT) from error
     if is_folder:
-        from .folder import FolderSource
+        from .folder import FolderSource, only_gguf
 
+        file = only_gguf(path)
+        if file is not None:
+            from .gguf import open_gguf
+
+            return open_gguf(file, label=spec)
         return FolderSource(path, label=spec)
     if is_file:
         return _open_file(path)

@@ -37,6 +37,7 @@ _NOT_SIDECARS = {
     "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
 }  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -103,6 +104,15 @@ def _open_shards(store: Store) -> dict[str, SafetensorsFile]:
     if gguf:
         raise QkitError(f"{folder} holds GGUF files: {first_few(gguf)}", "name the .gguf file itself")
     raise QkitError(f"{folder} holds no safetensors weights", f"expected {SINGLE}, or {INDEX} and its shards")
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The .gguf file of a folder that holds one model so, and none as safetensors; of a split one the first part."""
+    listing = sorted(p.name for p in folder.iterdir())
+    if SINGLE in listing or INDEX in listing:
+        return None
+    found = [n for n in listing if n.lower().endswith(".gguf") and not _LATER_PART.search(n)]
+    return folder / found[0] if len(found) == 1 else None
 
 
 def _open_indexed(store: Store) -> dict[str, SafetensorsFile]:

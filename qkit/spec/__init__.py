@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, integer, table
+from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, ggml, integer, table
 from .presets import AUTO_GROUP_SIZES, PRESETS, preset
 from .recipe import Keep, Recipe, Rule
 
@@ -18,6 +18,7 @@ __all__ = [
     "Rule",
     "Scale",
     "fp8",
+    "ggml",
     "integer",
     "preset",
     "table",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import QkitError
+from .ggml import GGML
 
 CHANNEL = 0  # group size of a spec with one scale per output channel
 GRIDS = ("int", "float", "nf4", "fp4", "ggml")
@@ -22,6 +23,7 @@ class Grid:
     symmetric  zero is 2**(bits-1) everywhere and is not stored
     low        the least code minus that zero where a format has a narrow range (-127), else None
     min_zero   least zero point the format can hold (GPTQ v1 stores zero - 1, so 0 has no form there)
+    block      of "ggml": the block type, "Q4_K"; or a mix of them, "q4_k_m", until the format has chosen for a tensor
     """
 
     kind: str = "int"
@@ -29,11 +31,12 @@ class Grid:
     symmetric: bool = True
     low: int | None = None
     min_zero: int = 0
+    block: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in GRIDS:
             raise QkitError(f"unknown grid {self.kind!r}", "known: " + ", ".join(GRIDS))
-        if self.bits not in _BITS.get(self.kind, range(1, 9)):
+        if self.bits not in _BITS.get(self.kind, range(1, 17)):
             name = "integer" if self.kind == "int" else self.kind
             raise QkitError(f"{self.bits}-bit {name} weights are not supported", "use 4 or 8 bits")
         if self.min_zero not in (0, 1):
@@ -138,6 +141,8 @@ class LayerSpec:
 
     def describe(self) -> str:
         """ "int4 symmetric g128", "nf4 g64", "fp8 128x128"."""
+        if self.kind == "ggml":
+            return self.grid.block
         rows, columns = self.scale.block
         where = (
             "tensor" if not rows else "channel" if not columns else f"g{columns}" if rows == 1 else f"{rows}x{columns}"
@@ -170,3 +175,11 @@ def table(kind: str, block: int = 64, scale_dtype: str = "F32", over: Scale | No
 def fp8(block: tuple[int, int] = (1, 0), scale_dtype: str = "BF16") -> LayerSpec:
     """e4m3 weights with a scale per output channel, tensor or block."""
     return LayerSpec(Grid("float", 8), Scale(block, scale_dtype))
+
+
+def ggml(block: str) -> LayerSpec:
+    """A block type of llama.cpp's, "Q4_K", or a mix of them, "q4_k_m"."""
+    digits = "".join(c for c in block.replace("BF", "F").replace("bf", "f") if c.isdigit())
+    kind = GGML.get(block)
+    size = kind.block_size if kind else 0
+    return LayerSpec(Grid("ggml", 16 if digits[:2] == "16" else int(digits[0]), block=block), Scale((1, size), "F16"))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from ..errors import QkitError
-from .layer import LayerSpec, integer
+from .layer import LayerSpec, ggml, integer
 
 AUTO_GROUP_SIZES = (128, 64, 32)
+
+# llama.cpp's file types: which block type each tensor gets is chosen as llama-quantize does (formats/gguf/mixes.py).
+MIXES = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s",
+    "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "f16", "bf16",
+)  # fmt: skip
 
 # None: keep the source's values (an export, with a GGUF source dequantized).
 PRESETS: dict[str, LayerSpec | None] = {
@@ -13,13 +19,14 @@ PRESETS: dict[str, LayerSpec | None] = {
     "w4a16-asym": integer(4, symmetric=False),
     "w8a16": integer(8),
     "w8a16-asym": integer(8, symmetric=False),
+    **{name: ggml(name) for name in MIXES},
     "none": None,
 }
 
 
 def preset(name: str) -> LayerSpec | None:
     """The scheme a user named; raises QkitError listing the known ones."""
-    key = name.lower().replace("_", "-")
+    key = name.lower() if name.lower() in MIXES else name.lower().replace("_", "-")
     if key not in PRESETS:
         raise QkitError(f"unknown scheme {name!r}", "known schemes: " + ", ".join(PRESETS))
     return PRESETS[key]

@@ -74,6 +74,8 @@ def rule_for(modules: str, scheme: str, group_size: int | None, origin: str = ""
     found = None if scheme == KEEP else preset(scheme)
     if found is None:
         return Rule(modules, Keep(kept or "kept by the recipe"), origin=origin)
+    if found.kind == "ggml" and group_size is not None:
+        raise QkitError(f"{scheme} has blocks of its own size", "leave --group-size out")
     if group_size is None:
         return Rule(modules, found, any_group=True, origin=origin)
     return Rule(modules, found.with_group_size(group_size), origin=origin)

@@ -165,8 +165,8 @@ def test_a_failed_verification_is_repaired_by_the_same_command(llama, tmp_path, 
 
     wrote = finish.write_companions
 
-    def damage(plan, source, fmt, work):
-        wrote(plan, source, fmt, work)
+    def damage(plan, source, work):
+        wrote(plan, source, work)
         path = work.folder / plan.shards[-1].file
         data = bytearray(path.read_bytes())
         data[-7] ^= 1

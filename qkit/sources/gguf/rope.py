@@ -64,7 +64,7 @@ def _scaling(keys: Keys) -> dict[str, Any] | None:
     return config
 
 
-def _factors(base: float, dim: int, scaling: dict[str, Any]) -> list[float]:
+def llama3_factors(base: float, dim: int, scaling: dict[str, Any]) -> list[float]:
     """What Llama 3's scaling divides each inverse frequency by (`_compute_llama3_parameters` of transformers)."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
@@ -108,7 +108,7 @@ def _llama3(keys: Keys, theta: float, dim: int, factors: Sequence[float]) -> dic
             "high_freq_factor": high,
             "original_max_position_embeddings": original,
         }
-        again = _factors(theta, dim, scaling)
+        again = llama3_factors(theta, dim, scaling)
         if all(abs(a - f) <= _TOLERANCE * abs(f) * 10 for a, f in zip(again, factors, strict=True)):
             return scaling
     raise QkitError(f"{keys.path}: the rope_freqs tensor is not a Llama 3 scaling; others are not supported")

@@ -16,7 +16,7 @@ from ...errors import QkitError
 from ..types import Sidecar
 
 # enum llama_token_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -39,6 +39,25 @@ _PRE = {
 # These look a whole word up before they merge; and, in files without the flag, they begin with BOS.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken", "pixtral")
 _MODELS = ("gpt2", "llama")
+
+
+# What a file that is written calls each of them: a name that llama.cpp has had since it had the split.
+_NAMES = {_GPT2: "gpt-2", _DIGITS: "smollm", _LLAMA3: "llama-bpe", _QWEN2: "qwen2", _TEKKEN: "tekken"}
+
+
+def pre_tokenizer_name(given: Any) -> str | None:
+    """llama.cpp's name of a tokenizer.json's byte-level `pre_tokenizer`; None for one that is not known here."""
+    if not isinstance(given, Mapping):
+        return None
+    parts: Any = given.get("pretokenizers") if given.get("type") == "Sequence" else [given]
+    kinds = [part.get("type") for part in parts or ()]
+    if not kinds or kinds[-1] != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    if parts[-1].get("use_regex", True):
+        digits = kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits")
+        return _NAMES[_DIGITS] if digits else _NAMES[_GPT2] if kinds == ["ByteLevel"] else None
+    pattern = (parts[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
+    return _NAMES.get(pattern) if isinstance(pattern, str) else None
 
 
 def check(metadata: Mapping[str, Any], arch: str, vocab_size: int, path: object) -> None:
@@ -182,10 +201,10 @@ class Vocabulary:
         return [
             {
                 "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": kind == _CONTROL or token in named,
+                "normalized": False, "special": kind == CONTROL or token in named,
             }
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if (kind in (_CONTROL, _USER) or token in named) and vocab.get(token) == i
+            if (kind in (CONTROL, USER) or token in named) and vocab.get(token) == i
         ]  # fmt: skip
 
     def _post_processor(self) -> dict[str, Any] | None:
@@ -257,7 +276,7 @@ class Vocabulary:
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         vocab = self._vocab(tokens)
         unknown = self.special.get("unk_token") or next(
-            (t for t, kind in zip(tokens, self.types, strict=True) if kind == _UNKNOWN), None
+            (t for t, kind in zip(tokens, self.types, strict=True) if kind == UNKNOWN), None
         )
         return {
             "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if prefix else replace,
@@ -284,7 +303,7 @@ class Vocabulary:
         else:
             scores = self.metadata["tokenizer.ggml.scores"]
             order = sorted(range(len(tokens)), key=lambda i: -scores[i])
-        joined = [tokens[i] for i in order if self.types[i] in (_NORMAL, _USER)]
+        joined = [tokens[i] for i in order if self.types[i] in (NORMAL, USER)]
         # A token with a real space in it is out of reach: text arrives with its spaces replaced.
         return [
             f"{left} {right}"

@@ -8,12 +8,10 @@ writes out float32 [blocks, block_size], contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-Decoder = Callable[["torch.Tensor", "torch.Tensor"], None]
+Decoder = Callable[[torch.Tensor, torch.Tensor], None]
 
 # Non-uniform 4-bit grid of the IQ4 types: `kvalues_iq4nl` in ggml-common.h.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -23,16 +21,12 @@ E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 def half(raw: torch.Tensor, at: int) -> torch.Tensor:
     """The float16 at byte `at` of each block, as float32 [blocks, 1]."""
-    import torch
-
     return raw[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
 def nibbles(qs: torch.Tensor, run: int) -> torch.Tensor:
     """4-bit codes of uint8 [blocks, k*run]: for each run of bytes its low nibbles, then its high ones;
     uint8 [blocks, k, 2, run]."""
-    import torch
-
     runs = qs.unflatten(1, (-1, run))
     out = torch.empty(len(qs), runs.shape[1], 2, run, dtype=torch.uint8)
     torch.bitwise_and(runs, 15, out=out[:, :, 0])
@@ -43,16 +37,12 @@ def nibbles(qs: torch.Tensor, run: int) -> torch.Tensor:
 def fields(x: torch.Tensor, run: int, shifts: tuple[int, ...], mask: int) -> torch.Tensor:
     """Bit fields of uint8 [blocks, k*run]: for each run of bytes, the field at each shift in turn;
     uint8 [blocks, k, len(shifts), run]."""
-    import torch
-
     runs = x.unflatten(1, (-1, run)).unsqueeze(2)
     return (runs >> torch.tensor(shifts, dtype=torch.uint8)[:, None]).bitwise_and_(mask)
 
 
 def fifth_bits(qh: torch.Tensor) -> torch.Tensor:
     """Bit j of the 32-bit mask uint8 [blocks, 4] as 0 or 16 at position j: uint8 [blocks, 32]."""
-    import torch
-
     # One table look-up turns a byte of the mask into eight bytes.
     bits = (torch.arange(256, dtype=torch.int16)[:, None] >> torch.arange(8, dtype=torch.int16)) & 1
     table = bits.to(torch.uint8).mul_(16).view(torch.int64).view(-1)
@@ -61,8 +51,6 @@ def fifth_bits(qh: torch.Tensor) -> torch.Tensor:
 
 def look_up(values: tuple[int, ...], codes: torch.Tensor, out: torch.Tensor) -> None:
     """out float32 [blocks, n] = values[codes]; codes uint8 with as many elements."""
-    import torch
-
     table = torch.tensor(values, dtype=torch.float32)
     torch.index_select(table, 0, codes.reshape(-1).int(), out=out.view(-1))
 
@@ -86,8 +74,6 @@ def _q5_1(raw: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q8_0(raw: torch.Tensor, out: torch.Tensor) -> None:
-    import torch
-
     out.copy_(raw[:, 2:].view(torch.int8)).mul_(half(raw, 0))
 
 
@@ -97,8 +83,6 @@ def _iq4_nl(raw: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _mxfp4(raw: torch.Tensor, out: torch.Tensor) -> None:
-    import torch
-
     look_up(E2M1_VALUES, nibbles(raw[:, 1:], 16), out)
     # E8M0: 2**(e - 127), halved. Built from the bits: 2**-128 and 2**-127 are subnormal in float32.
     exponent = raw[:, :1].int()
@@ -107,8 +91,6 @@ def _mxfp4(raw: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _tq1_0(raw: torch.Tensor, out: torch.Tensor) -> None:
-    import torch
-
     # Base 3, four or five digits to a byte: (byte * 3**k mod 256) * 3 / 256 is digit k.
     powers = torch.tensor((1, 3, 9, 27, 81), dtype=torch.uint8)[:, None]
     at = 0
@@ -133,8 +115,6 @@ def _scale_min(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The first four of each are whole in bytes 0-3 and 4-7; of the last four, bytes 8-11 hold the low nibbles and
     the top two bits of bytes 0-7 the rest.
     """
-    import torch
-
     scale, minimum, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     return (
         torch.cat([scale & 0x3F, (low & 0x0F) | ((scale >> 2) & 0x30)], 1),
@@ -183,8 +163,6 @@ def _q5_k(raw: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q6_k(raw: torch.Tensor, out: torch.Tensor) -> None:
-    import torch
-
     codes = nibbles(raw[:, :128], 64).view(-1, 2, 4, 32)
     codes |= fields(raw[:, 128:192], 32, (0, 2, 4, 6), 3) << 4
     _scaled(codes, 32, half(raw, 208) * raw[:, 192:208].view(torch.int8), out)

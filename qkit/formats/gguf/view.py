@@ -1,0 +1,152 @@
+"""A checkpoint with the values and names that a GGUF file of it has: what is read, quantized and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...errors import QkitError
+from ...sources.gguf.slots import ROPE_FREQS, Slot, slots
+from ...sources.types import Sidecar, Source, Stored
+from ...spec.dtypes import TensorMeta
+from ...storage.files import first_few, natural_key
+from .metadata import Model, model_of, rope_factors
+from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+_HEAD = "lm_head.weight"
+# Computed from the config by whoever runs the model.
+_BUFFERS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+_TOWERS = ("vision", "visual", "multi_modal", "mm_", "audio", "image")
+
+
+class GgufView:
+    """`types.Source`. Rows of Q and K are in ggml's order, Gemma's norms one higher, vectors and routers float32; rows
+    of Gemma's embedding beyond the vocabulary are left out.
+
+    Raises QkitError on opening where the model has no place in a GGUF file."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.label, self.base_model, self.config = source.label, source.base_model, source.config
+        self.stored: Stored = source.stored
+        self.folder: Path | None = source.folder
+        self.model: Model = model_of(source.config)
+        self.vocabulary = Vocabulary(source)
+        self._stem = _stem(source)
+        names = set(source.names())
+        config = dict(self.model.config)
+        config["tie_word_embeddings"] = self._find(_HEAD, names) is None
+        self.tied: bool = config["tie_word_embeddings"]
+        self._slots: dict[str, Slot] = {}
+        missing = []
+        for name, slot in slots(self.model.arch, config, None):
+            found = self._find(name, names)
+            if found is None:
+                missing.append(name)
+            else:
+                self._slots[found] = slot
+        if missing:
+            raise QkitError(
+                f"{self.label}: {len(missing)} tensors are missing: {first_few(sorted(missing, key=natural_key))}",
+                "the checkpoint is incomplete, or its config is not its own",
+            )
+        self.left_out = sorted(names - self._slots.keys(), key=natural_key)
+        strange = [n for n in self.left_out if not n.endswith(_BUFFERS) and not any(t in n for t in _TOWERS)]
+        if strange:
+            raise QkitError(
+                f"{self.label}: {len(strange)} tensors have no place in a GGUF file: {first_few(strange)}",
+                "this variant of the architecture is not known here; leaving them out would change the model",
+            )
+        self._factors = rope_factors(self.model)
+        if self._factors is not None:
+            self._slots["rope_freqs.weight"] = Slot(ROPE_FREQS, (len(self._factors),))
+        for name in self._slots:
+            self._check_shape(name)
+
+    def _find(self, name: str, names: set[str]) -> str | None:
+        """A tensor's name in the checkpoint: multimodal ones have the text model one level deeper."""
+        head, _, rest = name.partition("model.")
+        candidates = [name, self._stem + rest] if not head else [name, f"language_model.{name}", f"model.{name}"]
+        return next((c for c in candidates if c in names), None)
+
+    def _check_shape(self, name: str) -> None:
+        slot = self._slots[name]
+        if name == "rope_freqs.weight":
+            return
+        meta = self.source.meta(name)
+        if meta.shape != slot.shape and slot.gguf not in ("token_embd.weight", "output.weight"):
+            raise QkitError(
+                f"{self.label}: {name} has the shape {list(meta.shape)}, the config says {list(slot.shape)}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.source.metadata
+
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        return self.source.sidecars
+
+    @cached_property
+    def rows(self) -> int:
+        """Of the embedding as it is written."""
+        embedding = next(name for name, slot in self._slots.items() if slot.gguf == "token_embd.weight")
+        stored = self.source.meta(embedding).shape[0]
+        return min(stored, self.vocabulary.size) if self.model.arch.gemma else stored
+
+    @cached_property
+    def places(self) -> Mapping[str, str]:
+        """Tensor name -> its name in the file; experts of a matrix have one."""
+        return {name: slot.gguf for name, slot in self._slots.items()}
+
+    def names(self) -> list[str]:
+        return sorted(self._slots, key=natural_key)
+
+    def meta(self, name: str) -> TensorMeta:
+        slot = self._slots[name]
+        if name == "rope_freqs.weight":
+            return TensorMeta("F32", slot.shape)
+        meta = self.source.meta(name)
+        if slot.gguf in ("token_embd.weight", "output.weight"):
+            meta = replace(meta, shape=(min(meta.shape[0], self.rows), *meta.shape[1:]))
+        if len(meta.shape) == 1 or "ffn_gate_inp" in slot.gguf:
+            meta = TensorMeta("F32", meta.shape if meta.shape[0] > 1 else meta.shape[1:])
+        return meta
+
+    def read(self, name: str) -> torch.Tensor:
+        import torch
+
+        from ...spec.dtypes import torch_dtype
+
+        slot, meta = self._slots[name], self.meta(name)
+        if name == "rope_freqs.weight":
+            return torch.tensor(self._factors, dtype=torch.float32)
+        tensor = self.source.read(name)
+        if tensor.dim() > len(meta.shape):  # one row: a vector to ggml
+            tensor = tensor[0]
+        elif tensor.shape[0] != meta.shape[0]:
+            tensor = tensor[: meta.shape[0]].clone()
+        if slot.minus_one:
+            return tensor.float() + 1
+        if slot.heads:
+            # transformers rotates i and i + half of the head, ggml neighbours (2i, 2i + 1).
+            split = tensor.view(slot.heads, 2, -1, *tensor.shape[1:])
+            tensor = split.transpose(1, 2).reshape(tensor.shape).contiguous()
+        return tensor.to(torch_dtype(meta.dtype))
+
+
+def _stem(source: Source) -> str:
+    """What the names of the text model's tensors begin with."""
+    found = next((n for n in source.names() if n.endswith("embed_tokens.weight")), "model.embed_tokens.weight")
+    return found.removesuffix("embed_tokens.weight")
