@@ -10,7 +10,7 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 # llama.cpp's file types: which block type each tensor gets is chosen as llama-quantize does (formats/gguf/mixes.py).
 MIXES = (
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s",
-    "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "f16", "bf16",
+    "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "mxfp4_moe", "f16", "bf16",
 )  # fmt: skip
 
 # None: keep the source's values (an export, with a GGUF source dequantized).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ...spec import Keep, LayerSpec, ggml
-from ...spec.dtypes import TensorMeta
+from ...spec.dtypes import TensorMeta, torch_dtype
 from ...spec.ggml import GGML
 from ...storage.gguf import Typed
 from ..base import Format, FormatReader
@@ -99,18 +99,28 @@ class Gguf(Format):
             f"{n} weights have rows that 256 does not divide: {block} instead of {wanted}, as in llama.cpp"
             for (wanted, block), n in fell.items()
         ]
+        window = model.model.ignored_window
+        if window:
+            notes.append(f"llama.cpp knows no sliding window here: after {window} tokens its results are others")
+        if model.left_out:
+            notes.append(f"{len(model.left_out)} tensors beside the text model are left out (vision or audio towers)")
         return chosen, notes
 
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
-        return {"weight": TensorMeta("U8", (shape[0], GGML[scheme.grid.block].row_bytes(shape[1])))}
+        kind = GGML[scheme.grid.block]
+        meta = TensorMeta(kind.plain, shape) if kind.plain else TensorMeta("U8", (shape[0], kind.row_bytes(shape[1])))
+        return {"weight": meta}
 
     def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
-        return {"weight": weight.packed}
+        plain = GGML[weight.spec.grid.block].plain
+        return {"weight": weight.packed.view(torch_dtype(plain)) if plain else weight.packed}
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+        import torch
+
         from ...kernels.weight import Blocks
 
-        return Blocks.of(tensors["weight"], scheme.grid.block)
+        return Blocks.of(tensors["weight"].contiguous().view(torch.uint8), scheme.grid.block)
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]

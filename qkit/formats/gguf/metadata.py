@@ -34,6 +34,12 @@ class Model:
         return int(self.config["num_hidden_layers"])
 
     @property
+    def ignored_window(self) -> int | None:
+        """A sliding window that llama.cpp does not apply to this architecture."""
+        window = self.config.get("sliding_window")
+        return int(window) if window and self.name == "llama" else None
+
+    @property
     def heads_per_kv(self) -> int:
         return int(self.config["num_attention_heads"]) // int(self.config["num_key_value_heads"])
 

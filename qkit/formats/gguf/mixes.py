@@ -11,12 +11,12 @@ MIXES: dict[str, tuple[str, int]] = {
     "q4_0": ("Q4_0", 2), "q4_1": ("Q4_1", 3), "q5_0": ("Q5_0", 8), "q5_1": ("Q5_1", 9), "q8_0": ("Q8_0", 7),
     "q2_k": ("Q2_K", 10), "q3_k_s": ("Q3_K", 11), "q3_k_m": ("Q3_K", 12), "q3_k_l": ("Q3_K", 13),
     "q4_k_s": ("Q4_K", 14), "q4_k_m": ("Q4_K", 15), "q5_k_s": ("Q5_K", 16), "q5_k_m": ("Q5_K", 17),
-    "q6_k": ("Q6_K", 18), "iq4_nl": ("IQ4_NL", 25), "iq4_xs": ("IQ4_XS", 30), "mxfp4": ("MXFP4", 38),
-    "f16": ("F16", 1), "bf16": ("BF16", 32),
+    "q6_k": ("Q6_K", 18), "iq4_nl": ("IQ4_NL", 25), "iq4_xs": ("IQ4_XS", 30),
+    "mxfp4": ("MXFP4", 38), "mxfp4_moe": ("MXFP4", 38), "f16": ("F16", 1), "bf16": ("BF16", 32),
 }  # fmt: skip
 # What rows that no super-block of 256 divides get instead.
 FALLBACK = {
-    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
 _MORE = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
 
@@ -53,13 +53,13 @@ def wanted(mix: str, name: str, columns: int, facts: Facts, tied: bool) -> str:
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         if columns % 256:
             return "Q8_0"
-        return base if base == "Q8_0" else "Q6_K"
+        return "Q8_0" if base in ("Q8_0", "MXFP4") else "Q6_K"
     if name == "token_embd.weight":
-        return "Q8_0" if mix == "mxfp4" else base
+        return "Q8_0" if base == "MXFP4" else base
     index, kind = int(name.split(".")[1]), name.split(".")[2]
     experts = facts.experts == 8
-    if mix == "mxfp4":
-        return "MXFP4" if kind.endswith("_exps") or not facts.experts else "Q8_0"
+    if base == "MXFP4":  # llama.cpp has the second only: experts, of models that have some
+        return base if mix == "mxfp4" or kind.endswith("_exps") else "Q8_0"
     if kind == "attn_v":
         return _value(mix, base, index, facts)
     if kind == "attn_k" and experts:

@@ -58,7 +58,8 @@ class GgufView:
                 "the checkpoint is incomplete, or its config is not its own",
             )
         self.left_out = sorted(names - self._slots.keys(), key=natural_key)
-        strange = [n for n in self.left_out if not n.endswith(_BUFFERS) and not any(t in n for t in _TOWERS)]
+        self.left_out = [n for n in self.left_out if not n.endswith(_BUFFERS)]
+        strange = [n for n in self.left_out if not any(t in n for t in _TOWERS)]
         if strange:
             raise QkitError(
                 f"{self.label}: {len(strange)} tensors have no place in a GGUF file: {first_few(strange)}",
