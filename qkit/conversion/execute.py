@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..models.config import positive_int, text_config
+from ..models.families import module_of
 from ..progress import notify, track
 from .containers import CONTAINERS
 from .executor import Executor
@@ -129,7 +130,8 @@ def _finished_block(
 def read_weights(task: Task, fmt: Format, read: Callable[[str], torch.Tensor]) -> dict[str, Weight]:
     """Source name -> weight, from a quantized task's outputs as they were written. read: (name) -> tensor."""
     assert task.scheme is not None
-    outputs = {name.rpartition(".")[2]: parts(task, read(name)) for name, _ in task.outputs}
+    place = fmt.place(module_of(task.name)) + "."
+    outputs = {name.removeprefix(place): parts(task, read(name)) for name, _ in task.outputs}
     return {
         source: fmt.unpack({local: tensors[i] for local, tensors in outputs.items()}, task.scheme)
         for i, source in enumerate(task.sources)

@@ -28,14 +28,14 @@ class Options:
 
     format: str = option(
         "compressed-tensors",
-        "compressed-tensors, gptq, gptq_v2, gguf or safetensors (export without quantizing)",
+        "compressed-tensors, gptq, gptq_v2, awq, bnb, gguf or safetensors (export without quantizing)",
         metavar="NAME",
         identity=True,
     )
     scheme: str | None = option(
         None,
-        "w4a16, w4a16-asym, w8a16, w8a16-asym or none; of gguf q4_k_m, q6_k, iq4_xs and llama.cpp's other names; "
-        "default: w4a16, of gguf q4_k_m, of safetensors none",
+        "w4a16, w4a16-asym, w8a16, w8a16-asym or none; of bnb nf4, nf4-dq, fp4, fp4-dq, int8; of gguf q4_k_m, q6_k, "
+        "iq4_xs and llama.cpp's other names; default: w4a16, of awq w4a16-asym, of bnb nf4, of gguf q4_k_m",
         metavar="NAME",
     )
     recipe: str | None = option(
@@ -51,6 +51,9 @@ class Options:
         "input channels per scale, or 'channel'; default: the largest of 128, 64, 32 that fits",
         parse=group_size,
         metavar="N",
+    )
+    block_size: int | None = option(
+        None, "of nf4 and fp4: weights that share a scale; default: 64", parse=whole(1), metavar="N"
     )
     clip_search: bool = option(False, "rtn: search each group's scale for the least error", identity=True)
     calib: str | None = option(None, "calibration text; default: one that comes with qkit", metavar="FILE|HUB_ID")

@@ -159,6 +159,10 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
             "the result too"
         )
     metas = {name: source.meta(name) for name in source.names()}
+    narrowed = [n for n in original.names() if n in metas and original.meta(n).dtype == "F32" != metas[n].dtype]
+    if narrowed:
+        kept = model_dtype(source.config)
+        notes.append(f"{len(narrowed)} float32 tensors are stored as {kept}: clients of {fmt.name} compute in one type")
     settled = settle(recipe, metas, fmt, model_dtype(source.config))
     choices, more = fmt.choose(settled.choices, importance=method.needs == "moments")
     tasks = make_tasks(source, choices, fmt)
@@ -220,7 +224,7 @@ def title(base_model: str, schemes: Sequence[LayerSpec], method: str, options: O
     if not schemes:
         return base
     most = max(dict.fromkeys(schemes), key=schemes.count)
-    if most.kind == "ggml":
+    if most.kind != "int":
         return f"{base} {(options.scheme or '').upper()}"
     group = "channel" if most.group_size == CHANNEL else f"g{most.group_size}"
     mixed = "" if len(set(schemes)) == 1 else " mixed"

@@ -28,7 +28,18 @@ def make_recipe(options: Options) -> Recipe:
     skipped = [Rule(p, Keep("skipped on request"), origin=f"--skip {p!r}") for p in options.skip]
     listed = [] if options.recipe is None else read_rules(options.recipe, options.group_size)
     rest = rule_for("*", options.scheme or "w4a16", options.group_size, kept="kept as it is")
-    return Recipe((*skipped, *listed, rest))
+    rules = (*skipped, *listed, rest)
+    return Recipe(
+        rules if options.block_size is None else tuple(_in_blocks(rule, options.block_size) for rule in rules)
+    )
+
+
+def _in_blocks(rule: Rule, size: int) -> Rule:
+    if not isinstance(rule.scheme, LayerSpec):
+        return rule
+    if rule.scheme.kind not in ("nf4", "fp4"):
+        raise QkitError(f"--block-size belongs to nf4 and fp4, not to {rule.scheme.describe()}", "use --group-size")
+    return replace(rule, scheme=rule.scheme.with_group_size(size))
 
 
 def read_rules(path: str, default_group: int | None) -> list[Rule]:
@@ -109,9 +120,7 @@ def _settle_rule(
     if not isinstance(rule.scheme, LayerSpec):
         return rule
     scheme = rule.scheme
-    if scheme.kind == "ggml":
-        rule = replace(rule, any_group=False)
-    elif shapes:
+    if scheme.kind == "int" and shapes:
         scheme = pick_group_size(scheme, None if rule.any_group else scheme.group_size, shapes)
         if rule.any_group:
             of = "every layer" if rule.modules == "*" else rule.modules

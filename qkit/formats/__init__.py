@@ -1,4 +1,4 @@
-"""The on-disk formats, in the order users see them; the last ones are only read."""
+"""The on-disk formats, in the order users see them; the last one is only read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QkitError
+from .awq import AWQ
 from .base import Format, FormatReader, local_names, quantized_modules, read_weight
 from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
@@ -23,9 +24,10 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": GPTQ("gptq"),
     "gptq_v2": GPTQ("gptq_v2"),
+    "awq": AWQ(),
+    "bnb": BitsAndBytes(),
     "gguf": Gguf(),
     "safetensors": Plain(),
-    "bnb": BitsAndBytes(),
     "fp8": BlockFp8(),
 }
 

@@ -11,6 +11,7 @@ from ..kernels.weight import Blocks, Weight
 from ..spec import LayerSpec
 from ..spec.dtypes import dtype_name
 from .base import Method, Quantized
+from .tables import int8, table_codes
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +32,22 @@ class Rtn(Method):
 
     name: ClassVar[str] = "rtn"
     options: ClassVar[tuple[str, ...]] = ("clip_search",)
-    kinds: ClassVar[tuple[str, ...]] = ("int", "ggml")
+    kinds: ClassVar[tuple[str, ...]] = ("int", "ggml", "nf4", "fp4", "llm.int8")
 
     def quantize(
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
     ) -> list[Quantized]:
-        if any(spec.kind == "ggml" for spec in specs):
-            return [Quantized(blocks(w, spec), self.name) for w, spec in zip(weights, specs, strict=True)]
-        made = (quantize_with_error(w, spec, **options) for w, spec in zip(weights, specs, strict=True))
-        return [Quantized(weight, self.name, error) for weight, error in made]
+        return [self._one(w, spec, options) for w, spec in zip(weights, specs, strict=True)]
+
+    def _one(self, w: torch.Tensor, spec: LayerSpec, options: dict[str, Any]) -> Quantized:
+        if spec.kind == "int":
+            weight, error = quantize_with_error(w, spec, **options)
+            return Quantized(weight, self.name, error)
+        if spec.kind == "ggml":
+            return Quantized(blocks(w, spec), self.name)
+        if not bool(w.isfinite().all()):
+            raise _non_finite(w)
+        return Quantized(int8(w) if spec.kind == "llm.int8" else table_codes(w, spec), self.name)
 
 
 def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None) -> Blocks:

@@ -4,7 +4,7 @@ Nothing but qkit is needed: no compressed-tensors, no optimum, no gptqmodel. tra
 the files as ever; the quantizer puts a `Stored` module, which has the tensors on disk as buffers, in each quantized
 linear's place before that, and turns it into a `QuantLinear` afterwards.
 
-Whose folders: config.json names "compressed-tensors" or "gptq", methods for which transformers has loaders that
+Whose folders: config.json names "compressed-tensors", "gptq" or "awq", methods for which transformers has loaders that
 need other packages. Where such a package is missing, qkit takes the method over as soon as both libraries are
 imported (`transformers_hook`); where it is there, only when asked to (`qkit.register_transformers()`). What qkit does
 not read (fp8, 3 bits, act-order ...) goes to transformers' own loader in every case.
@@ -42,6 +42,7 @@ _log = logging.getLogger("qkit")
 # method -> whether transformers' own loader has the packages that it needs
 _METHODS = {
     "compressed-tensors": lambda: import_utils.is_compressed_tensors_available(),
+    "awq": lambda: import_utils.is_gptqmodel_available(),
     "gptq": lambda: import_utils.is_gptqmodel_available() and import_utils.is_optimum_available(),
 }
 

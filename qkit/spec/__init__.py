@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, ggml, integer, table
+from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, ggml, integer, llm_int8, table
 from .presets import AUTO_GROUP_SIZES, PRESETS, preset
 from .recipe import Keep, Recipe, Rule
 
@@ -20,6 +20,7 @@ __all__ = [
     "fp8",
     "ggml",
     "integer",
+    "llm_int8",
     "preset",
     "table",
 ]

@@ -23,7 +23,8 @@ class Grid:
     symmetric  zero is 2**(bits-1) everywhere and is not stored
     low        the least code minus that zero where a format has a narrow range (-127), else None
     min_zero   least zero point the format can hold (GPTQ v1 stores zero - 1, so 0 has no form there)
-    block      of "ggml": the block type, "Q4_K"; or a mix of them, "q4_k_m", until the format has chosen for a tensor
+    block      of "ggml": the block type, "Q4_K"; or a mix of them, "q4_k_m", until the format has chosen for a tensor.
+               Of "int": "llm.int8", whose codes are bitsandbytes' to the bit
     """
 
     kind: str = "int"
@@ -117,7 +118,9 @@ class LayerSpec:
 
     @property
     def kind(self) -> str:
-        """What the kernels call it: int, nf4, fp4, fp8, mxfp4, nvfp4 or ggml."""
+        """What the kernels call it: int, nf4, fp4, fp8, mxfp4, nvfp4; and ggml, llm.int8."""
+        if self.grid.block == "llm.int8":
+            return self.grid.block
         if self.grid.kind != "float":
             return self.grid.kind
         return "fp8" if self.bits == 8 else {"F8_E8M0": "mxfp4", "F8_E4M3": "nvfp4"}.get(self.scale.dtype, "e2m1")
@@ -148,6 +151,8 @@ class LayerSpec:
             "tensor" if not rows else "channel" if not columns else f"g{columns}" if rows == 1 else f"{rows}x{columns}"
         )
         name = f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'}" if self.kind == "int" else self.kind
+        if self.scale.over is not None and self.kind in ("nf4", "fp4"):
+            where += " dq"
         inputs = f", {self.input.kind}{self.input.bits} activations" if self.input else ""
         return f"{name} {where}{inputs}"
 
@@ -170,6 +175,11 @@ def integer(
 def table(kind: str, block: int = 64, scale_dtype: str = "F32", over: Scale | None = None) -> LayerSpec:
     """bitsandbytes' 4-bit tables, "nf4" or "fp4", with an absolute maximum per block of inputs."""
     return LayerSpec(Grid(kind, 4), Scale((1, block), scale_dtype, over))
+
+
+def llm_int8() -> LayerSpec:
+    """bitsandbytes' LLM.int8(): symmetric codes of 8 bits, -127 .. 127, a scale per output channel."""
+    return LayerSpec(Grid("int", 8, low=-127, block="llm.int8"), Scale((1, CHANNEL), "F32"))
 
 
 def fp8(block: tuple[int, int] = (1, 0), scale_dtype: str = "BF16") -> LayerSpec:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ..errors import QkitError
-from .layer import LayerSpec, ggml, integer
+from .layer import LayerSpec, Scale, ggml, integer, llm_int8, table
 
 AUTO_GROUP_SIZES = (128, 64, 32)
+
+_DOUBLE = Scale((1, 256), "F32")  # bitsandbytes' double quantization
 
 # llama.cpp's file types: which block type each tensor gets is chosen as llama-quantize does (formats/gguf/mixes.py).
 MIXES = (
@@ -19,6 +21,11 @@ PRESETS: dict[str, LayerSpec | None] = {
     "w4a16-asym": integer(4, symmetric=False),
     "w8a16": integer(8),
     "w8a16-asym": integer(8, symmetric=False),
+    "nf4": table("nf4"),
+    "nf4-dq": table("nf4", over=_DOUBLE),
+    "fp4": table("fp4"),
+    "fp4-dq": table("fp4", over=_DOUBLE),
+    "int8": llm_int8(),
     **{name: ggml(name) for name in MIXES},
     "none": None,
 }

@@ -76,8 +76,14 @@ def rule_for(modules: str, scheme: str, group_size: int | None, origin: str = ""
         return Rule(modules, Keep(kept or "kept by the recipe"), origin=origin)
     if found.kind == "ggml" and group_size is not None:
         raise QkitError(f"{scheme} has blocks of its own size", "leave --group-size out")
-    if group_size is None:
-        return Rule(modules, found, any_group=True, origin=origin)
+    if found.kind in ("nf4", "fp4") and group_size is not None:
+        raise QkitError(
+            f"{scheme} has no groups: its blocks run along the flattened matrix", "use --block-size 64 (32 to 4096)"
+        )
+    if found.kind == "llm.int8" and group_size:
+        raise QkitError(f"{scheme} has one scale per output channel", "leave --group-size out")
+    if group_size is None or found.kind != "int":
+        return Rule(modules, found, any_group=found.kind == "int", origin=origin)
     return Rule(modules, found.with_group_size(group_size), origin=origin)
 
 

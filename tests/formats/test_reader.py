@@ -147,7 +147,7 @@ def test_nothing_quantized():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "aqlm"}, "aqlm"),
         ({"quant_method": None}, "None"),
         ({"config_groups": {}}, "config_groups"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),

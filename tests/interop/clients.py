@@ -61,6 +61,10 @@ CLIENTS = {
         ),
         env={"GPTQMODEL_CPU_WORKERS": "2"},
     ),
+    "bitsandbytes": Client(
+        "client_bitsandbytes.py",
+        (TORCH, ("transformers==5.23.0", "accelerate==1.15.0", "bitsandbytes==0.50.2", "numpy==2.4.6")),
+    ),
     # Compiled from source (some minutes on two cores), without the part that reads pictures.
     "llamacpp": Client(
         "client_llamacpp.py",
