@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models.families import module_of
 from ..spec.dtypes import TensorMeta
 from ..spec.ggml import GGML
 from ..storage.store import FileDigest, Store
@@ -76,8 +75,7 @@ class Safetensors:
         files: dict[str, bytes] = {}
         if plan.kinds:
             options = {"method": plan.method.name, "calibration": calibration}
-            schemes = {module_of(name): scheme for name, scheme in plan.schemes.items()}
-            config["quantization_config"] = plan.fmt.config(schemes, plan.ignored, options)
+            config["quantization_config"] = plan.config_with(options)
             files.update(plan.fmt.extra_files(config["quantization_config"]))
         return {**files, "config.json": _json(config), INDEX: _json(index(plan))}
 

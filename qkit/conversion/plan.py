@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from .. import units
 from ..errors import QkitError
 from ..hardware.detect import resolve
+from ..models.client_names import ClientNames, client_names
+from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
 from ..models.families import BLOCK, module_of
 from ..models.skeleton import check_architecture
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
+from ..storage.files import natural_key
 from ..text.read import check_spec
 from .containers import CONTAINERS
 from .options import Options
@@ -35,8 +38,9 @@ if TYPE_CHECKING:
 class Plan:
     """The whole conversion, decided. Sizes in bytes.
 
-    fmt   bound to the source; view: the source with the tensors that the format's files hold
-    name  what the result is called, which no path decides
+    fmt      bound to the source; view: the source with the tensors that the format's files hold
+    name     what the result is called, which no path decides
+    clients  what transformers calls the modules, where that may be something else than the files do
     """
 
     source: str
@@ -54,6 +58,7 @@ class Plan:
     disk_needed: int
     disk_free: int
     stored: Stored
+    clients: ClientNames | None = None
 
     @property
     def tasks(self) -> list[Task]:
@@ -75,10 +80,29 @@ class Plan:
 
     @property
     def ignored(self) -> list[str]:
-        """Module names of the linears that stay as they are. A tied head is not in the checkpoint, but engines build
-        it as a linear, and would look for its packed weight if it were not named here."""
+        """Names of the linears that stay as they are, as they lie on disk and as transformers has them. A tied head is
+        not in the checkpoint, but engines build it as a linear, and would look for its packed weight if it were not
+        named here."""
         named = [module_of(name) for t in self.tasks if t.scheme is None and t.is_linear for name in t.sources]
+        if self.clients is not None:
+            quantized = {other for name in self.schemes for other in self.clients.all_of(module_of(name))}
+            named = [other for module in named for other in self.clients.all_of(module)]
+            named += sorted(self.clients.linears - quantized - set(named), key=natural_key)
         return named if "lm_head" in named else [*named, "lm_head"]
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says of the result, but for what calibration adds."""
+        return self.config_with({"method": self.method.name, "calibration": None})
+
+    def config_with(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`quantization_config`, with facts of the method."""
+        schemes = {}
+        for name, scheme in self.schemes.items():
+            module = module_of(name)
+            for known in (module,) if self.clients is None else self.clients.all_of(module):
+                schemes[known] = scheme
+        return self.fmt.config(schemes, self.ignored, options)
 
     @property
     def bytes_in(self) -> int:
@@ -175,8 +199,12 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
     shards = container.shards(tasks, by_block, name)
     predicted = predict(source, shards, method, options, device)
+    modules = [module_of(n) for n in metas if n.endswith(".weight")]
+    clients = None
+    if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
+        clients = client_names(source.config, modules)
     needed, free = _disk(container.sidecars(original), tasks, out)
-    return Plan(
+    plan = Plan(
         source=source.label,
         out=out,
         options=options,
@@ -192,7 +220,29 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         disk_needed=needed,
         disk_free=free,
         stored=source.stored,
+        clients=clients,
     )
+    if clients is not None:
+        check_names(plan, clients)
+    return plan
+
+
+def check_names(plan: Plan, clients: ClientNames) -> None:
+    """The config says of every linear layer of transformers' model what the files hold, read as clients read it.
+
+    Raises QkitError where it does not: the folder would not load."""
+    if plan.fmt.name != "compressed-tensors":
+        return
+    reader = plan.fmt.parse(plan.quantization_config)
+    stored = {clients.names.get(module_of(name), module_of(name)): scheme for name, scheme in plan.schemes.items()}
+    for name in clients.linears:
+        found, expected = reader.scheme(name), stored.get(name)
+        if (found is None) != (expected is None) or (found and expected and found.describe() != expected.describe()):
+            read, held = (spec.describe() if spec else "not quantized" for spec in (found, expected))
+            raise QkitError(
+                f"no config can be written for this model: {name} would be read as {read}, and is {held}",
+                "please report the model's architecture; format safetensors or gguf may serve",
+            )
 
 
 def make_tasks(source: Source, choices: Mapping[str, LayerSpec | Keep], fmt: Format) -> list[Task]:

@@ -8,11 +8,13 @@ from ..spec.dtypes import FLOATS, TensorMeta
 
 # A decoder block's tensors carry its index after one of these words; everything else is left alone.
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_TOWERS = re.compile(r"(?:^|\.)(?:vision|visual|vit|audio|image|mm_|multi_modal|multimodal|speech)[a-z_]*\.")
+# A part of a model that is not the text decoder: its name is the first group.
+TOWERS = re.compile(r"(?:^|\.)((?:vision|visual|vit|audio|image|mm_|multi_modal|multimodal|speech)[a-z_]*)\.")
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embeddings", "tok_embeddings"}
 _HEADS = {"lm_head", "output", "embed_out", "score"}
-# `gate` alone is a MoE router (a gated MLP has gate_proj); it is small and every expert hangs on it.
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
+# `gate` alone is a MoE router (a gated MLP has gate_proj), and so is what lies inside one (gate.wg, router.layer).
+# Routers are small, and every expert hangs on them.
+_ROUTER = re.compile(r"(?:^|\.)(?:gate|shared_expert_gate|[a-z_]*router[a-z_]*)(?:\.|$)")
 
 
 def module_of(name: str) -> str:
@@ -36,11 +38,11 @@ def why_kept(name: str, meta: TensorMeta) -> str | None:
         return "output head"
     if len(meta.shape) != 2:
         return f"{len(meta.shape)}-D, not a linear weight"
-    if _TOWERS.search(name):
+    if TOWERS.search(name):
         return "vision or audio tower"
     if not BLOCK.search(name):
         return "outside the decoder blocks"
-    if last in _ROUTERS:
+    if _ROUTER.search(module):
         return "router"
     if "norm" in last:
         return "bias or norm"

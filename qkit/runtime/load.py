@@ -63,6 +63,8 @@ def load(
     reader = formats.reader(opened.config)
     schemes = formats.quantized_modules(reader, opened) if reader else {}
     model = build(config)
+    if _head_of_its_own(model, opened):
+        model = build({**config, "tie_word_embeddings": False})
     _check_tensors(model, opened, reader, schemes)
     kernels: Counter[str] = Counter()
     for module, scheme in schemes.items():
@@ -126,6 +128,8 @@ def _check_tensors(
     hint = "is the checkpoint complete, and is its config.json its own?"
     if missing:
         raise QkitError(f"the checkpoint lacks {_list(missing)}", hint)
+    # Other writers give every quantized linear a bias, of zeros where the model has none.
+    unexpected = [n for n in unexpected if not (n.endswith(".bias") and n[:-5] in schemes and _is_zero(source, n))]
     if unexpected:
         raise QkitError(f"the checkpoint holds tensors the model has not: {_list(unexpected)}", hint)
     for name, shape in wanted.items():
@@ -133,6 +137,24 @@ def _check_tensors(
             raise QkitError(
                 f"tensor {name!r} has shape {list(source.meta(name).shape)}, its config says {list(shape)}", hint
             )
+
+
+def _is_zero(source: Source, name: str) -> bool:
+    return not bool(source.read(name).any())
+
+
+def _head_of_its_own(model: Any, source: Source) -> bool:
+    """Whether the config ties the head to the embedding, and the checkpoint has another one: which is used, as in
+    transformers."""
+    import torch
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    named = {id(module): name for name, module in model.named_modules()}
+    stored = set(source.names())
+    keys = [f"{named[id(module)]}.weight" for module in (head, embedding)]
+    return all(key in stored for key in keys) and not torch.equal(*(source.read(key) for key in keys))
 
 
 def _list(names: list[str]) -> str:

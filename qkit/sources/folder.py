@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ _NOT_SIDECARS = {
     "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
 }  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
+_BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -160,6 +162,20 @@ def _metadata(store: Store) -> dict[str, Any]:
     return {key: found[key] for key in CARD_KEYS if found.get(key)}
 
 
+def _canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The name that loaders look for -> the one on disk, for what transformers finds under another name too: a decoder
+    saved by itself, without "model." before it, and a tied pair of which only the head is stored."""
+    names = {name: name for name in stored}
+    architecture = str((config.get("architectures") or [""])[0])
+    bare = any(_BARE.match(name) for name in names) and not any(name.startswith("model.") for name in names)
+    if bare and architecture.endswith("ForCausalLM"):
+        names = {(f"model.{name}" if _BARE.match(name) else name): name for name in names}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head in names and embedding not in names and any(name.startswith("model.layers.") for name in names):
+        names[embedding] = names.pop(head)
+    return names
+
+
 class FolderSource:
     """A model folder. Opening it reads config.json, the index and every shard's header, and no tensor.
 
@@ -178,8 +194,9 @@ class FolderSource:
         self.config = read_json(store, "config.json", "fetch config.json again")
         self.sidecars = find_sidecars(store)
         self.base_model = base_model or _base_model(self.folder and self.folder.absolute(), self.config)
-        self._names = sorted(self._where, key=natural_key)
-        metas = [self._where[name].meta(name) for name in self._names]
+        self._stored = _canonical_names(self._where, self.config)
+        self._names = sorted(self._stored, key=natural_key)
+        metas = [self.meta(name) for name in self._names]
         quantized = bool(self.config.get("quantization_config") or self.config.get("compression_config"))
         self.stored = Stored(sum(m.nbytes for m in metas), dict(Counter(m.dtype for m in metas)), quantized)
 
@@ -193,7 +210,7 @@ class FolderSource:
         for name in self._names:
             meta = self.meta(name)
             digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
-            digest.update(self._where[name].sample(name))
+            digest.update(self._where[self._stored[name]].sample(self._stored[name]))
         for sidecar in self.sidecars:
             digest.update(f"{sidecar.name}\0{sidecar.sha256()}\n".encode())
         return digest.hexdigest()
@@ -204,8 +221,10 @@ class FolderSource:
 
     def meta(self, name: str) -> TensorMeta:
         """dtype and shape; KeyError for an unknown name."""
-        return self._where[name].meta(name)
+        stored = self._stored[name]
+        return self._where[stored].meta(stored)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own; thread-safe. QkitError if the file changed or cannot be read."""
-        return self._where[name].read(name)
+        stored = self._stored[name]
+        return self._where[stored].read(stored)

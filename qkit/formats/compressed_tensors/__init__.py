@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import QkitError
-from ...spec import LayerSpec
+from ...models.families import TOWERS
+from ...spec import Keep, LayerSpec
 from ...spec.dtypes import TensorMeta
 from ..base import Format, as_names, as_object, check_pattern
 from . import floats, integers
@@ -52,6 +53,20 @@ class CompressedTensors(Format):
         found: str | None = codec(scheme).check(shape, scheme)
         return found
 
+    def choose(
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+    ) -> tuple[Mapping[str, LayerSpec | Keep], list[str]]:
+        """transformers and vLLM hold the experts of a layer as one, and read all with the scheme of the first."""
+        experts = {c: name for name, c in choices.items() if ".experts." in name and isinstance(c, LayerSpec)}
+        if len(experts) > 1:
+            one, other = list(experts.items())[:2]
+            raise QkitError(
+                f"experts are stored in one scheme, not in {one[0].describe()} ({one[1]}) and {other[0].describe()} "
+                f"({other[1]}): clients would read both as one",
+                "give '*.experts.*' one scheme, or use format gguf",
+            )
+        return choices, []
+
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         found: dict[str, TensorMeta] = codec(scheme).metas(shape, scheme)
         return found
@@ -78,7 +93,7 @@ class CompressedTensors(Format):
             groups[f"group_{index}"] = {
                 # A class name only where it cannot match a module of another group: readers give the
                 # first match, and would unpack with the wrong width.
-                "targets": ["Linear"] if len(by_kind) == 1 else modules,
+                "targets": ["Linear"] if len(by_kind) == 1 else _targets(modules),
                 "weights": codec(schemes[modules[0]]).arguments(schemes[modules[0]]),
                 "input_activations": None,
                 "output_activations": None,
@@ -90,7 +105,7 @@ class CompressedTensors(Format):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": list(ignored),
+            "ignore": _short(ignored, schemes),
             "kv_cache_scheme": None,
             "version": _VERSION,
         }
@@ -140,6 +155,27 @@ class CompressedTensorsReader:
     def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         found: tuple[str, ...] = codec(scheme).required(scheme)
         return found
+
+
+_EXPERTS = "re:.*\\.experts\\..*"
+
+
+def _targets(modules: list[str]) -> list[str]:
+    """Names, but for experts, which transformers finds by a pattern that says so."""
+    named = [module for module in modules if ".experts." not in module]
+    return named if len(named) == len(modules) else [*named, _EXPERTS]
+
+
+def _short(ignored: list[str], schemes: Mapping[str, LayerSpec]) -> list[str]:
+    """`ignored`, with one pattern for a tower of which nothing is quantized."""
+    patterns: list[str] = []
+    for name in ignored:
+        tower = TOWERS.search(name)
+        if tower is None or any(f".{tower[1]}." in f".{module}" for module in schemes):
+            patterns.append(name)
+        elif (pattern := f"re:(.*\\.)?{tower[1]}\\..*") not in patterns:
+            patterns.append(pattern)
+    return patterns
 
 
 def _parse_group(name: str, group: Mapping[str, Any], stored: Any) -> LayerSpec:
