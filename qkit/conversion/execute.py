@@ -167,7 +167,7 @@ class Produce:
                 pieces.append([self._passed(name, tensor)])
             else:
                 weight, made.entries[name] = self._quantized(task, name, tensor)
-                pieces.append(list(self.fmt.pack(weight).values()))
+                pieces.append(list(self.fmt.pack(weight, task.scheme).values()))
         made.outputs = stack(pieces)
         return made
 

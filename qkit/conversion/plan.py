@@ -307,7 +307,8 @@ def _choose_method(recipe: Recipe, options: Options, source: Source, calibrated:
         name = "rtn"
     elif name is None:
         bits = min(scheme.bits for scheme in recipe.schemes)
-        name = calibrated if bits < 8 else "rtn"
+        able = all(methods.get(calibrated).check(scheme) is None for scheme in recipe.schemes)
+        name = calibrated if bits < 8 and able else "rtn"
         notes.append(f"method {name} (the default at {bits} bits)")
     method = methods.get(name)
     for scheme in recipe.schemes:

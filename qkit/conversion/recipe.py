@@ -120,7 +120,7 @@ def _settle_rule(
     if not isinstance(rule.scheme, LayerSpec):
         return rule
     scheme = rule.scheme
-    if scheme.kind == "int" and shapes:
+    if scheme.kind == "int" and scheme.input is None and shapes:
         scheme = pick_group_size(scheme, None if rule.any_group else scheme.group_size, shapes)
         if rule.any_group:
             of = "every layer" if rule.modules == "*" else rule.modules

@@ -70,7 +70,7 @@ class AWQ(Format):
             "scales": TensorMeta("F16", (groups, out)),
         }
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 

@@ -78,8 +78,9 @@ class Format(Protocol):
         """Local name -> dtype and shape of every tensor `pack` will return, in writing order."""
         ...
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
-        """The tensors on disk for one weight, keyed by local name."""
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+        """The tensors on disk for one weight, keyed by local name. scheme: how it is to be stored, where the format can
+        store one weight in more than one way."""
         ...
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
@@ -117,7 +118,7 @@ class ReadOnly(Format):
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         raise ValueError(f"format {self.name} is read, not written")
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
         raise ValueError(f"format {self.name} is read, not written")
 
     def config(

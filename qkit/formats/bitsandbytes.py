@@ -102,7 +102,7 @@ class BitsAndBytes(Format):
         metas[_STATE + scheme.kind] = TensorMeta("U8", (len(_describe(shape, scheme, 0.0, self.dtype)),))
         return metas
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
         import torch
 
         from ..kernels.codes import codes_of

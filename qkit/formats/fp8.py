@@ -34,13 +34,13 @@ def metas(shape: tuple[int, int], spec: LayerSpec, scale: str) -> dict[str, Tens
     return {"weight": TensorMeta("F8_E4M3", shape), scale: TensorMeta(spec.scale_dtype, grid)}
 
 
-def pack(weight: Weight, scale: str) -> dict[str, torch.Tensor]:
+def pack(weight: Weight, spec: LayerSpec, scale: str) -> dict[str, torch.Tensor]:
     import torch
 
     from ..kernels.codes import codes_of
 
     values = codes_of(weight).view(torch.float8_e4m3fn)
-    return {"weight": values, scale: weight.scale.view(1) if weight.spec.scale.block == (0, 0) else weight.scale}
+    return {"weight": values, scale: weight.scale.view(1) if spec.scale.block == (0, 0) else weight.scale}
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, scale: str) -> Weight:

@@ -42,6 +42,8 @@ class GPTQ(Format):
         return self.name == "gptq"
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
+        if scheme.input is not None:
+            raise QkitError("GPTQ folders say nothing of activations", "use format compressed-tensors for w8a8")
         if scheme.group_size != CHANNEL and scheme.group_size not in _GROUP_SIZES:
             sizes = ", ".join(map(str, _GROUP_SIZES))
             raise QkitError(f"GPTQ has no group size {scheme.group_size}", f"use {sizes} or 'channel'")
@@ -65,7 +67,7 @@ class GPTQ(Format):
             "g_idx": TensorMeta("I32", (in_,)),
         }
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 

@@ -48,6 +48,7 @@ class Method(Protocol):
              weights are enough, and each tensor is a task of its own
     options  names of the conversion's options that are its own; `quantize` gets them as keyword arguments
     kinds    of weights that it makes (`LayerSpec.kind`)
+    narrow   it makes integers of a narrow range (W8A8) too
     observes the statistic is taken once, of the model as it is, for all weights, before any is quantized; else block by
              block, of what the quantized blocks before it make of the text. It may be None for a weight then
     prepares whether `prepare` is to be called, for which the block runs once more
@@ -58,11 +59,12 @@ class Method(Protocol):
     options: ClassVar[tuple[str, ...]] = ()
     prepares: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("int",)
+    narrow: ClassVar[bool] = False
     observes: ClassVar[bool] = False
 
     def check(self, spec: LayerSpec) -> str | None:
         """Why it cannot make weights of that kind, or None."""
-        if spec.kind in self.kinds:
+        if spec.kind in self.kinds and (self.narrow or spec.kind != "int" or spec.grid.low is None):
             return None
         named = {"int": "integer weights", "ggml": "GGUF's block types"}
         made = " and ".join(named.get(kind, kind) for kind in self.kinds)

@@ -10,6 +10,7 @@ from ..errors import QkitError
 from ..kernels.weight import Blocks, Weight
 from ..spec import LayerSpec
 from ..spec.dtypes import dtype_name
+from . import floats
 from .base import Method, Quantized
 from .tables import int8, table_codes
 
@@ -32,7 +33,8 @@ class Rtn(Method):
 
     name: ClassVar[str] = "rtn"
     options: ClassVar[tuple[str, ...]] = ("clip_search",)
-    kinds: ClassVar[tuple[str, ...]] = ("int", "ggml", "nf4", "fp4", "llm.int8")
+    kinds: ClassVar[tuple[str, ...]] = ("int", "ggml", "nf4", "fp4", "llm.int8", "fp8", "nvfp4", "mxfp4")
+    narrow: ClassVar[bool] = True
 
     def quantize(
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
@@ -40,14 +42,25 @@ class Rtn(Method):
         return [self._one(w, spec, options) for w, spec in zip(weights, specs, strict=True)]
 
     def _one(self, w: torch.Tensor, spec: LayerSpec, options: dict[str, Any]) -> Quantized:
-        if spec.kind == "int":
+        if spec.kind == "int" and spec.grid.low is None:
             weight, error = quantize_with_error(w, spec, **options)
             return Quantized(weight, self.name, error)
         if spec.kind == "ggml":
             return Quantized(blocks(w, spec), self.name)
         if not bool(w.isfinite().all()):
             raise _non_finite(w)
-        return Quantized(int8(w) if spec.kind == "llm.int8" else table_codes(w, spec), self.name)
+        return Quantized(self._rounded(w, spec), self.name)
+
+    def _rounded(self, w: torch.Tensor, spec: LayerSpec) -> Weight:
+        if spec.kind in ("nf4", "fp4"):
+            return table_codes(w, spec)
+        if spec.kind == "llm.int8":
+            return int8(w)
+        if spec.kind == "int":
+            return floats.narrow_int8(w, spec)
+        if spec.kind == "fp8":
+            return floats.fp8(w, spec)
+        return floats.nvfp4(w) if spec.kind == "nvfp4" else floats.mxfp4(w)
 
 
 def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None) -> Blocks:

@@ -206,8 +206,11 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantLinear):
                 for local in [key for key in module.state_dict() if key != "bias"]:
                     del state[f"{name}.{local}"]
-                state |= {f"{name}.{k}": v for k, v in self.reader.format.pack(module.quantized()).items()}
+                state |= {f"{name}.{k}": v for k, v in self._packed(name, module).items()}
         return state, {"format": "pt"}
+
+    def _packed(self, name: str, module: QuantLinear) -> dict[str, torch.Tensor]:
+        return self.reader.format.pack(module.quantized(), self.reader.scheme(name))
 
     def is_serializable(self) -> bool:
         return True

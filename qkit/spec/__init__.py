@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, ggml, integer, llm_int8, table
+from .layer import CHANNEL, Activations, Grid, LayerSpec, Scale, fp8, ggml, integer, llm_int8, mxfp4, nvfp4, table, w8a8
 from .presets import AUTO_GROUP_SIZES, PRESETS, preset
 from .recipe import Keep, Recipe, Rule
 
@@ -21,6 +21,9 @@ __all__ = [
     "ggml",
     "integer",
     "llm_int8",
+    "mxfp4",
+    "nvfp4",
     "preset",
     "table",
+    "w8a8",
 ]

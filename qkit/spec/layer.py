@@ -123,7 +123,8 @@ class LayerSpec:
             return self.grid.block
         if self.grid.kind != "float":
             return self.grid.kind
-        return "fp8" if self.bits == 8 else {"F8_E8M0": "mxfp4", "F8_E4M3": "nvfp4"}.get(self.scale.dtype, "e2m1")
+        named = {"F8_E8M0": "mxfp4", "U8": "mxfp4", "F8_E4M3": "nvfp4"}
+        return "fp8" if self.bits == 8 else named.get(self.scale.dtype, "e2m1")
 
     @property
     def max_code(self) -> int:
@@ -193,3 +194,18 @@ def ggml(block: str) -> LayerSpec:
     kind = GGML.get(block)
     size = kind.block_size if kind else 0
     return LayerSpec(Grid("ggml", 16 if digits[:2] == "16" else int(digits[0]), block=block), Scale((1, size), "F16"))
+
+
+def nvfp4() -> LayerSpec:
+    """e2m1 with e4m3 scales per 16 inputs and one over all of them."""
+    return LayerSpec(Grid("float", 4), Scale((1, 16), "F8_E4M3", over=Scale((0, 0), "F32")))
+
+
+def mxfp4() -> LayerSpec:
+    """e2m1 with a power of two per 32 inputs."""
+    return LayerSpec(Grid("float", 4), Scale((1, 32), "F8_E8M0"))
+
+
+def w8a8() -> LayerSpec:
+    """Integers -127 .. 127 with a scale per output channel, and inputs rounded to 8 bits per token."""
+    return LayerSpec(Grid("int", 8, low=-127), Scale((1, CHANNEL)), Activations("int", 8))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import QkitError
-from .layer import LayerSpec, Scale, ggml, integer, llm_int8, table
+from .layer import Activations, LayerSpec, Scale, fp8, ggml, integer, llm_int8, mxfp4, nvfp4, table, w8a8
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 
@@ -21,6 +23,11 @@ PRESETS: dict[str, LayerSpec | None] = {
     "w4a16-asym": integer(4, symmetric=False),
     "w8a16": integer(8),
     "w8a16-asym": integer(8, symmetric=False),
+    "w8a8": w8a8(),
+    "fp8": replace(fp8(), input=Activations("float", 8)),
+    "fp8-block": replace(fp8((128, 128)), input=Activations("float", 8, per="group")),
+    "nvfp4a16": nvfp4(),
+    "mxfp4a16": mxfp4(),
     "nf4": table("nf4"),
     "nf4-dq": table("nf4", over=_DOUBLE),
     "fp4": table("fp4"),

@@ -80,10 +80,11 @@ def rule_for(modules: str, scheme: str, group_size: int | None, origin: str = ""
         raise QkitError(
             f"{scheme} has no groups: its blocks run along the flattened matrix", "use --block-size 64 (32 to 4096)"
         )
-    if found.kind == "llm.int8" and group_size:
-        raise QkitError(f"{scheme} has one scale per output channel", "leave --group-size out")
-    if group_size is None or found.kind != "int":
-        return Rule(modules, found, any_group=found.kind == "int", origin=origin)
+    grouped = found.kind == "int" and found.input is None
+    if group_size and not grouped:
+        raise QkitError(f"{scheme} has no group size to choose: it is {found.describe()}", "leave --group-size out")
+    if group_size is None or not grouped:
+        return Rule(modules, found, any_group=grouped, origin=origin)
     return Rule(modules, found.with_group_size(group_size), origin=origin)
 
 

@@ -107,7 +107,7 @@ def test_block_sizes(llama, tmp_path):
         ({"block_size": 48}, "no blocks of 48"),
         ({"block_size": 256}, "do not divide its 128 inputs"),
         ({"scheme": "int8", "block_size": 64}, "belongs to nf4 and fp4"),
-        ({"scheme": "int8", "group_size": 64}, "one scale per output"),
+        ({"scheme": "int8", "group_size": 64}, "no group size to choose"),
         ({"method": "gptq"}, "gptq makes integer weights"),
         ({"scheme": "w4a16"}, "bnb does not hold int4"),
     ):

@@ -200,7 +200,7 @@ def test_fp8_packing_is_exact(spec: LayerSpec) -> None:
     scale = torch.rand(rows, groups).bfloat16()
     codes = torch.randint(-(2**31), 2**31 - 1, (6, 8), dtype=torch.int32)
     w = Weight(codes, scale, None, 8, 32, "fp8", scale_rows=spec.scale.block[0] or 6)
-    tensors = fp8_codec.pack(w, "weight_scale")
+    tensors = fp8_codec.pack(w, spec, "weight_scale")
     assert {k: tuple(t.shape) for k, t in tensors.items()} == {
         k: m.shape for k, m in fp8_codec.metas((6, 32), spec, "weight_scale").items()
     }

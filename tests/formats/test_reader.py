@@ -153,7 +153,7 @@ def test_nothing_quantized():
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity"),
         ({"transform_config": {"config_groups": {"a": {}}}}, "transforms"),
-        ({"config_groups": {"g": {"targets": ["Linear"]}}, "format": "int-quantized"}, "int-quantized"),
+        ({"config_groups": {"g": {"targets": ["Linear"]}}, "format": "marlin-24"}, "marlin-24"),
         ({"config_groups": {"g": {"targets": ["Linear"]}}}, "does not quantize weights"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "channel"}}}}, "3-bit"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "tensor"}}}}, "tensor"),

@@ -40,7 +40,7 @@ class Toy(formats.Format):
             "toy_scale": TensorMeta("F32", (shape[0], scheme.groups(shape[1]))),
         }
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
         return {"toy_codes": codes_of(weight), "toy_scale": weight.scale}
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:

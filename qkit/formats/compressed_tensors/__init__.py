@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import QkitError
@@ -16,7 +15,8 @@ from ...models.families import TOWERS
 from ...spec import Keep, LayerSpec
 from ...spec.dtypes import TensorMeta
 from ..base import Format, as_names, as_object, check_pattern
-from . import floats, integers
+from . import floats, int8, integers
+from .fp4 import MXFP4, NVFP4
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 # The oldest release whose reader the tests run against; the bytes are the same since the first.
 _VERSION = "0.17.0"
 # How a kind of weight is stored: modules with NAME, OPTIONAL, required, check, metas, pack, unpack, arguments, parse.
-CODECS: dict[str, ModuleType] = {"int": integers, "fp8": floats}
+CODECS: dict[str, Any] = {"int": integers, "w8a8": int8, "fp8": floats, "nvfp4": NVFP4, "mxfp4": MXFP4}
 
 
 def codec(spec: LayerSpec) -> Any:
     """Raises QkitError for a kind of weight that the format does not hold here."""
-    if spec.kind not in CODECS:
-        raise QkitError(f"compressed-tensors does not hold {spec.kind} weights here", "known: " + ", ".join(CODECS))
-    return CODECS[spec.kind]
+    kind = "w8a8" if spec.kind == "int" and spec.input is not None else spec.kind
+    if kind not in CODECS:
+        raise QkitError(f"compressed-tensors does not hold {kind} weights here", "known: " + ", ".join(CODECS))
+    return CODECS[kind]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class CompressedTensors(Format):
 
     name: str = "compressed-tensors"
     quant_method: ClassVar[str | None] = "compressed-tensors"
+    kinds: ClassVar[tuple[str, ...]] = ("int", "fp8", "nvfp4", "mxfp4")
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
-        codec(scheme)
+        if codec(scheme) in (NVFP4, MXFP4):
+            return scheme
         # Readers hold the scale in the model's dtype: any other would be rounded a second time.
         dtype = model_dtype if model_dtype in ("BF16", "F16", "F32") else "BF16"
         return scheme.stored_with(dtype, min_zero=0)
@@ -71,8 +74,9 @@ class CompressedTensors(Format):
         found: dict[str, TensorMeta] = codec(scheme).metas(shape, scheme)
         return found
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = codec(weight.spec).pack(weight)
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+        spec = scheme or weight.spec
+        found: dict[str, torch.Tensor] = codec(spec).pack(weight, spec)
         return found
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
@@ -84,9 +88,8 @@ class CompressedTensors(Format):
     ) -> dict[str, Any]:
         by_kind: dict[tuple[Any, ...], list[str]] = {}
         for module, scheme in schemes.items():
-            by_kind.setdefault((codec(scheme).NAME, scheme.bits, scheme.scale.block, scheme.symmetric), []).append(
-                module
-            )
+            kind = (codec(scheme).NAME, scheme.bits, scheme.scale.block, scheme.symmetric, scheme.input is not None)
+            by_kind.setdefault(kind, []).append(module)
         groups: dict[str, Any] = {}
         for index, kind in enumerate(sorted(by_kind)):
             modules = by_kind[kind]
@@ -95,7 +98,7 @@ class CompressedTensors(Format):
                 # first match, and would unpack with the wrong width.
                 "targets": ["Linear"] if len(by_kind) == 1 else _targets(modules),
                 "weights": codec(schemes[modules[0]]).arguments(schemes[modules[0]]),
-                "input_activations": None,
+                "input_activations": _inputs(schemes[modules[0]]),
                 "output_activations": None,
                 "format": kind[0],
             }
@@ -141,7 +144,7 @@ class CompressedTensorsReader:
     format: CompressedTensors = field(default_factory=CompressedTensors)
     markers: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     scale: ClassVar[str] = "weight_scale"
-    optional: ClassVar[tuple[str, ...]] = (*integers.OPTIONAL, *floats.OPTIONAL)
+    optional: ClassVar[tuple[str, ...]] = (*integers.OPTIONAL, *floats.OPTIONAL, *NVFP4.OPTIONAL)
 
     def scheme(self, module: str) -> LayerSpec | None:
         if any(_matches(module, pattern) for pattern in self.ignore):
@@ -155,6 +158,18 @@ class CompressedTensorsReader:
     def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         found: tuple[str, ...] = codec(scheme).required(scheme)
         return found
+
+
+def _inputs(spec: LayerSpec) -> dict[str, Any] | None:
+    """`input_activations` of a config group."""
+    if spec.input is None:
+        return None
+    strategy = {"token": "token", "group": "group", "tensor": "tensor"}[spec.input.per]
+    return {
+        "num_bits": spec.input.bits, "type": spec.input.kind, "symmetric": True, "strategy": strategy,
+        "group_size": spec.scale.block[1] if strategy == "group" else None, "dynamic": spec.input.dynamic,
+        "observer": None,
+    }  # fmt: skip
 
 
 _EXPERTS = "re:.*\\.experts\\..*"

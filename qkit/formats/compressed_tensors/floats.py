@@ -33,8 +33,8 @@ def metas(shape: tuple[int, int], spec: LayerSpec) -> dict[str, TensorMeta]:
     return codec.metas(shape, spec, "weight_scale")
 
 
-def pack(weight: Weight) -> dict[str, torch.Tensor]:
-    return codec.pack(weight, "weight_scale")
+def pack(weight: Weight, spec: LayerSpec) -> dict[str, torch.Tensor]:
+    return codec.pack(weight, spec, "weight_scale")
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:

@@ -48,7 +48,7 @@ def metas(shape: tuple[int, int], spec: LayerSpec) -> dict[str, TensorMeta]:
     return found
 
 
-def pack(weight: Weight) -> dict[str, torch.Tensor]:
+def pack(weight: Weight, spec: LayerSpec) -> dict[str, torch.Tensor]:
     import torch
 
     from ...kernels import pack

@@ -111,7 +111,7 @@ class Gguf(Format):
         meta = TensorMeta(kind.plain, shape) if kind.plain else TensorMeta("U8", (shape[0], kind.row_bytes(shape[1])))
         return {"weight": meta}
 
-    def pack(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
         plain = GGML[weight.spec.grid.block].plain
         return {"weight": weight.packed.view(torch_dtype(plain)) if plain else weight.packed}
 
