@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qkit.spec.ggml import GGML
@@ -28,6 +30,11 @@ def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tenso
     if isinstance(weight, Blocks):
         out = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
         decode_blocks(weight.packed.contiguous().view(-1), GGML[weight.block], out.view(-1))
+        return out
+    if weight.order is not None:
+        columns = values_of(replace(weight, order=None), dtype)
+        out = torch.empty_like(columns)
+        out[:, weight.order] = columns
         return out
     weight = weight.plain()
     if weight.kind == "int" and dtype in FLOATS:

@@ -62,6 +62,7 @@ class Weight:
     multiplier  what every scale is multiplied by (nvfp4: 1 / weight_global_scale)
     scale_rows  outputs that share a row of scales: 1, 128 for FP8 blocks, out for a scale of the whole tensor
     nested    how the scales are themselves stored, or None
+    order     int64 [in]: which input each column belongs to (activation order of GPTQ); None: column i to input i
 
     Kernels take weights as `plain` gives them.
     """
@@ -75,6 +76,7 @@ class Weight:
     multiplier: float = 1.0
     scale_rows: int = 1
     nested: Nested | None = None
+    order: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError, with the values, unless the tensors fit together."""
@@ -105,6 +107,8 @@ class Weight:
             check_matrix("zero", self.zero, (torch.uint8,))
             if self.scale_rows != 1 or self.zero.shape != self.scale.shape:
                 raise ValueError(f"zero has shape {tuple(self.zero.shape)}, scale {tuple(self.scale.shape)}")
+        if self.order is not None and self.order.shape != (self.in_features,):
+            raise ValueError(f"order has shape {tuple(self.order.shape)}, the weight {self.in_features} inputs")
         devices = {t.device for t in (self.packed, self.scale, self.zero) if t is not None}
         if len(devices) > 1:
             raise ValueError(f"the weight lies on more than one device: {', '.join(sorted(map(str, devices)))}")
@@ -151,7 +155,10 @@ class Weight:
         nested = self.nested
         if nested is not None:
             nested = replace(nested, table=nested.table.to(device), absmax=nested.absmax.to(device))
-        return replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero, nested=nested)
+        order = None if self.order is None else self.order.to(device)
+        return replace(
+            self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero, nested=nested, order=order
+        )
 
     @property
     def device(self) -> torch.device:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import QkitError
 from .awq import AWQ
-from .base import Format, FormatReader, local_names, quantized_modules, read_weight
+from .base import Format, FormatReader, as_object, local_names, quantized_modules, read_weight
 from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
 from .fp8 import BlockFp8
@@ -54,6 +55,7 @@ def reader(config: Mapping[str, Any]) -> FormatReader | None:
         return None
     if not isinstance(given, Mapping):
         raise QkitError("quantization_config in config.json is not an object")
+    given = _as_its_packing(given)
     method = given.get("quant_method")
     if method is None and {"bits", "group_size", "desc_act"} <= set(given):
         method = "gptq"  # AutoGPTQ left it out
@@ -62,3 +64,29 @@ def reader(config: Mapping[str, Any]) -> FormatReader | None:
             return fmt.parse(given)
     known = ", ".join(dict.fromkeys(f.quant_method for f in FORMATS.values() if f.quant_method))
     raise QkitError(f"quantization method {method!r} is not supported", f"supported: {known}")
+
+
+def _as_its_packing(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An AutoRound folder that is packed as AutoGPTQ or AutoAWQ would, as one of theirs (AutoRound, export/)."""
+    if given.get("quant_method") != "auto-round":
+        return given
+    packing = str(given.get("packing_format", "auto_round"))
+    if packing.endswith("awq"):
+        return {**given, "quant_method": "awq", "version": "gemm"}
+    if not packing.endswith("gptq"):
+        raise QkitError(
+            f"AutoRound's packing_format {packing!r} is not supported",
+            "supported: auto_round:auto_gptq, auto_round:auto_awq",
+        )
+    dynamic: dict[str, dict[str, Any]] = {}
+    for module, own in as_object(given.get("extra_config"), "extra_config").items():
+        own = as_object(own, module)
+        kept = int(own.get("bits", 4)) >= 16
+        settings = {key: own[key] for key in ("bits", "group_size", "sym") if key in own}
+        dynamic[f"{'-' if kept else '+'}:^{re.escape(module)}$"] = {} if kept else settings
+    return {
+        **given,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "dynamic": {**dynamic, **given.get("dynamic", {})},
+    }

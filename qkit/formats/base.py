@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import QkitError
-from ..spec import CHANNEL, Keep, LayerSpec
+from ..spec import Keep, LayerSpec
 from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
 
 if TYPE_CHECKING:
@@ -229,17 +229,28 @@ def check_pattern(pattern: str) -> None:
         raise QkitError(f"bad pattern in the quantization config: {pattern!r}: {error}") from error
 
 
-def check_trivial_g_idx(g_idx: torch.Tensor, scheme: LayerSpec) -> None:
-    """Raises QkitError unless input channel i belongs to group i // group_size."""
+def column_order(g_idx: torch.Tensor, scheme: LayerSpec) -> torch.Tensor | None:
+    """Inputs in the order of their groups, int64 [in], where g_idx [in] says that input i is of group g_idx[i]; None
+    where input i is of group i // group_size. Raises QkitError unless the groups are of one size."""
     import torch
 
-    expected = torch.arange(g_idx.numel(), dtype=torch.int64)
-    expected = torch.zeros_like(expected) if scheme.group_size == CHANNEL else expected // scheme.group_size
-    if not torch.equal(g_idx.to(torch.int64).cpu(), expected):
-        raise QkitError(
-            "its groups are not contiguous (activation order, non-trivial g_idx)",
-            "quantize it again with static groups (desc_act false, or actorder 'static')",
-        )
+    given = g_idx.to(torch.int64).cpu()
+    n, size = given.numel(), scheme.group_size or given.numel()
+    expected = torch.arange(n) // size
+    if torch.equal(given, expected):
+        return None
+    if int(given.min()) < 0 or not torch.equal(
+        torch.bincount(given, minlength=n // size), torch.full((n // size,), size)
+    ):
+        raise QkitError(f"its g_idx does not divide {n} inputs into groups of {size}", "the checkpoint is damaged")
+    return torch.argsort(given, stable=True)
+
+
+def in_order(packed: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
+    """Packed codes [out, words] with their columns sorted into `order`."""
+    from ..kernels import pack, unpack
+
+    return pack(unpack(packed, bits, order.numel())[:, order].contiguous(), bits)
 
 
 def _has(source: Source, name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import QkitError
 from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from .base import Format, as_object, check_pattern, check_tensors, check_trivial_g_idx
+from .base import Format, as_object, check_pattern, check_tensors, column_order, in_order
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts, besi
 @dataclass(frozen=True)
 class GPTQ(Format):
     """qweight int32 [in*b/32, out], packed along in; qzeros int32 [groups, out*b/32], packed along out;
-    scales F16 [groups, out]; g_idx int32 [in], always i // group_size here.
+    scales F16 [groups, out]; g_idx int32 [in], in what is quantized here always i // group_size.
     """
 
     name: str = "gptq"
@@ -85,11 +85,15 @@ class GPTQ(Format):
             if bool((zero == 0).any()):
                 raise ValueError("GPTQ v1 has no form for a zero point of 0 (it stores zero - 1)")
             zero = zero - 1
+        codes, g_idx = codes_of(weight), torch.arange(in_, dtype=torch.int32) // weight.group_size
+        if weight.order is not None:
+            back = torch.argsort(weight.order)
+            codes, g_idx = codes[:, back].contiguous(), g_idx[back]
         return {
-            "qweight": pack_transposed(codes_of(weight), bits),
+            "qweight": pack_transposed(codes, bits),
             "qzeros": pack(zero.t().contiguous(), bits),
             "scales": weight.scale.t().contiguous(),
-            "g_idx": torch.arange(in_, dtype=torch.int32) // weight.group_size,
+            "g_idx": g_idx,
         }
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
@@ -107,8 +111,7 @@ class GPTQ(Format):
         if "g_idx" not in tensors:  # some writers leave the trivial one out
             del expected["g_idx"]
         check_tensors(tensors, expected)
-        if "g_idx" in tensors:
-            check_trivial_g_idx(tensors["g_idx"], scheme)
+        order = column_order(tensors["g_idx"], scheme) if "g_idx" in tensors else None
         # On whole words, as GPTQModel does it: the borrow of a zero of 0 written by others comes back right.
         words = tensors["qzeros"] + _ONES[scheme.bits] if self.v1 else tensors["qzeros"]
         zero = unpack(words, scheme.bits, shape[0])
@@ -122,7 +125,10 @@ class GPTQ(Format):
             zero = None
         else:
             zero = zero.t().contiguous()
-        return Weight(qweight.t().contiguous(), tensors["scales"].t().contiguous(), zero, scheme.bits, shape[1])
+        packed = qweight.t().contiguous()
+        if order is not None:
+            packed = in_order(packed, scheme.bits, order)
+        return Weight(packed, tensors["scales"].t().contiguous(), zero, scheme.bits, shape[1], order=order)
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class QuantLinear(nn.Module):
         assert self.packed is not None and self.scale is not None
         return Weight(self.packed, self.scale, self.zero, self.bits, self.in_features, self.kind, self.multiplier)
 
+    def _columns(self) -> Weight:
+        """The weight as kernels take it, its columns as they lie."""
+        return replace(self.quantized(), order=None)
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor the layer holds memory for."""
         held: list[Any] = [self.packed, self.scale, self.zero, self.bias]
@@ -86,7 +91,7 @@ class QuantLinear(nn.Module):
     def _prepared(self, dtype: torch.dtype) -> tuple[Kernel, Any]:
         ready = self._ready.get(dtype)
         if ready is None:
-            weight = self.quantized()
+            weight = self._columns()
             activations = self.activations
             kernel = select(weight, dtype, activations)
             if activations is not None and kernel.name == "reference":
@@ -149,6 +154,27 @@ class QuantLinear(nn.Module):
             w = self.quantized()
             state["_buffers"] = {**self._buffers, "packed": w.packed, "scale": w.scale, "zero": w.zero}
         return state
+
+
+class OrderedLinear(QuantLinear):
+    """A weight whose columns are not in the order of the inputs (GPTQ's activation order): inputs are sorted first."""
+
+    order: torch.Tensor
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None = None, activations: str | None = None):
+        super().__init__(replace(weight, order=None), bias, activations)
+        self.register_buffer("order", weight.order)
+
+    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._matmul(x.index_select(-1, self.order))
+
+    def quantized(self) -> Weight:
+        return replace(super().quantized(), order=self.order)
+
+
+def quant_linear(weight: Weight, bias: torch.Tensor | None = None, activations: str | None = None) -> QuantLinear:
+    """The layer for a weight of any kind."""
+    return (QuantLinear if weight.order is None else OrderedLinear)(weight, bias, activations)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -166,14 +166,14 @@ def _quant_linear(
     source: Source, reader: FormatReader, module: str, scheme: LayerSpec, dtype: torch.dtype, linear: Any
 ) -> Any:
     from ..formats import read_weight
-    from .linear import QuantLinear
+    from .linear import quant_linear
 
     weight = read_weight(reader, source, module, scheme)
     shape = (weight.packed.shape[0], weight.in_features)
     if shape != (linear.out_features, linear.in_features):
         raise QkitError(f"{module} is {list(shape)}, its config says {[linear.out_features, linear.in_features]}")
     bias = source.read(f"{module}.bias").to(dtype) if linear.bias is not None else None
-    return QuantLinear(weight, bias, _activations(scheme))
+    return quant_linear(weight, bias, _activations(scheme))
 
 
 def _activations(scheme: LayerSpec) -> str | None:

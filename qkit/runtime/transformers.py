@@ -29,7 +29,7 @@ from ..errors import QkitError
 from ..models.experts import EXPERT_NAMES, unfuse
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
-from .linear import QuantLinear
+from .linear import QuantLinear, quant_linear
 from .load import log_kernels
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Stored(nn.Module):
         """Raises QkitError where the tensors disagree with each other or the config."""
         tensors = {local: t for local, t in self.named_buffers() if local != "bias"}
         bias = getattr(self, "bias", None)
-        return QuantLinear(fmt.unpack(tensors, self.scheme), None if bias is None else bias.to(dtype))
+        return quant_linear(fmt.unpack(tensors, self.scheme), None if bias is None else bias.to(dtype))
 
 
 class _Headers:

@@ -162,6 +162,17 @@ def _metadata(store: Store) -> dict[str, Any]:
     return {key: found[key] for key in CARD_KEYS if found.get(key)}
 
 
+def _find_quantization(store: Store, config: dict[str, Any]) -> None:
+    """Adds what folders of old writers say only in a file of its own: AutoGPTQ's, and AutoAWQ's."""
+    if config.get("quantization_config") or config.get("compression_config"):
+        return
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if store.has(name):
+            given = read_json(store, name, f"fetch {name} again")
+            config["quantization_config"] = {"quant_method": method, **given}
+            return
+
+
 def _canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """The name that loaders look for -> the one on disk, for what transformers finds under another name too: a decoder
     saved by itself, without "model." before it, and a tied pair of which only the head is stored."""
@@ -192,6 +203,7 @@ class FolderSource:
         if not store.has("config.json"):
             raise QkitError(f"{store.label} has no config.json", "fetch it from where the weights came from")
         self.config = read_json(store, "config.json", "fetch config.json again")
+        _find_quantization(store, self.config)
         self.sidecars = find_sidecars(store)
         self.base_model = base_model or _base_model(self.folder and self.folder.absolute(), self.config)
         self._stored = _canonical_names(self._where, self.config)

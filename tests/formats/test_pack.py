@@ -12,6 +12,7 @@ from weights import random_weight, same
 from qkit import formats
 from qkit.errors import QkitError
 from qkit.kernels.codes import codes_of, values_of, weight_of
+from qkit.runtime.linear import quant_linear
 from qkit.spec import CHANNEL, integer
 from qkit.spec.dtypes import dtype_name
 
@@ -137,15 +138,40 @@ def test_mislabelled_gptq_version_is_refused(written, read):
         formats.get(read).unpack(tensors, scheme)
 
 
-def test_activation_order_is_refused():
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activation_order(name, symmetric):
+    """Groups that are not contiguous: the values of each input, by its group's scale; and the same bytes again."""
+    fmt = formats.get(name)
+    scheme = fmt.scheme_for(integer(4, 32, symmetric), "BF16")
+    q = random_weight(32, 96, scheme)
+    local = "weight_g_idx" if name == "compressed-tensors" else "g_idx"
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    g_idx = torch.empty(96, dtype=torch.int32)
+    g_idx[order] = torch.arange(96, dtype=torch.int32) // 32
+    tensors = {**fmt.pack(q), local: g_idx}
+    read = fmt.unpack(tensors, scheme)
+    zero = torch.full_like(q.scale, 8) if q.zero is None else q.zero
+    group = g_idx.long()
+    expected = (codes_of(q).float() - zero.float()[:, group]) * q.scale.float()[:, group]
+    assert torch.equal(values_of(read), expected)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    layer = quant_linear(read)
+    assert torch.allclose(layer(x), x @ expected.T, atol=1e-3)
+    assert torch.equal(layer.dequantize(), expected)
+    if name != "compressed-tensors":
+        again = fmt.pack(layer.quantized())
+        assert all(torch.equal(again[k], tensors[k]) for k in again)
+    with pytest.raises(QkitError, match="g_idx"):
+        fmt.unpack({**tensors, local: torch.zeros(96, dtype=torch.int32)}, scheme)
+
+
+def test_a_trivial_g_idx_may_be_left_out():
     fmt = formats.get("gptq")
     scheme = fmt.scheme_for(integer(4, 32), "BF16")
     tensors = dict(fmt.pack(random_weight(32, 64, scheme)))
-    tensors["g_idx"] = tensors["g_idx"].flip(0)
-    with pytest.raises(QkitError, match="g_idx"):
-        fmt.unpack(tensors, scheme)
     del tensors["g_idx"]
-    fmt.unpack(tensors, scheme)
+    assert fmt.unpack(tensors, scheme).order is None
 
 
 def test_old_compressed_tensors_zero_points_are_plain_int8():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weights import random_weight, same
 
+import qkit
 from qkit import formats
 from qkit.errors import QkitError
 from qkit.spec import CHANNEL, LayerSpec, integer
@@ -250,3 +251,30 @@ def test_modules_of_a_source(name):
     broken = FakeSource({k: v for k, v in tensors.items() if k != scale}, config)
     with pytest.raises(QkitError, match=scale):
         formats.quantized_modules(found, broken)
+
+
+def test_folders_of_old_writers(llama, tmp_path):
+    """Settings in quantize_config.json alone (AutoGPTQ), and AutoRound's names for AutoGPTQ's packing."""
+    out = qkit.convert(llama, tmp_path / "out", format="gptq", method="rtn", group_size=32).out
+    config = json.loads((out / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = qkit.load(out, device="cpu")(tokens).logits
+
+        def loads(quantization, alone):
+            merged = config if quantization is None else {**config, "quantization_config": quantization}
+            (out / "config.json").write_text(json.dumps(merged))
+            (out / "quantize_config.json").unlink(missing_ok=True)
+            if alone is not None:
+                (out / "quantize_config.json").write_text(json.dumps(alone))
+            assert torch.equal(qkit.load(out, device="cpu")(tokens).logits, expected)
+
+        loads(None, settings)
+        loads(None, {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "model_file_base_name": None})
+        auto_round = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "sym": True}
+        loads({**auto_round, "group_size": 32, "extra_config": {"lm_head": {"bits": 16}}}, None)
+        named = {"model.layers.0.self_attn.q_proj": {"bits": 4, "group_size": 32, "sym": True}}
+        loads({**auto_round, "group_size": 32, "extra_config": named}, None)
+    with pytest.raises(QkitError, match="packing_format"):
+        reader({**auto_round, "packing_format": "auto_round"})

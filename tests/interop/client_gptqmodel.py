@@ -13,8 +13,10 @@ def main(job_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     tokens = torch.tensor(job["tokens"])
     for name, folder in job["folders"].items():
-        # Its plain torch kernel: the others are built for a GPU or compile C++ at first use.
-        loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.bfloat16)
+        method = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["quant_method"]
+        # Its plain torch kernels: the others are built for a GPU or compile C++ at first use.
+        backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.GPTQ_TORCH
+        loaded = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.bfloat16)
         kinds = sorted({type(m).__name__ for m in loaded.model.modules() if "Linear" in type(m).__name__})
         with torch.inference_mode():
             logits = loaded.model(tokens).logits.float().numpy()

@@ -25,6 +25,10 @@ def _options(folder: str, dequantize: bool) -> dict:
 
         # Only the backend is taken from here. Its torch kernel: others compile C++ at first use.
         return {"quantization_config": GPTQConfig(bits=given["bits"], backend="gptq_torch")}
+    if given["quant_method"] == "awq":
+        from transformers import AwqConfig
+
+        return {"quantization_config": AwqConfig(bits=4, backend="torch_awq")}
     return {}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interop import awq, clients
+from interop import clients
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
@@ -42,20 +42,30 @@ FOLDERS = {
     "smol-ct-mixed": ("smol", "compressed-tensors", "mixed", 64),
     "smol-gptq-mixed": ("smol", "gptq", "mixed", 64),
     "smol-ct-w8-lora": ("smol", "compressed-tensors", "w8a16", 0),  # with an adapter while it is served
-    "smol-awq-w4": ("smol", "awq", "w4a16-asym", 64),  # the values of smol-ct-w4-asym
+    "smol-ct-w8a8": ("smol", "compressed-tensors", "w8a8", None),
+    "smol-ct-fp8": ("smol", "compressed-tensors", "fp8", None),
+    "smol-ct-nvfp4": ("smol", "compressed-tensors", "nvfp4a16", None),
+    "smol-ct-mxfp4": ("smol", "compressed-tensors", "mxfp4a16", None),
+    "smol-awq-w4": ("smol", "awq", "w4a16-asym", 64),
+    "gemma-awq-w4": ("gemma", "awq", "w4a16", 128),
 }
+# What transformers' compressed-tensors has no CPU kernel for, or rounds inputs for: its own code dequantizes these.
+_FLOATS = ("smol-ct-w8a8", "smol-ct-fp8", "smol-ct-nvfp4", "smol-ct-mxfp4")
 # (client, script or None for its own, folders): one process each, for each model.
 RUNS = {
     "compressed-tensors": ("compressed-tensors", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-ct-w8", "smol-ct-mixed",
-                                                        "gemma-ct-w4")),
-    "compressed-tensors-0.17": ("vllm", "client_transformers.py", ("smol-ct-w4", "smol-ct-w4-asym", "gemma-ct-w4")),
+                                                        "gemma-ct-w4", *_FLOATS)),
+    "compressed-tensors-0.17": ("vllm", "client_transformers.py", ("smol-ct-w4", "smol-ct-w4-asym", "gemma-ct-w4",
+                                                                     *_FLOATS)),
     "gptqmodel": (
         "gptqmodel", None, ("smol-gptq-w4", "smol-gptq2-w4", "smol-gptq2-w4-asym", "smol-gptq-w8", "smol-gptq-mixed",
-                            "gemma-gptq-w4"),
+                            "gemma-gptq-w4", "smol-awq-w4", "gemma-awq-w4"),
     ),
-    "gptqmodel-in-transformers": ("gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym")),
+    "gptqmodel-in-transformers": ("gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym",
+                                                                              "smol-awq-w4")),
     # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
-    "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4")),
+    "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4",
+                            "smol-ct-w8a8", "smol-awq-w4")),
     # The same vLLM with qkit installed: 8 bits too. Eager: with torch.compile a GPTQ folder's engine did not come up.
     "vllm with qkit": ("vllm", None, ("smol-ct-w8", "smol-ct-w8-lora")),
 }  # fmt: skip
@@ -79,13 +89,13 @@ class Bench:
         model, fmt, scheme, group_size = FOLDERS[name]
         source = "demo" if model == "smol" else str(clients.gemma())
         out = self.root / name
-        if fmt == "awq":
-            return awq.write(self.folder("smol-ct-w4-asym"), out)
         recipe = self.root / "mixed.yaml" if scheme == "mixed" else None
         if recipe is not None:
             recipe.write_text(MIXED)
         named = {"recipe": recipe} if recipe is not None else {"scheme": scheme}
-        qkit.convert(source, out, format=fmt, method="rtn", group_size=group_size, **named)
+        if group_size is not None:
+            named["group_size"] = group_size
+        qkit.convert(source, out, format=fmt, method="rtn", **named)
         return out
 
     def _tokens(self, model: str) -> list[list[int]]:
@@ -96,14 +106,15 @@ class Bench:
         bos = tokenizer.bos_token_id
         return [[bos, *row[1:]] for row in rows] if model == "gemma" else rows
 
-    def _own(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(float32, bfloat16) logits of qkit's own load."""
-        if FOLDERS[name][1] == "awq":  # not a format that qkit reads
-            return self.own("smol-ct-w4-asym")
+    def _own(self, name: str, weights_only: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(float32, bfloat16) logits of qkit's own load. weights_only: with inputs as they are."""
         tokens = torch.tensor(self.tokens(FOLDERS[name][0]))
         results = []
         for dtype in ("float32", "bfloat16"):
             model = qkit.load(self.folder(name), device="cpu", dtype=dtype)
+            for module in model.modules() if weights_only else ():
+                if isinstance(module, qkit.QuantLinear):
+                    module.activations = None
             if name.endswith("-lora"):
                 model = PeftModel.from_pretrained(model, self.adapter(), config=qkit.lora(self.adapter()))
             with torch.inference_mode():
@@ -145,7 +156,7 @@ class Bench:
                 "out": str(out),
                 # transformers' compressed path lays zero points out unpacked and so refuses everybody's
                 # asymmetric folders; its dequantizing path reads them.
-                "dequantize": [n for n in mine if "-ct-" in n and n.endswith("asym")],
+                "dequantize": [n for n in mine if "-ct-" in n and (n.endswith("asym") or n in _FLOATS)],
                 "adapters": {n: str(self.adapter()) for n in mine if n.endswith("-lora")},
                 "compile": [n for n in mine if n in COMPILED.get(run, ())],
             }
@@ -190,7 +201,7 @@ def test_same_logits_as_qkit(run: str, name: str, bench: Bench, request: pytest.
         request.applymarker(pytest.mark.xfail(reason="vLLM's own 4-bit kernels are less exact on AMX", strict=False))
     model = FOLDERS[name][0]
     tokens = bench.tokens(model)
-    exact, own = bench.own(name)
+    exact, own = bench.own(name, name in _FLOATS and not client_is_vllm(run))
     path = bench.path(run, name)
     other = None
     if name.endswith("-lora"):

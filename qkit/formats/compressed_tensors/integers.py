@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import QkitError
 from ...spec import CHANNEL, LayerSpec, integer
 from ...spec.dtypes import TensorMeta
-from ..base import check_tensors, check_trivial_g_idx
+from ..base import check_tensors, column_order, in_order
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,6 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:
     from ...kernels import unpack
     from ...kernels.weight import Weight
 
-    if "weight_g_idx" in tensors:
-        check_trivial_g_idx(tensors["weight_g_idx"], spec)
     shape = tensors["weight_shape"].tolist()
     if len(shape) != 2 or min(shape) < 1:
         raise QkitError(f"weight_shape is {shape}, not the shape of a linear weight")
@@ -89,7 +87,12 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:
         zero = (zero.to(torch.int16) + spec.mid).to(torch.uint8)
     else:
         zero = unpack(zero.t().contiguous(), spec.bits, out).t().contiguous()
-    return Weight(tensors["weight_packed"], tensors["weight_scale"], zero, spec.bits, in_)
+    packed, order = tensors["weight_packed"], None
+    if "weight_g_idx" in tensors:
+        order = column_order(tensors["weight_g_idx"], spec)
+        if order is not None:
+            packed = in_order(packed, spec.bits, order)
+    return Weight(packed, tensors["weight_scale"], zero, spec.bits, in_, order=order)
 
 
 def arguments(spec: LayerSpec) -> dict[str, Any]:
