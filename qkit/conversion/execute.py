@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..kernels.weight import Weight
     from ..methods import Method
     from ..sources.types import Source
+    from ..spec import LayerSpec
     from .plan import Plan
     from .tasks import Shard, Task
     from .workspace import Workspace
@@ -187,6 +188,9 @@ class Produce:
                 computed_on=self.computed_on,
             )
             return done.weight, entry
+        kept = self._repacked(name, task.scheme)
+        if kept is not None:
+            return kept, record(task, "repacked", weight_error(tensor, kept))
         try:
             moments = self.statistics.get(name)
             (done,) = self.method.quantize([tensor], moments, [task.scheme], **self.options)
@@ -195,6 +199,22 @@ class Produce:
         error = weight_error(tensor, done.weight) if done.weight_error is None else done.weight_error
         tokens = None if moments is None else moments.tokens
         return done.weight, record(task, done.method, error, calibration_tokens=tokens, fallback=done.fallback)
+
+    def _repacked(self, name: str, scheme: LayerSpec) -> Weight | None:
+        """The codes that the source stores, where they are on the grid that is wanted."""
+        from ..formats.expanded import Expanded, repacked, same_grid
+
+        source = self.source
+        if (
+            not isinstance(source, Expanded)
+            or name not in source.schemes
+            or not same_grid(source.schemes[name], scheme)
+        ):
+            return None
+        try:
+            return repacked(source.weight(name), scheme)
+        except QkitError as error:
+            raise QkitError(f"{name}: {error.message}", error.hint) from error
 
     def _passed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or what the method put in its place. Raises QkitError for NaN or infinity in the source."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +16,9 @@ from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, module_of
+from ..models.families import BLOCK, module_of, why_kept
 from ..models.skeleton import check_architecture
-from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
+from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe, Rule
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..text.read import check_spec
@@ -30,6 +31,7 @@ from .workspace import partial_dir
 
 if TYPE_CHECKING:
     from ..formats.base import Format
+    from ..formats.expanded import Expanded
     from ..methods import Method
     from ..sources.types import Sidecar, Source, Stored
 
@@ -163,20 +165,32 @@ class Plan:
         }
 
 
+AS_STORED = "as stored"  # what a plan calls the scheme where the source's own is kept
+
+
 def make_plan(source: Source, out: Path, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
+    from ..formats.expanded import Expanded
 
     device = resolve(options.device)
     fmt = formats.get(options.format)
-    if options.scheme is None:
-        options = replace(options, scheme=fmt.default_scheme)
-    recipe = _check_recipe(make_recipe(options), options, fmt)
+    expanded = source if isinstance(source, Expanded) else expand(source)
+    source = expanded or source
+    stored = () if expanded is None or options.scheme or options.recipe else tuple(expanded.schemes.values())
+    if expanded is not None and stored and all(spec.kind in fmt.kinds for spec in stored):
+        recipe = _stored_recipe(expanded, options)
+        options = replace(options, scheme=AS_STORED)
+    else:
+        if options.scheme is None:
+            options = replace(options, scheme=fmt.default_scheme)
+        recipe = make_recipe(options)
+    recipe = _check_recipe(recipe, options, fmt)
     check_source(source)
     original, fmt = source, fmt.bound(source)
     source = fmt.view(source)
     method, notes = _choose_method(recipe, options, original, fmt.calibrated)
-    if source.stored.quantized:
+    if source.stored.quantized and expanded is None:
         notes.append(
             f"the source is itself quantized: {source.stored.describe()}, {units.size(source.stored.nbytes)} stored; "
             "its values are expanded to bfloat16 (each rounded by 0.2 % at most), and what it lost before is lost in "
@@ -189,6 +203,8 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         notes.append(f"{len(narrowed)} float32 tensors are stored as {kept}: clients of {fmt.name} compute in one type")
     settled = settle(recipe, metas, fmt, model_dtype(source.config))
     choices, more = fmt.choose(settled.choices, importance=method.needs == "moments")
+    if expanded is not None:
+        notes += _of_repacking(expanded, choices)
     tasks = make_tasks(source, choices, fmt)
     if recipe.schemes and not any(t.scheme for t in tasks):
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
@@ -225,6 +241,61 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     if clients is not None:
         check_names(plan, clients)
     return plan
+
+
+def expand(source: Source) -> Expanded | None:
+    """A source that is quantized in a format that qkit reads, as one that is not; None for one that is not.
+
+    Raises QkitError for a method that is not read."""
+    from ..formats.expanded import Expanded
+    from ..sources.lora import LoraSource
+
+    if not (source.config.get("quantization_config") or source.config.get("compression_config")):
+        return None
+    if isinstance(source, LoraSource):
+        raise QkitError(
+            "an adapter is merged into weights that are not quantized",
+            "convert the original checkpoint with --lora, or serve the adapter beside the quantized model",
+        )
+    return Expanded(source)
+
+
+def _stored_recipe(source: Expanded, options: Options) -> Recipe:
+    """As the source has it: --skip first; what it keeps is kept."""
+    skipped = [Rule(p, Keep("skipped on request"), origin=f"--skip {p!r}") for p in options.skip]
+    kept = [
+        Rule(_literal(module_of(name)), Keep("not quantized in the source"))
+        for name in source.names()
+        if name not in source.schemes and why_kept(name, source.meta(name)) is None
+    ]
+    schemes = list(dict.fromkeys(source.schemes.values()))
+    if len(schemes) == 1:
+        return Recipe((*skipped, *kept, Rule("*", schemes[0])))
+    own = [Rule(_literal(module_of(name)), scheme) for name, scheme in source.schemes.items()]
+    return Recipe((*skipped, *kept, *own))
+
+
+def _literal(module: str) -> str:
+    """A shell pattern that matches the name alone."""
+    return re.sub(r"([*?[])", r"[\1]", module)
+
+
+def _of_repacking(source: Expanded, choices: Mapping[str, LayerSpec | Keep]) -> list[str]:
+    """What becomes of the weights that are quantized already."""
+    from ..formats.expanded import same_grid
+
+    done = [n for n, s in source.schemes.items() if isinstance(c := choices.get(n), LayerSpec) and same_grid(s, c)]
+    types = {(source.schemes[n].scale_dtype, choices[n].scale_dtype) for n in done}  # type: ignore[union-attr]
+    notes = []
+    if done:
+        notes.append(f"{len(done)} weights are repacked: their codes stay as they are, none is rounded anew")
+    notes += [f"their scales are rounded from {a} to {b}" for a, b in sorted(types) if a != b and b == "BF16"]
+    again = len(source.schemes) - len(done)
+    if again:
+        notes.append(
+            f"{again} weights that are quantized already are dequantized and rounded anew: the errors of both add up"
+        )
+    return notes
 
 
 def check_names(plan: Plan, clients: ClientNames) -> None:
@@ -303,7 +374,7 @@ def _choose_method(recipe: Recipe, options: Options, source: Source, calibrated:
 
     notes: list[str] = []
     name = options.method
-    if not recipe.schemes:
+    if not recipe.schemes or (name is None and options.scheme == AS_STORED):
         name = "rtn"
     elif name is None:
         bits = min(scheme.bits for scheme in recipe.schemes)
@@ -336,12 +407,7 @@ def _choose_method(recipe: Recipe, options: Options, source: Source, calibrated:
 
 
 def check_source(source: Source) -> None:
-    """Refuse a checkpoint that is quantized already, of a family that qkit does not quantize, or not all there."""
-    if source.config.get("quantization_config"):
-        raise QkitError(
-            f"{source.label} is already quantized ({_quantization(source.config)})",
-            "convert from the original checkpoint; quantizing twice adds the errors up",
-        )
+    """Refuse a checkpoint of a family that qkit does not quantize, or not all there."""
     if source.config.get("model_type") in ("gpt2", "gptj", "codegen"):
         raise QkitError(
             f"{source.config['model_type']} checkpoints store transposed or fused linears that qkit does not quantize",
@@ -359,12 +425,6 @@ def check_source(source: Source) -> None:
             f"but tensors of block {', '.join(map(str, missing[:5]))}{' ...' if len(missing) > 5 else ''} are missing",
             "the download may be incomplete: fetch the checkpoint again",
         )
-
-
-def _quantization(config: Mapping[str, Any]) -> str:
-    given = config["quantization_config"]
-    method = given.get("quant_method") if isinstance(given, Mapping) else None
-    return str(method or "unknown method")
 
 
 def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], out: Path) -> tuple[int, int]:

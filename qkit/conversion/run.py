@@ -13,7 +13,7 @@ from ..hardware import memory
 from ..options import identity, with_options
 from ..progress import notify
 from .options import Options
-from .plan import Plan, make_plan
+from .plan import Plan, expand, make_plan
 
 if TYPE_CHECKING:
     from ..sources.types import Source
@@ -69,6 +69,7 @@ def convert(
 
     started = time.perf_counter()
     opened = open_source(source, lora=options.lora)
+    opened = expand(opened) or opened
     place = resolve_out(out, (source, options.lora, options.calib, options.recipe))
     plan = make_plan(opened, place, options)
     if options.dry_run:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..kernels.weight import Weight
+    from ..sources.types import Source
 
 # Nibble i of word j is output 8 j + _ORDER[i]; _BACK is the inverse.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -107,6 +108,10 @@ class AWQ(Format):
                 raise QkitError(f"the config says that there are no zero points, but they are {found}")
             zero = None
         return Weight(pack(_codes(qweight).t().contiguous(), 4), tensors["scales"].t().contiguous(), zero, 4, in_)
+
+    def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
+        in_, words = source.meta(f"{module}.qweight").shape
+        return words * 8, in_
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]

@@ -88,6 +88,12 @@ class Format(Protocol):
         scheme."""
         ...
 
+    def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
+        """[out, in] of a quantized weight in `source`, of whose tensors only small ones are read. Most formats store
+        it as the shape of `weight`."""
+        shape = source.meta(f"{module}.weight").shape
+        return shape[0], shape[1]
+
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
     ) -> dict[str, Any]:

@@ -153,6 +153,12 @@ class BitsAndBytes(Format):
             nested = _nested(tensors, state, out * groups)
         return Weight(pack(codes, 4), scale.view(out, groups), None, 4, in_, scheme.kind, nested=nested)
 
+    def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
+        if scheme.kind == "llm.int8":
+            return super().shape(source, module, scheme)
+        out, in_ = _state(source.read(f"{module}.{_STATE}{scheme.kind}"))["shape"]
+        return out, in_
+
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
     ) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..kernels.weight import Weight
+    from ..sources.types import Source
 
 _ONES = {4: 0x11111111, 8: 0x01010101}  # one in every field of a word
 _OWN = ("desc_act", "checkpoint_format", "quantizer")  # ours to say, not the caller's
@@ -129,6 +130,10 @@ class GPTQ(Format):
         if order is not None:
             packed = in_order(packed, scheme.bits, order)
         return Weight(packed, tensors["scales"].t().contiguous(), zero, scheme.bits, shape[1], order=order)
+
+    def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
+        rows, out = source.meta(f"{module}.qweight").shape
+        return out, rows * 32 // scheme.bits
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]

@@ -147,12 +147,6 @@ def test_unknown_architecture_is_refused_only_by_methods_that_run_it(llama, tmp_
     convert(str(source), tmp_path / "out", method="rtn")
 
 
-def test_a_quantized_source_is_refused(llama, tmp_path):
-    convert(str(llama), tmp_path / "one", method="rtn")
-    with pytest.raises(QkitError, match="already quantized"):
-        convert(str(tmp_path / "one"), tmp_path / "two", method="rtn")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -81,7 +81,10 @@ def test_eight_bits_default_to_rounding_and_four_to_gptq():
         ({"group_size": 128}, "group size 128 does not divide .*576 wide"),
         ({"format": "gptq", "shapes": {"model.layers.0.x_proj.weight": (100, 64)}}, "divisible by 32"),
         ({"config": {"model_type": "gpt2"}}, "gpt2"),
-        ({"config": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}}, "already quantized"),
+        (
+            {"config": {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}},
+            "'aqlm' is not supported",
+        ),
         ({"config": {"model_type": "llama", "num_hidden_layers": 3}}, "block 1, 2 are missing"),
         ({"out": Path("/proc/nowhere")}, "cannot write into|are free there"),
         ({"max_memory": 1000}, "--max-memory allows"),

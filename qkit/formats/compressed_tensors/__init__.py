@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...kernels.weight import Weight
+    from ...sources.types import Source
 
 # The oldest release whose reader the tests run against; the bytes are the same since the first.
 _VERSION = "0.17.0"
@@ -82,6 +83,16 @@ class CompressedTensors(Format):
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
         found: Weight = codec(scheme).unpack(tensors, scheme)
         return found
+
+    def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
+        found = codec(scheme)
+        if found is integers:
+            out, in_ = source.read(f"{module}.weight_shape").tolist()
+            return out, in_
+        if found in (NVFP4, MXFP4):
+            out, half = source.meta(f"{module}.weight_packed").shape
+            return out, 2 * half
+        return super().shape(source, module, scheme)
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]

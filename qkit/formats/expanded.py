@@ -1,0 +1,102 @@
+"""A quantized checkpoint as a source: every weight under its usual name, as values or as the codes that are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QkitError
+from ..models.config import model_dtype
+from ..sources.types import Sidecar, Source, Stored
+from ..spec import LayerSpec
+from ..spec.dtypes import TensorMeta, torch_dtype
+from . import local_names, quantized_modules, read_weight, reader
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.weight import Weight
+
+
+class Expanded:
+    """`types.Source` over one that is quantized in a format that qkit reads; weights are read in the model's type.
+
+    schemes: name of each quantized weight -> how it is stored. Raises QkitError for a method that is not read."""
+
+    def __init__(self, source: Source):
+        found = reader(source.config)
+        if found is None:
+            raise QkitError(f"{source.label} is not quantized")
+        self.source, self._reader = source, found
+        self.label, self.base_model = source.label, source.base_model
+        self.config: dict[str, Any] = {
+            k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")
+        }
+        self.stored: Stored = source.stored
+        self.folder: Path | None = source.folder
+        self._dtype = model_dtype(source.config)
+        self._modules = quantized_modules(found, source)
+        self.schemes: Mapping[str, LayerSpec] = {f"{module}.weight": s for module, s in self._modules.items()}
+        inside: set[str] = set()
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for module, scheme in self._modules.items():
+            inside |= {f"{module}.{local}" for local in local_names(found, source, module, scheme)}
+            self._shapes[f"{module}.weight"] = found.format.shape(source, module, scheme)
+        self._names = [n for n in source.names() if n not in inside]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.source.metadata
+
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        return self.source.sidecars
+
+    def names(self) -> list[str]:
+        from ..storage.files import natural_key
+
+        return sorted([*self._names, *self._shapes], key=natural_key)
+
+    def meta(self, name: str) -> TensorMeta:
+        shape = self._shapes.get(name)
+        return self.source.meta(name) if shape is None else TensorMeta(self._dtype, shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        from ..kernels.codes import values_of
+
+        if name not in self._shapes:
+            return self.source.read(name)
+        return values_of(self.weight(name), torch_dtype(self._dtype))
+
+    def weight(self, name: str) -> Weight:
+        """The quantized weight as it is stored. Raises QkitError naming it and what is wrong with it."""
+        module = name.removesuffix(".weight")
+        return read_weight(self._reader, self.source, module, self._modules[module])
+
+
+def same_grid(stored: LayerSpec, wanted: LayerSpec) -> bool:
+    """Whether codes of one are codes of the other: integers of as many bits, in the same groups, with or without zero
+    points both."""
+    a, b = stored, wanted
+    return (
+        a.kind == b.kind == "int"
+        and (a.bits, a.group_size, a.symmetric) == (b.bits, b.group_size, b.symmetric)
+        and b.grid.low is None
+    )
+
+
+def repacked(weight: Weight, wanted: LayerSpec) -> Weight | None:
+    """The weight with its scales in the type of `wanted`; None where the format cannot have its codes.
+
+    Raises QkitError for zero points that the format has no form for."""
+    if weight.order is not None:
+        return None
+    if wanted.min_zero and weight.zero is not None and int(weight.zero.min()) < wanted.min_zero:
+        raise QkitError("it has a zero point of 0, which GPTQ v1 has no form for", "use --format gptq_v2")
+    return replace(weight, scale=weight.scale.to(torch_dtype(wanted.scale_dtype)))
