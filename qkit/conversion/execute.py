@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..methods import METHODS
 from ..models.config import positive_int, text_config
 from ..models.families import module_of
 from ..progress import notify, track
 from .containers import CONTAINERS
 from .executor import Executor
 from .record import check_finite, computed_on, digest, record, weight_error
+from .tasks import block_schemes
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +66,7 @@ def _observed(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor)
 
     if not work.has(STATISTICS):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
-            found = observe(source, plan.schemes, tokens, device=plan.device, advance=lambda: advance(1))
+            found = observe(source, block_schemes(plan.tasks), tokens, device=plan.device, advance=lambda: advance(1))
         work.manifest.files[STATISTICS] = file_entry(write_moments(work.store, STATISTICS, found))
         work.manifest.save(work.folder)
     return read_moments(work.store, STATISTICS)
@@ -97,7 +99,13 @@ def _write_blocks(plan: Plan, produce: Produce, work: Workspace, executor: Execu
 
     with track(plan.method.name, len(shards), "blocks") as advance:
         for result in quantize_blocks(
-            produce.source, plan.schemes, tokens, plan.method, device=plan.device, done=finished, **produce.options
+            produce.source,
+            block_schemes(plan.tasks),
+            tokens,
+            plan.method,
+            device=plan.device,
+            done=finished,
+            **produce.options,
         ):
             for name, layer in result.layers.items():
                 if layer.fallback:
@@ -193,7 +201,10 @@ class Produce:
             return kept, record(task, "repacked", weight_error(tensor, kept))
         try:
             moments = self.statistics.get(name)
-            (done,) = self.method.quantize([tensor], moments, [task.scheme], **self.options)
+            if self.method.needs and moments is None:  # of no decoder block: the head
+                (done,) = METHODS["rtn"].quantize([tensor], None, [task.scheme])
+            else:
+                (done,) = self.method.quantize([tensor], moments, [task.scheme], **self.options)
         except QkitError as e:
             raise QkitError(f"{name}: {e.message}", e.hint) from e
         error = weight_error(tensor, done.weight) if done.weight_error is None else done.weight_error

@@ -22,6 +22,14 @@ def group_size(value: Any, name: str) -> int:
         raise QkitError(f"{name}: {value!r} is not a group size", "use 128, 64, 32 or 'channel'") from None
 
 
+def head(value: Any, name: str) -> str:
+    """One of keep, 8bit, 4bit."""
+    text = str(value).strip().lower().replace("-", "")
+    if text not in ("keep", "8bit", "4bit"):
+        raise QkitError(f"{name}: {value!r} is not a way to store the head", "use keep, 8bit or 4bit")
+    return text
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user chose. Sizes in bytes; None where qkit chooses."""
@@ -54,6 +62,13 @@ class Options:
     )
     block_size: int | None = option(
         None, "of nf4 and fp4: weights that share a scale; default: 64", parse=whole(1), metavar="N"
+    )
+    head: str | None = option(
+        None,
+        "the output head: keep, 8bit or 4bit, where the format holds it (compressed-tensors, gptq, gguf); "
+        "default: keep, of gguf as llama.cpp does",
+        parse=head,
+        metavar="HOW",
     )
     clip_search: bool = option(False, "rtn: search each group's scale for the least error", identity=True)
     calib: str | None = option(None, "calibration text; default: one that comes with qkit", metavar="FILE|HUB_ID")

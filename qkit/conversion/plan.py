@@ -23,6 +23,7 @@ from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..text.read import check_spec
 from .containers import CONTAINERS
+from .head import choose_head, with_head
 from .options import Options
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
@@ -90,7 +91,7 @@ class Plan:
             quantized = {other for name in self.schemes for other in self.clients.all_of(module_of(name))}
             named = [other for module in named for other in self.clients.all_of(module)]
             named += sorted(self.clients.linears - quantized - set(named), key=natural_key)
-        return named if "lm_head" in named else [*named, "lm_head"]
+        return named if "lm_head" in named or "lm_head.weight" in self.schemes else [*named, "lm_head"]
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -187,6 +188,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         recipe = make_recipe(options)
     recipe = _check_recipe(recipe, options, fmt)
     check_source(source)
+    source = with_head(source, fmt, options)
     original, fmt = source, fmt.bound(source)
     source = fmt.view(source)
     method, notes = _choose_method(recipe, options, original, fmt.calibrated)
@@ -202,7 +204,9 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         kept = model_dtype(source.config)
         notes.append(f"{len(narrowed)} float32 tensors are stored as {kept}: clients of {fmt.name} compute in one type")
     settled = settle(recipe, metas, fmt, model_dtype(source.config))
-    choices, more = fmt.choose(settled.choices, importance=method.needs == "moments")
+    chosen, of_head = choose_head(settled.choices, source, fmt, options, model_dtype(source.config))
+    choices, more = fmt.choose(chosen, method.needs == "moments", options.head)
+    more = [*of_head, *more]
     if expanded is not None:
         notes += _of_repacking(expanded, choices)
     tasks = make_tasks(source, choices, fmt)

@@ -11,7 +11,7 @@ from ..errors import QkitError
 from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores
 from .options import Options
-from .tasks import Shard, Task, schemes_of
+from .tasks import Shard, Task, block_schemes
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -60,7 +60,7 @@ def predict(
     if method.needs:
         from ..calibrate import blocks
 
-        cost = blocks.predict_cost(source, schemes_of(tasks), options.calib_samples, options.calib_len, method)
+        cost = blocks.predict_cost(source, block_schemes(tasks), options.calib_samples, options.calib_len, method)
         peak = max(peak, base + cost.nbytes + min(3 * cost.nbytes // 2, RETAINED))
         seconds += 6.0 + cost.flops / _matmul_rate(device.id)
     if MARGIN * peak > limit:

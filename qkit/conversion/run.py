@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..hardware import memory
 from ..options import identity, with_options
 from ..progress import notify
+from .head import with_head
 from .options import Options
 from .plan import Plan, expand, make_plan
 
@@ -60,6 +61,7 @@ def convert(
     The same source, options and version give byte-identical files. An interrupted run continues when called
     again with the same arguments. Raises QkitError for bad input, before any tensor is read.
     """
+    from .. import formats
     from ..sources import open_source
     from . import finish
     from .execute import STATISTICS, write_weights
@@ -71,6 +73,7 @@ def convert(
     opened = open_source(source, lora=options.lora)
     opened = expand(opened) or opened
     place = resolve_out(out, (source, options.lora, options.calib, options.recipe))
+    opened = with_head(opened, formats.get(options.format), options)
     plan = make_plan(opened, place, options)
     if options.dry_run:
         return ConvertResult(plan, plan.out)

@@ -74,6 +74,11 @@ def schemes_of(tasks: Iterable[Task]) -> dict[str, LayerSpec]:
     return {name: t.scheme for t in tasks if t.scheme is not None for name in t.sources}
 
 
+def block_schemes(tasks: Iterable[Task]) -> dict[str, LayerSpec]:
+    """`schemes_of` what lies in decoder blocks, and so has inputs that calibration reaches."""
+    return {name: scheme for name, scheme in schemes_of(tasks).items() if BLOCK.search(name)}
+
+
 def check_collisions(tasks: Iterable[Task]) -> None:
     """Raises QkitError where two outputs have one name."""
     seen = Counter(name for t in tasks for name, _ in t.outputs)

@@ -52,7 +52,7 @@ class AWQ(Format):
         return None
 
     def choose(
-        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool, head: str | None = None
     ) -> tuple[Mapping[str, LayerSpec | Keep], list[str]]:
         sizes = sorted({choice.group_size for choice in choices.values() if isinstance(choice, LayerSpec)})
         if len(sizes) > 1:

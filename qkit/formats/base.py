@@ -23,6 +23,7 @@ class Format(Protocol):
     Formats are subclasses, which gives them what most have in common.
     read_only       folders are read, and not written
     kinds           of weights that it holds (`LayerSpec.kind`)
+    holds_head      clients load a quantized output head from it
     container       the kind of files that hold the tensors: a key of `conversion.containers.CONTAINERS`
     default_scheme  what a user gets who names none
     calibrated      the method of a user who names none, below 8 bits
@@ -30,6 +31,7 @@ class Format(Protocol):
 
     read_only: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("int",)
+    holds_head: ClassVar[bool] = False
     container: ClassVar[str] = "safetensors"
     default_scheme: ClassVar[str] = "w4a16"
     calibrated: ClassVar[str] = "gptq"
@@ -51,11 +53,11 @@ class Format(Protocol):
         return source
 
     def choose(
-        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool, head: str | None = None
     ) -> tuple[Mapping[str, LayerSpec | Keep], list[str]]:
         """The format's last word: what it makes of the recipe's choice for each tensor, and what to say of it.
 
-        importance: whether the method weighs errors by what the calibration text does."""
+        importance: whether the method weighs errors by what the calibration text does; head: the option --head."""
         return choices, []
 
     def place(self, name: str) -> str:

@@ -67,7 +67,7 @@ class BitsAndBytes(Format):
         return None
 
     def choose(
-        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool, head: str | None = None
     ) -> tuple[Mapping[str, LayerSpec | Keep], list[str]]:
         """Experts stay as they are: transformers 5 loads them as one tensor, which bitsandbytes passes over."""
         kinds = {(c.kind, c.scale.over is None) for c in choices.values() if isinstance(c, LayerSpec)}

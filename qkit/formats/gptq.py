@@ -37,6 +37,7 @@ class GPTQ(Format):
 
     name: str = "gptq"
     quant_method: ClassVar[str | None] = "gptq"
+    holds_head: ClassVar[bool] = True
 
     @property
     def v1(self) -> bool:

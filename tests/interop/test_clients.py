@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import qkit
 from qkit.hardware.detect import cpu
-from qkit.runtime import load_tokenizer
+from qkit.runtime import QuantLinear, load_tokenizer
 from qkit.text.defaults import evaluation_text
 
 SEQUENCES, LENGTH = 2, 64
@@ -113,7 +113,7 @@ class Bench:
         for dtype in ("float32", "bfloat16"):
             model = qkit.load(self.folder(name), device="cpu", dtype=dtype)
             for module in model.modules() if weights_only else ():
-                if isinstance(module, qkit.QuantLinear):
+                if isinstance(module, QuantLinear):
                     module.activations = None
             if name.endswith("-lora"):
                 model = PeftModel.from_pretrained(model, self.adapter(), config=qkit.lora(self.adapter()))

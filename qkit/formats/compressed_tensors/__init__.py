@@ -44,6 +44,7 @@ class CompressedTensors(Format):
 
     name: str = "compressed-tensors"
     quant_method: ClassVar[str | None] = "compressed-tensors"
+    holds_head: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("int", "fp8", "nvfp4", "mxfp4")
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
@@ -58,7 +59,7 @@ class CompressedTensors(Format):
         return found
 
     def choose(
-        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool, head: str | None = None
     ) -> tuple[Mapping[str, LayerSpec | Keep], list[str]]:
         """transformers and vLLM hold the experts of a layer as one, and read all with the scheme of the first."""
         experts = {c: name for name, c in choices.items() if ".experts." in name and isinstance(c, LayerSpec)}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .view import GgufView
 
 _QUANTIZED_TOO = ("embedding", "output head")  # what llama.cpp quantizes beside the decoder blocks
+_HEADS = {"8bit": "Q8_0", "4bit": "Q4_K"}  # of the option --head, for the embedding too
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
@@ -68,7 +69,7 @@ class Gguf(Format):
         return None
 
     def choose(
-        self, choices: Mapping[str, LayerSpec | Keep], importance: bool
+        self, choices: Mapping[str, LayerSpec | Keep], importance: bool, head: str | None = None
     ) -> tuple[dict[str, LayerSpec | Keep], list[str]]:
         """What a mix means for each tensor, the embedding and the head included."""
         model = self.bound_model
@@ -90,7 +91,12 @@ class Gguf(Format):
                 chosen[name] = choice
                 continue
             columns = model.meta(name).shape[1]
+            if outside and head == "keep":
+                chosen[name] = choice
+                continue
             wanted = mixes.wanted(mix, model.places[name], columns, facts, model.tied)
+            if outside and head is not None:
+                wanted = _HEADS[head]
             block = mixes.fallback(wanted, columns)
             if block != wanted:
                 fell[wanted, block] = fell.get((wanted, block), 0) + 1
