@@ -115,6 +115,7 @@ class Bench:
             for module in model.modules() if weights_only else ():
                 if isinstance(module, QuantLinear):
                     module.activations = None
+                    module._expand()  # the kernel was chosen as the model was loaded
             if name.endswith("-lora"):
                 model = PeftModel.from_pretrained(model, self.adapter(), config=qkit.lora(self.adapter()))
             with torch.inference_mode():
