@@ -242,6 +242,45 @@ void products(const Weight& w, int64_t m, int dtype, bool int8) {
     }
 }
 
+// Block types of ggml: every level finds what the first does; a codebook, minima and a power of two among them.
+void blocks(int64_t rows, int64_t cols, int dtype, bool weighed) {
+    const float targets[] = {-8.0f, -7.4f, 7.0f, 7.6f}, spans[] = {14.6f, 15.0f, 15.4f};
+    const float levels_of[] = {-127.0f, -65.0f, -22.0f, 1.0f, 38.0f, 113.0f}, ends[] = {-127.0f, -111.0f, 113.0f};
+    const float halves[] = {-4.0f, -2.0f, -1.0f, 0.0f, 1.0f, 2.0f, 4.0f};
+    const QkGrid grids[] = {
+        {32, -8, 7, 0, 0, 0, 0, 0, 4, nullptr, targets},        // a scale of its own
+        {32, -127, 127, 0, 0, 0, 0, 0, 0, nullptr, nullptr},    // at the largest weight
+        {32, 0, 15, 1, 0, 0, 0, 0, 3, nullptr, spans},          // and a minimum
+        {16, 0, 15, 1, 0, 0, 63, 0, 3, nullptr, spans},         // of a super-block
+        {16, -8, 7, 0, 0, -32, 31, 0, 4, nullptr, targets},
+        {32, -127, 113, 0, 0, -32, 31, 6, 3, levels_of, ends},
+        {32, -4, 4, 0, 1, 0, 0, 7, 0, halves, nullptr},
+    };
+    Buffer w(rows * cols, dtype);
+    Array<float> weight(cols);
+    for (int64_t i = 0; i < rows * cols; ++i) w.set(i, 0.05f * uniform());
+    for (int64_t i = 0; i < cols; ++i) weight[i] = uniform() + 1.5f;
+    for (const QkGrid& g : grids) {
+        const int64_t size = g.most ? 256 : g.sub;
+        if (cols % size) continue;
+        const int64_t n = rows * (cols / size), subs = rows * (cols / g.sub);
+        std::vector<Array<uint8_t>> first;
+        for (const int isa : levels) {
+            Array<uint8_t> codes(rows * cols);
+            Array<uint16_t> d(n), dmin(n);
+            Array<int16_t> scales(subs), minima(subs);
+            CHECK(!qk_ggml_fit(w.data(), dtype, weighed ? weight.data() : nullptr, &g, codes.data(), d.data(),
+                               g.affine ? dmin.data() : nullptr, g.most ? scales.data() : nullptr,
+                               g.most && g.affine ? minima.data() : nullptr, rows, cols, isa, 2), isa);
+            std::vector<Array<uint8_t>> found = {bytes_of(codes), bytes_of(d)};
+            if (g.affine) found.push_back(bytes_of(dmin));
+            if (g.most) found.push_back(bytes_of(scales));
+            if (first.empty()) first = found;
+            CHECK(found == first, isa);
+        }
+    }
+}
+
 void bad_arguments() {
     Array<uint32_t> words(64);
     uint32_t* p = words.data();
@@ -262,6 +301,17 @@ void bad_arguments() {
     w.groups = 3;
     CHECK(qk_matmul(&w, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_BAD_SHAPE, 0);
     CHECK(qk_matmul(nullptr, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_NULL, 0);
+    QkGrid g = {32, -8, 7, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
+    uint8_t* codes = (uint8_t*)p;
+    uint16_t* d = (uint16_t*)p;
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, 1, 33, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, nullptr, codes, d, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_NULL, 0);
+    CHECK(qk_ggml_fit(p, 9, nullptr, &g, codes, d, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_BAD_DTYPE, 0);
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, nullptr, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_NULL, 0);
+    g.affine = 1;
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_NULL, 0);
+    g.sub = 24;
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, d, nullptr, nullptr, 1, 32, 0, 1) == QK_BAD_SHAPE, 0);
 }
 
 }  // namespace
@@ -290,5 +340,10 @@ int main() {
                     const Weight t = make(s[0], s[1], s[2], 4, QK_F32, true, true);
                     for (const int64_t m : {1, 13}) products(t, m, dtype, false);
                 }
+    for (const int dtype : DTYPES)
+        for (const bool weighed : {false, true}) {
+            blocks(33, 512, dtype, weighed);
+            blocks(3, 96, dtype, weighed);
+        }
     std::printf("ok\n");
 }
