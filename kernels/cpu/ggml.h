@@ -117,21 +117,34 @@ struct SubBlock {
         return total;
     }
 
-    void write(F scale, F minimum, uint8_t (*codes)[LANES]) const {
+    // The codes; what is lost, and how much there was, is added to `lost` and `total`.
+    void write(F scale, F minimum, uint8_t (*codes)[LANES], F& lost, F& total) const {
         const F none = splat(0.0f);
         const F inverse = pick(differ(scale, none), splat(1.0f) / scale, none);
+        F e2 = none, n2 = none;
         for (int j = 0; j < g.sub; ++j) {
-            const F v = (load(x[j]) + minimum) * inverse;
+            const F x0 = load(x[j]), v = (x0 + minimum) * inverse;
+            F q;
             if constexpr (TABLE) {
                 I code = splat(0);
-                for (int k = 1; k < g.n_levels; ++k)
-                    code = code - above(v, splat((g.levels[k] + g.levels[k - 1]) * 0.5f));
+                q = splat(g.levels[0]);
+                for (int k = 1; k < g.n_levels; ++k) {
+                    const I beyond = above(v, splat((g.levels[k] + g.levels[k - 1]) * 0.5f));
+                    code = code - beyond;
+                    q = q + pick(beyond, splat(g.levels[k] - g.levels[k - 1]), none);
+                }
                 store_u8(codes[j], code);
             } else {
                 const F raised = clamp(v, splat((float)g.low), splat((float)g.high)) + splat(MAGIC);
+                q = raised - splat(MAGIC);
                 store_u8(codes[j], bits_of(raised) - splat((int)as_bits(MAGIC) + g.low));
             }
+            const F e = x0 - (scale * q - minimum);
+            e2 = e2 + e * e;
+            n2 = n2 + x0 * x0;
         }
+        lost = lost + e2;
+        total = total + n2;
     }
 };
 
@@ -150,7 +163,8 @@ QK_INLINE void put(uint16_t* at, int64_t step, int64_t n, const uint16_t* kept) 
 
 // A block whose scale is a number of its own: one sub-block.
 template <bool TABLE>
-void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t index, int64_t n, uint8_t (*codes)[LANES]) {
+void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t index, int64_t n, uint8_t (*codes)[LANES],
+               F& lost, F& total) {
     const qkit::BlockGrid& g = a.grid;
     const int64_t blocks = a.cols / g.sub;
     const F none = splat(0.0f);
@@ -164,9 +178,9 @@ void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t in
         for (int step = -1; step <= 1; ++step) {
             const F e = clamp(to_float(exponent + splat(step - 2)), splat(2.0f), splat(254.0f));
             const F s = from_bits(bits_of((e - splat(1.0f)) + splat(MAGIC)) << 23);
-            const F lost = block.loss(s, none);
-            const I better = step < 0 ? splat(-1) : above(best, lost);
-            best = pick(better, lost, best);
+            const F left = block.loss(s, none);
+            const I better = step < 0 ? splat(-1) : above(best, left);
+            best = pick(better, left, best);
             chosen = pick(better, e, chosen);
         }
         put((int16_t*)a.d + index, blocks, n, chosen);
@@ -188,13 +202,13 @@ void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t in
         scale = to_half(scale, d);
         put(a.d + index, blocks, n, d);
     }
-    block.write(scale, minimum, codes);
+    block.write(scale, minimum, codes, lost, total);
 }
 
 // A super-block: the scales of its sub-blocks are integers times a float16.
 template <bool TABLE>
 void fit_super(const qkit::GgmlArgs& a, const float (*x)[LANES], const float* w, int64_t index, int64_t n,
-               uint8_t (*codes)[LANES]) {
+               uint8_t (*codes)[LANES], F& lost, F& total) {
     const qkit::BlockGrid& g = a.grid;
     constexpr int MOST_SUBS = 16;
     const int subs = SUPER / g.sub;
@@ -229,15 +243,15 @@ void fit_super(const qkit::GgmlArgs& a, const float (*x)[LANES], const float* w,
         for (int i = 0; i < (g.affine ? 9 : 3); ++i) {
             const F s = clamp(near + splat(STEPS[g.affine ? i / 3 : i]), least, most);
             const F m = g.affine ? clamp(near_m + splat(STEPS[i % 3]), none, most) : none;
-            const F lost = part(k).loss(d * s, dmin * m);
-            const I better = i == 0 ? splat(-1) : above(best, lost);
-            best = pick(better, lost, best);
+            const F left = part(k).loss(d * s, dmin * m);
+            const I better = i == 0 ? splat(-1) : above(best, left);
+            best = pick(better, left, best);
             sc = pick(better, s, sc);
             mn = pick(better, m, mn);
         }
         put(a.scales + index * subs + k, all, n, sc);
         if (g.affine) put(a.minima + index * subs + k, all, n, mn);
-        part(k).write(d * sc, dmin * mn, codes + k * g.sub);
+        part(k).write(d * sc, dmin * mn, codes + k * g.sub, lost, total);
     }
 }
 
@@ -249,6 +263,7 @@ void ggml_rows(const qkit::GgmlArgs& a, const typename W::T* w, uint8_t* codes, 
     float x[SUPER][LANES];
     uint8_t found[SUPER][LANES];
     std::memset(x, 0, sizeof x);
+    double sums[2] = {0.0, 0.0};
     for (int64_t index = 0; index < a.cols / size; ++index) {
         const int64_t c = index * size;
         for (int64_t r = 0; r < n; ++r)
@@ -258,11 +273,19 @@ void ggml_rows(const qkit::GgmlArgs& a, const typename W::T* w, uint8_t* codes, 
                 for (int k = 0; k < LANES; ++k) x[j + k][r] = lanes[k];
             }
         const float* weight = a.weight ? a.weight + c : nullptr;
-        if (super) fit_super<TABLE>(a, x, weight, index, n, found);
-        else fit_alone<TABLE>(a, SubBlock<TABLE>{g, x, weight}, index, n, found);
+        F lost = splat(0.0f), total = splat(0.0f);
+        if (super) fit_super<TABLE>(a, x, weight, index, n, found, lost, total);
+        else fit_alone<TABLE>(a, SubBlock<TABLE>{g, x, weight}, index, n, found, lost, total);
+        float lanes[2][LANES];
+        store(lanes[0], lost);
+        store(lanes[1], total);
+        for (int k = 0; k < 2; ++k)
+            for (int64_t r = 0; r < n; ++r) sums[k] += (double)lanes[k][r];
         for (int64_t r = 0; r < n; ++r)
             for (int64_t j = 0; j < size; ++j) codes[r * a.cols + c + j] = found[j][r];
     }
+    a.stats[0] = sums[0];
+    a.stats[1] = sums[1];
 }
 
 // n <= 16 rows; `a` points to where the first one's results go.

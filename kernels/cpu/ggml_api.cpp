@@ -19,7 +19,8 @@ bool is_grid(const QkGrid& g) {
 }  // namespace
 
 int qk_ggml_fit(const void* w, int w_dtype, const float* weight, const QkGrid* grid, uint8_t* codes, uint16_t* d,
-                uint16_t* dmin, int16_t* scales, int16_t* minima, int64_t rows, int64_t cols, int isa, int nthreads) {
+                uint16_t* dmin, int16_t* scales, int16_t* minima, double* stats, double* totals, int64_t rows,
+                int64_t cols, int isa, int nthreads) {
     constexpr int64_t LANES = 16, SUPER = 256;
     const RowKernels* k = kernels_for(isa);
     if (!k) return QK_BAD_ISA;
@@ -28,8 +29,10 @@ int qk_ggml_fit(const void* w, int w_dtype, const float* weight, const QkGrid* g
     if (!is_grid(*grid) || rows < 0 || cols < 0 || too_large(rows, cols)) return QK_BAD_SHAPE;
     const int64_t size = grid->most ? SUPER : grid->sub, blocks = cols / size, subs = cols / grid->sub;
     if (cols % size) return QK_BAD_SHAPE;
+    if (!totals) return QK_NULL;
+    totals[0] = totals[1] = 0.0;
     if (!rows || !cols) return QK_OK;
-    if (!w || !codes || !d || (grid->affine && !dmin)) return QK_NULL;
+    if (!w || !codes || !d || !stats || (grid->affine && !dmin)) return QK_NULL;
     if (grid->most && (!scales || (grid->affine && !minima))) return QK_NULL;
     const BlockGrid g{grid->sub,  grid->low,  grid->high,     grid->affine,    grid->power, grid->least,
                       grid->most, grid->n_levels, grid->n_targets, grid->levels, grid->targets};
@@ -43,10 +46,15 @@ int qk_ggml_fit(const void* w, int w_dtype, const float* weight, const QkGrid* g
                                 d + r * blocks,
                                 dmin ? dmin + r * blocks : nullptr,
                                 scales ? scales + r * subs : nullptr,
-                                minima ? minima + r * subs : nullptr};
+                                minima ? minima + r * subs : nullptr,
+                                stats + 2 * slice};
             k->ggml(args, (const char*)w + r * cols * itemsize(w_dtype), codes + r * cols, least(LANES, rows - r));
         }
     };
     over(up(rows, LANES), 1, nthreads, body);
+    for (int64_t slice = 0; slice < up(rows, LANES); ++slice) {  // in order: the sums do not depend on the threads
+        totals[0] += stats[2 * slice];
+        totals[1] += stats[2 * slice + 1];
+    }
     return QK_OK;
 }

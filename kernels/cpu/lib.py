@@ -13,7 +13,7 @@ import torch
 
 from ..errors import NonFiniteError, ScaleOverflowError
 
-ABI = 4
+ABI = 5
 # position = QkIsa; of those a machine has, a later one is faster
 ISAS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "dotprod", "i8mm")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
@@ -65,7 +65,7 @@ def load() -> ctypes.CDLL | str:
     lib.qk_gptq_search.argtypes = [p, i, p, p, i, p, n, n, n, i, i, p, i, i, i]
     lib.qk_gptq_feedback.argtypes = [p, p, p, n, p, p, f, f, p, p, n, n, i, i]
     lib.qk_gptq_descend.argtypes = [p, p, n, p, p, f, p, p, n, n, i, i]
-    lib.qk_ggml_fit.argtypes = [p, i, p, p, p, p, p, p, p, n, n, i, i]
+    lib.qk_ggml_fit.argtypes = [p, i, p, p, p, p, p, p, p, p, p, n, n, i, i]
     lib.qk_use_openmp.argtypes = [ctypes.c_char_p]
     lib.qk_prepacked_bytes.argtypes, lib.qk_prepacked_bytes.restype = [n, n, i], n
     lib.qk_prepack.argtypes = lib.qk_restore.argtypes = [p, p, n, n, i, i]
@@ -287,12 +287,15 @@ def ggml_fit(
     scales: torch.Tensor | None,
     minima: torch.Tensor | None,
     isa: str | None = None,
-) -> None:
-    """Fills codes uint8 [rows, cols], d, dmin [rows, blocks] of 16 bits, scales, minima int16 [rows, sub-blocks]."""
+) -> tuple[float, float]:
+    """Fills codes uint8 [rows, cols], d, dmin [rows, blocks] of 16 bits, scales, minima int16 [rows, sub-blocks].
+    Returns the sum of squared errors and the sum of squares."""
+    stats, totals = torch.empty(2 * -(-w.shape[0] // 16), dtype=torch.float64), (ctypes.c_double * 2)()
     _call(
         "qk_ggml_fit", _ptr(w), DTYPES[w.dtype], _ptr(weight), ctypes.addressof(grid), _ptr(codes), _ptr(d), _ptr(dmin),
-        _ptr(scales), _ptr(minima), *w.shape, _isa(isa), _threads(),
+        _ptr(scales), _ptr(minima), _ptr(stats), ctypes.addressof(totals), *w.shape, _isa(isa), _threads(),
     )  # fmt: skip
+    return totals[0], totals[1]
 
 
 def _square(t: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -123,6 +123,7 @@ struct QkGrid {
 
 // w [rows, cols] -> codes uint8 [rows, cols]; d, dmin uint16 [rows, cols / 256 or sub]; scales, minima int16
 // [rows, cols / sub]; those that the grid has not may be null. weight [cols] or null: what an error in each column costs.
+// stats: scratch, 2 * ceil(rows / 16); totals[2]: the sum of squared errors, unweighed, and the sum of squares.
 QK_API int qk_ggml_fit(const void* w, int w_dtype, const float* weight, const QkGrid* grid, uint8_t* codes, uint16_t* d,
-                       uint16_t* dmin, int16_t* scales, int16_t* minima, int64_t rows, int64_t cols, int isa,
-                       int nthreads);
+                       uint16_t* dmin, int16_t* scales, int16_t* minima, double* stats, double* totals, int64_t rows,
+                       int64_t cols, int isa, int nthreads);

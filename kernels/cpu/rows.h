@@ -45,6 +45,7 @@ struct GgmlArgs {
     const float* weight;
     uint16_t *d, *dmin;
     int16_t *scales, *minima;
+    double* stats;  // squared errors and squares, of all rows
 };
 
 struct RowKernels {

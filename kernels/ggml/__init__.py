@@ -61,7 +61,12 @@ def dequantize(raw: torch.Tensor, ggml_type: GgmlType, out: torch.Tensor) -> Non
 
 
 def encode(w: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """Blocks of the type `name` (of `GRIDS`): uint8 [rows, bytes of a row].
+    """`encode_with_error` without the error."""
+    return encode_with_error(w, name, importance)[0]
+
+
+def encode_with_error(w: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+    """Blocks of the type `name` (of `GRIDS`): uint8 [rows, bytes of a row]; and |w - decoded| / |w|, Frobenius.
 
     w           float [rows, in], on the CPU; blocks divide `in`
     importance  float [in], not negative: what a squared error in each input costs; None: the same for all
@@ -80,18 +85,25 @@ def encode(w: torch.Tensor, name: str, importance: torch.Tensor | None = None) -
             raise NonFiniteError("the weight contains NaN or infinity")
         if max(-low, high) > (_MOST if plain is None else torch.finfo(torch_dtype(plain)).max):
             raise ScaleOverflowError("a scale overflows float16")
-    if plain is not None:
-        return w.to(torch_dtype(plain)).contiguous().view(torch.uint8)
-    out = torch.empty(w.shape[0], nbytes, dtype=torch.uint8)
     step = max(_LANES, _SLAB // max(1, w.shape[1]) // _LANES * _LANES)
+    if plain is not None:
+        kept = w.to(torch_dtype(plain)).contiguous()
+        lost = total = 0.0
+        for a in range(0, w.shape[0], step):
+            x, y = w[a : a + step].double(), kept[a : a + step].double()
+            lost, total = lost + float((x - y).square_().sum()), total + float(x.square_().sum())
+        return kept.view(torch.uint8), math.sqrt(lost / total) if total else 0.0
+    out = torch.empty(w.shape[0], nbytes, dtype=torch.uint8)
+    lost = total = 0.0
     for a in range(0, w.shape[0], step):
         fields = fit(name, w[a : a + step], weight)
+        lost, total = lost + fields.lost, total + fields.total
         if not GRIDS[name].power:
             parts = [fields.d] if fields.dmin is None else [fields.d, fields.dmin]
             if not all(bool(torch.isfinite(part).all()) for part in parts):
                 raise ScaleOverflowError("a scale overflows float16")
         out[a : a + step] = assemble(name, fields)
-    return out
+    return out, math.sqrt(lost / total) if total else 0.0
 
 
 def _weights(importance: torch.Tensor, n: int) -> torch.Tensor:
@@ -117,8 +129,8 @@ def fit(name: str, w: torch.Tensor, weight: torch.Tensor | None, isa: str | None
     dmin = torch.empty(rows, blocks, dtype=torch.float16) if grid.affine else None
     scales = torch.empty(rows, subs, dtype=torch.int16) if grid.scales else None
     minima = torch.empty(rows, subs, dtype=torch.int16) if grid.scales and grid.affine else None
-    lib.ggml_fit(_c_grid(name)[0], w.contiguous(), weight, codes, d, dmin, scales, minima, isa)
-    return Fields(codes, d, dmin, scales, minima)
+    sums = lib.ggml_fit(_c_grid(name)[0], w.contiguous(), weight, codes, d, dmin, scales, minima, isa)
+    return Fields(codes, d, dmin, scales, minima, *sums)
 
 
 @functools.cache

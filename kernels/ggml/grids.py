@@ -54,18 +54,18 @@ _E2M1 = tuple(sorted(set(E2M1_VALUES)))
 GRIDS: dict[str, BlockGrid] = {
     g.name: g
     for g in (
-        BlockGrid("Q4_0", 32, -8, 7, targets=_either_end(-8, 7, 0.9, 0.15)),
-        BlockGrid("Q4_1", 32, 0, 15, affine=True, targets=_around(15, 1, 0.1)),
-        BlockGrid("Q5_0", 32, -16, 15, targets=_either_end(-16, 15, 0.9, 0.15)),
-        BlockGrid("Q5_1", 32, 0, 31, affine=True, targets=_around(31, 1, 0.1)),
+        BlockGrid("Q4_0", 32, -8, 7, targets=_either_end(-8, 7, 0.8, 0.4)),
+        BlockGrid("Q4_1", 32, 0, 15, affine=True, targets=_around(15, 1, 0.2)),
+        BlockGrid("Q5_0", 32, -16, 15, targets=_either_end(-16, 15, 0.8, 0.4)),
+        BlockGrid("Q5_1", 32, 0, 31, affine=True, targets=_around(31, 1, 0.2)),
         BlockGrid("Q8_0", 32, -127, 127),
-        BlockGrid("Q2_K", 16, 0, 3, affine=True, scales=(0, 15), targets=_around(3.5, 1, 0.1)),
-        BlockGrid("Q3_K", 16, -4, 3, scales=(-32, 31), targets=_either_end(-4, 3, 0.9, 0.15)),
-        BlockGrid("Q4_K", 32, 0, 15, affine=True, scales=(0, 63), targets=_around(15, 1, 0.1)),
-        BlockGrid("Q5_K", 32, 0, 31, affine=True, scales=(0, 63), targets=_around(31, 1, 0.1)),
-        BlockGrid("Q6_K", 16, -32, 31, scales=(-128, 127), targets=_either_end(-32, 31, 0.9, 0.15)),
-        BlockGrid("IQ4_NL", 32, -127, 113, levels=IQ4_VALUES, targets=_either_end(-127, 113, 24, 4)),
-        BlockGrid("IQ4_XS", 32, -127, 113, scales=(-32, 31), levels=IQ4_VALUES, targets=_either_end(-127, 113, 24, 4)),
+        BlockGrid("Q2_K", 16, 0, 3, affine=True, scales=(0, 15), targets=_around(3.5, 1, 0.2)),
+        BlockGrid("Q3_K", 16, -4, 3, scales=(-32, 31), targets=_either_end(-4, 3, 0.8, 0.4)),
+        BlockGrid("Q4_K", 32, 0, 15, affine=True, scales=(0, 63), targets=_around(15, 1, 0.2)),
+        BlockGrid("Q5_K", 32, 0, 31, affine=True, scales=(0, 63), targets=_around(31, 1, 0.2)),
+        BlockGrid("Q6_K", 16, -32, 31, scales=(-128, 127), targets=_either_end(-32, 31, 0.8, 0.4)),
+        BlockGrid("IQ4_NL", 32, -127, 113, levels=IQ4_VALUES, targets=_either_end(-127, 113, 24, 8)),
+        BlockGrid("IQ4_XS", 32, -127, 113, scales=(-32, 31), levels=IQ4_VALUES, targets=_either_end(-127, 113, 24, 8)),
         BlockGrid("MXFP4", 32, -12, 12, power=True, levels=_E2M1),
     )
 }

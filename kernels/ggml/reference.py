@@ -7,7 +7,7 @@ a super-block the integers nearest to these and their neighbours are then compar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class Fields:
     d               float16 [rows, blocks]; of a power of two int16, the exponent's byte
     dmin            float16 [rows, blocks], what is subtracted (Q4_1, Q5_1: added); None where the grid has no minimum
     scales, minima  int16 [rows, sub-blocks], None where they are no integers
+    lost, total     the sum of squared errors, whatever their weights, and the sum of squares
     """
 
     codes: torch.Tensor
@@ -31,6 +32,8 @@ class Fields:
     dmin: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     minima: torch.Tensor | None = None
+    lost: float = 0.0
+    total: float = 0.0
 
 
 def fit(grid: BlockGrid, w: torch.Tensor, weight: torch.Tensor | None) -> Fields:
@@ -45,7 +48,8 @@ def fit(grid: BlockGrid, w: torch.Tensor, weight: torch.Tensor | None) -> Fields
 
     codes, d = joined("codes"), joined("d")
     assert codes is not None and d is not None
-    return Fields(codes, d, joined("dmin"), joined("scales"), joined("minima"))
+    lost, total = (sum(getattr(part, name) for part in parts) for name in ("lost", "total"))
+    return Fields(codes, d, joined("dmin"), joined("scales"), joined("minima"), lost, total)
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
@@ -133,10 +137,17 @@ class _Rows:
 
     def codes(self, scale: torch.Tensor, minimum: torch.Tensor | float) -> torch.Tensor:
         v = (self.x + minimum) * _inverse(scale)
+        self.lost = (self.x - (scale * self.level(v) - minimum)).square_()
         found = torch.bucketize(v, self.between) if self.grid.levels else self.level(v) - self.grid.low
         return found.to(torch.uint8).permute(1, 2, 0).reshape(self.rows, self.n)
 
     def fit(self) -> Fields:
+        fields = self._fit()
+        return replace(
+            fields, lost=float(self.lost.sum(dtype=torch.float64)), total=float(self.x.double().square().sum())
+        )
+
+    def _fit(self) -> Fields:
         if self.grid.scales:
             return self._super()
         if self.grid.power:

@@ -29,7 +29,10 @@ class Imatrix(Method):
     def quantize(
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
     ) -> list[Quantized]:
-        if statistic is None or not bool(statistic.square.any()):
-            reason = "no calibration token reached it" if statistic is not None else None
-            return [Quantized(blocks(w, s), "rtn", fallback=reason) for w, s in zip(weights, specs, strict=True)]
-        return [Quantized(blocks(w, spec, statistic.square), self.name) for w, spec in zip(weights, specs, strict=True)]
+        reached = statistic is not None and bool(statistic.square.any())
+        reason = None if reached or statistic is None else "no calibration token reached it"
+        made = []
+        for w, spec in zip(weights, specs, strict=True):
+            packed, error = blocks(w, spec, statistic.square if reached else None)
+            made.append(Quantized(packed, self.name if reached else "rtn", error, fallback=reason))
+        return made

@@ -46,7 +46,8 @@ class Rtn(Method):
             weight, error = quantize_with_error(w, spec, **options)
             return Quantized(weight, self.name, error)
         if spec.kind == "ggml":
-            return Quantized(blocks(w, spec), self.name)
+            packed, error = blocks(w, spec)
+            return Quantized(packed, self.name, error)
         if not bool(w.isfinite().all()):
             raise _non_finite(w)
         return Quantized(self._rounded(w, spec), self.name)
@@ -63,8 +64,9 @@ class Rtn(Method):
         return floats.nvfp4(w) if spec.kind == "nvfp4" else floats.mxfp4(w)
 
 
-def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None) -> Blocks:
+def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None) -> tuple[Blocks, float]:
     """w float [out, in] in the block type of `spec`. importance [in]: what an error in each input costs, or None.
+    Returns the blocks and the relative error |w - decoded| / |w|.
 
     Raises NonFiniteWeight for NaN or infinity, QkitError where a scale does not fit float16."""
     from .. import kernels
@@ -73,7 +75,8 @@ def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = N
     if dtype_name(w.dtype) not in ("F32", "F16", "BF16"):
         w = w.float()
     try:
-        return Blocks.of(ggml.encode(w.cpu(), spec.grid.block, importance), spec.grid.block)
+        packed, error = ggml.encode_with_error(w.cpu(), spec.grid.block, importance)
+        return Blocks.of(packed, spec.grid.block), error
     except kernels.NonFiniteError as e:
         raise _non_finite(w) from e
     except kernels.ScaleOverflowError as e:

@@ -269,9 +269,11 @@ void blocks(int64_t rows, int64_t cols, int dtype, bool weighed) {
             Array<uint8_t> codes(rows * cols);
             Array<uint16_t> d(n), dmin(n);
             Array<int16_t> scales(subs), minima(subs);
+            Array<double> stats(2 * ((rows + 15) / 16));
+            double totals[2];
             CHECK(!qk_ggml_fit(w.data(), dtype, weighed ? weight.data() : nullptr, &g, codes.data(), d.data(),
                                g.affine ? dmin.data() : nullptr, g.most ? scales.data() : nullptr,
-                               g.most && g.affine ? minima.data() : nullptr, rows, cols, isa, 2), isa);
+                               g.most && g.affine ? minima.data() : nullptr, stats.data(), totals, rows, cols, isa, 2), isa);
             std::vector<Array<uint8_t>> found = {bytes_of(codes), bytes_of(d)};
             if (g.affine) found.push_back(bytes_of(dmin));
             if (g.most) found.push_back(bytes_of(scales));
@@ -304,14 +306,15 @@ void bad_arguments() {
     QkGrid g = {32, -8, 7, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
     uint8_t* codes = (uint8_t*)p;
     uint16_t* d = (uint16_t*)p;
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, 1, 33, 0, 1) == QK_BAD_SHAPE, 0);
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, nullptr, codes, d, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_NULL, 0);
-    CHECK(qk_ggml_fit(p, 9, nullptr, &g, codes, d, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_BAD_DTYPE, 0);
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, nullptr, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_NULL, 0);
+    double s = 0.0;
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 33, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, nullptr, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_NULL, 0);
+    CHECK(qk_ggml_fit(p, 9, nullptr, &g, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_BAD_DTYPE, 0);
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, nullptr, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_NULL, 0);
     g.affine = 1;
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, 1, 32, 0, 1) == QK_NULL, 0);
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_NULL, 0);
     g.sub = 24;
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, d, nullptr, nullptr, 1, 32, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, d, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_BAD_SHAPE, 0);
 }
 
 }  // namespace
