@@ -16,7 +16,7 @@ from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, module_of, why_kept
+from ..models.families import BLOCK, FUSED_EXPERTS, module_of, why_kept
 from ..models.skeleton import check_architecture
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe, Rule
 from ..spec.dtypes import TensorMeta
@@ -214,6 +214,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
     check_collisions(tasks)
 
+    notes += _of_fused_experts(tasks)
     container = CONTAINERS[fmt.container]
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
@@ -300,6 +301,19 @@ def _of_repacking(source: Expanded, choices: Mapping[str, LayerSpec | Keep]) -> 
             f"{again} weights that are quantized already are dequantized and rounded anew: the errors of both add up"
         )
     return notes
+
+
+def _of_fused_experts(tasks: Sequence[Task]) -> list[str]:
+    """What to say where most of a model stays as it is."""
+    fused = [t for t in tasks if t.reason == FUSED_EXPERTS]
+    if not fused or not any(t.scheme for t in tasks):
+        return []
+    share = sum(t.numel for t in fused) / max(1, sum(t.numel for t in tasks))
+    return [
+        f"WARNING: {len(fused)} tensors hold all experts of a layer at once and are not quantized: {share:.0%} of the "
+        f"model stays at 16 bits ({units.size(sum(t.bytes_out for t in fused))}); with one matrix per expert, as other "
+        "releases of such models have them, it would be quantized"
+    ]
 
 
 def check_names(plan: Plan, clients: ClientNames) -> None:

@@ -17,6 +17,9 @@ _HEADS = {"lm_head", "output", "embed_out", "score"}
 _ROUTER = re.compile(r"(?:^|\.)(?:gate|shared_expert_gate|[a-z_]*router[a-z_]*)(?:\.|$)")
 
 
+FUSED_EXPERTS = "fused 3-D experts"  # all experts of a matrix in one tensor
+
+
 def module_of(name: str) -> str:
     """ "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"."""
     return name.rpartition(".")[0]
@@ -26,8 +29,10 @@ def why_kept(name: str, meta: TensorMeta) -> str | None:
     """Why a tensor is not a decoder block's linear weight, or None where it is one."""
     module, _, kind = name.rpartition(".")
     last = module.rpartition(".")[2]
-    if len(meta.shape) == 3 and "experts" in name:
-        return "fused 3-D experts"
+    if (
+        len(meta.shape) == 3 and min(meta.shape[1:]) >= 16 and BLOCK.search(name)
+    ):  # the kernel of a convolution is small
+        return FUSED_EXPERTS
     if kind != "weight" or len(meta.shape) < 2:
         return "bias or norm"
     if not meta.numel:

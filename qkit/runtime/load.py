@@ -173,10 +173,10 @@ def _quant_linear(
     if shape != (linear.out_features, linear.in_features):
         raise QkitError(f"{module} is {list(shape)}, its config says {[linear.out_features, linear.in_features]}")
     bias = source.read(f"{module}.bias").to(dtype) if linear.bias is not None else None
-    return quant_linear(weight, bias, _activations(scheme))
+    return quant_linear(weight, bias, activations_of(scheme))
 
 
-def _activations(scheme: LayerSpec) -> str | None:
+def activations_of(scheme: LayerSpec) -> str | None:
     """How kernels may quantize the layer's inputs, where its scheme says per token; stored scales are not used."""
     given = scheme.input
     if given is None or not given.dynamic or given.per != "token" or given.bits != 8:

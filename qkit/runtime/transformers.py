@@ -4,15 +4,16 @@ Nothing but qkit is needed: no compressed-tensors, no optimum, no gptqmodel. tra
 the files as ever; the quantizer puts a `Stored` module, which has the tensors on disk as buffers, in each quantized
 linear's place before that, and turns it into a `QuantLinear` afterwards.
 
-Whose folders: config.json names "compressed-tensors", "gptq" or "awq", methods for which transformers has loaders that
-need other packages. Where such a package is missing, qkit takes the method over as soon as both libraries are
-imported (`transformers_hook`); where it is there, only when asked to (`qkit.register_transformers()`). What qkit does
-not read (fp8, 3 bits, act-order ...) goes to transformers' own loader in every case.
+Whose folders: config.json names "compressed-tensors", "gptq", "awq" or "bitsandbytes", methods for which transformers
+has loaders that need other packages. Where such a package is missing, qkit takes the method over as soon as both
+libraries are imported (`transformers_hook`); where it is there, only when asked to (`qkit.register_transformers()`).
+What qkit does not read (3 bits, ...) goes to transformers' own loader in every case.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,22 +28,26 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import formats
 from ..errors import QkitError
 from ..models.experts import EXPERT_NAMES, unfuse
+from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
 from .linear import QuantLinear, quant_linear
-from .load import log_kernels
+from .load import activations_of, log_kernels
 
 if TYPE_CHECKING:
     from ..formats import Format
     from ..spec import LayerSpec
 
 NAME = "qkit"  # in transformers' tables
+_DOT = "_dot_"
 _log = logging.getLogger("qkit")
 
 # method -> whether transformers' own loader has the packages that it needs
 _METHODS = {
     "compressed-tensors": lambda: import_utils.is_compressed_tensors_available(),
     "awq": lambda: import_utils.is_gptqmodel_available(),
+    "bitsandbytes_4bit": lambda: import_utils.is_bitsandbytes_available(),
+    "bitsandbytes_8bit": lambda: import_utils.is_bitsandbytes_available(),
     "gptq": lambda: import_utils.is_gptqmodel_available() and import_utils.is_optimum_available(),
 }
 
@@ -90,6 +95,15 @@ class QkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return dict(self.given)
 
 
+def _attribute(local: str) -> str:
+    """A local name as a buffer's, which cannot hold a dot: bitsandbytes' "weight.absmax"."""
+    return local.replace(".", _DOT)
+
+
+def _local(attribute: str) -> str:
+    return attribute.replace(_DOT, ".")
+
+
 class Stored(nn.Module):
     """The tensors of one quantized linear as they lie on disk: what transformers' loading fills."""
 
@@ -97,13 +111,17 @@ class Stored(nn.Module):
         super().__init__()
         self.scheme = scheme
         for local, meta in metas.items():
-            self.register_buffer(local, torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device="meta"))
+            self.register_buffer(
+                _attribute(local), torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device="meta")
+            )
 
     def quant_linear(self, fmt: Format, dtype: torch.dtype) -> QuantLinear:
         """Raises QkitError where the tensors disagree with each other or the config."""
-        tensors = {local: t for local, t in self.named_buffers() if local != "bias"}
+        tensors = {_local(name): t for name, t in self.named_buffers() if name != "bias"}
         bias = getattr(self, "bias", None)
-        return quant_linear(fmt.unpack(tensors, self.scheme), None if bias is None else bias.to(dtype))
+        return quant_linear(
+            fmt.unpack(tensors, self.scheme), None if bias is None else bias.to(dtype), activations_of(self.scheme)
+        )
 
 
 class _Headers:
@@ -166,11 +184,21 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Experts stay as they are on disk, one matrix each: nothing is merged into fused parameters."""
-        from transformers.core_model_loading import WeightConverter
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        if not self.unfused:
-            return weight_conversions
-        return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
+        if self.unfused:
+            weight_conversions = [c for c in weight_conversions if not isinstance(c, WeightConverter)]
+        dotted = {
+            _local(name)
+            for m in model.modules()
+            if isinstance(m, Stored)
+            for name, _ in m.named_buffers()
+            if _DOT in name
+        }
+        return [
+            *(WeightRenaming(rf"\.{re.escape(n)}$", f".{_attribute(n)}") for n in sorted(dotted)),
+            *weight_conversions,
+        ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         kernels: Counter[str] = Counter()
@@ -213,7 +241,8 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.reader.format.pack(module.quantized(), self.reader.scheme(name))
 
     def is_serializable(self) -> bool:
-        return True
+        """Not where scales were quantized themselves: layers hold them multiplied out."""
+        return getattr(getattr(self.reader, "spec", None), "scale", Scale()).over is None
 
     @property
     def is_trainable(self) -> bool:

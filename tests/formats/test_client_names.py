@@ -122,6 +122,17 @@ def test_experts_of_more_than_one_scheme_are_refused(tmp_path):
         qkit.convert(source, tmp_path / "out", method="rtn", recipe=str(tmp_path / "r.yaml"), dry_run=True)
 
 
+def test_fused_experts_are_said_loudly(tmp_path):
+    """Most of such a model stays at 16 bits."""
+    torch.manual_seed(0)
+    config = tf.GraniteMoeConfig(**{k: v for k, v in TEXT.items() if k != "head_dim"}, num_local_experts=4)
+    tf.GraniteMoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    make_tokenizer(tmp_path / "source")
+    result = qkit.convert(tmp_path / "source", tmp_path / "out", method="rtn", scheme="w8a16")
+    (warning,) = [note for note in result.plan.notes if note.startswith("WARNING")]
+    assert "4 tensors hold all experts" in warning and "% of the model stays at 16 bits" in warning
+
+
 def test_names_of_both_sides(tmp_path):
     _, folder = source(tmp_path, phimoe)
     config = json.loads((folder / "config.json").read_text())

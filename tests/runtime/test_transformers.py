@@ -29,6 +29,13 @@ CASES = {
     "gptq4": ("qwen2", "gptq", "w4a16", 32),
     "gptq8-v2": ("llama", "gptq_v2", "w8a16-asym", 64),
     "moe": ("mixtral", "compressed-tensors", "w4a16", 32),
+    "awq4": ("llama", "awq", "w4a16-asym", 32),
+    "w8a8": ("qwen2", "compressed-tensors", "w8a8", None),
+    "fp8": ("llama", "compressed-tensors", "fp8", None),
+    "nvfp4": ("llama", "compressed-tensors", "nvfp4a16", None),
+    "nf4": ("llama", "bnb", "nf4", None),
+    "nf4-dq": ("qwen2", "bnb", "nf4-dq", None),
+    "int8": ("llama", "bnb", "int8", None),
 }
 
 
@@ -43,7 +50,8 @@ def folders(tmp_path_factory):
             made[family] = make_model(root / family, family)
         if case not in made:
             made[case] = root / case
-            qkit.convert(made[family], made[case], format=fmt, scheme=scheme, method="rtn", group_size=group_size)
+            more = {} if group_size is None else {"group_size": group_size}
+            qkit.convert(made[family], made[case], format=fmt, scheme=scheme, method="rtn", **more)
         return made[case]
 
     return get
@@ -87,7 +95,7 @@ def test_device_map_and_dtype(device_map, case, folders, tables):
     assert torch.equal(logits(model), logits(qkit.load(folders(case), device="cpu", dtype="float32")))
 
 
-@pytest.mark.parametrize("case", ["ct4-asym", "gptq8-v2", "moe"])
+@pytest.mark.parametrize("case", ["ct4-asym", "gptq8-v2", "moe", "awq4", "w8a8", "nvfp4", "nf4", "int8"])
 def test_save_pretrained_writes_the_same_folder(case, folders, tables, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders(case))
     model.save_pretrained(tmp_path)
@@ -99,6 +107,11 @@ def test_save_pretrained_writes_the_same_folder(case, folders, tables, tmp_path)
     )
     assert written == given
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_double_quantization_is_not_saved_as_something_else(folders, tables, tmp_path):
+    with pytest.raises(ValueError, match="not serializable"):
+        AutoModelForCausalLM.from_pretrained(folders("nf4-dq")).save_pretrained(tmp_path)
 
 
 def test_generate_and_dequantize(folders, tables):
