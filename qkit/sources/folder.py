@@ -162,9 +162,11 @@ def _metadata(store: Store) -> dict[str, Any]:
     return {key: found[key] for key in CARD_KEYS if found.get(key)}
 
 
-def _find_quantization(store: Store, config: dict[str, Any]) -> None:
-    """Adds what folders of old writers say only in a file of its own: AutoGPTQ's, and AutoAWQ's."""
+def _find_quantization(store: Store, config: dict[str, Any], names: Iterable[str]) -> None:
+    """Adds what quantized folders of old writers say only in a file of its own: AutoGPTQ's, and AutoAWQ's."""
     if config.get("quantization_config") or config.get("compression_config"):
+        return
+    if not any(name.endswith(".qweight") for name in names):  # a file that was left behind says nothing
         return
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if store.has(name):
@@ -203,7 +205,7 @@ class FolderSource:
         if not store.has("config.json"):
             raise QkitError(f"{store.label} has no config.json", "fetch it from where the weights came from")
         self.config = read_json(store, "config.json", "fetch config.json again")
-        _find_quantization(store, self.config)
+        _find_quantization(store, self.config, self._where)
         self.sidecars = find_sidecars(store)
         self.base_model = base_model or _base_model(self.folder and self.folder.absolute(), self.config)
         self._stored = _canonical_names(self._where, self.config)
