@@ -89,7 +89,9 @@ def _size_note(row: Measured, base: Measured | None) -> str:
     if not base.quantized_as:
         return f"{change} than {units.size(base.stored_bytes)}; {note}"
     compared = f"{change} than the {units.size(base.stored_bytes)} stored of a baseline that is itself quantized"
-    if _expands(base):
+    if _expands(base) and _expands(row):
+        compared += f"; they expand here to {units.size(row.memory.weights)} and {units.size(base.memory.weights)}"
+    elif _expands(base):
         compared += f", {_change(row.memory.weights, base.memory.weights)} than the "
         compared += f"{units.size(base.memory.weights)} it expands to"
     return f"{compared}; {note}"
