@@ -92,7 +92,7 @@ def errors(theirs: Theirs) -> dict[str, list[float]]:
     return found
 
 
-def kl(theirs: Theirs, source: str, text: str, calib: str, work: Path, chunks: int) -> dict[str, Any]:
+def kl(theirs: Theirs, source: str, text: str, calib: str, work: Path, chunks: int, mixes: list[str]) -> dict[str, Any]:
     opened = open_source(source)
     tokenizer = load_tokenizer(opened)
     ids = tokenizer(Path(text).read_text(), add_special_tokens=False).input_ids
@@ -117,7 +117,7 @@ def kl(theirs: Theirs, source: str, text: str, calib: str, work: Path, chunks: i
         return [round(f.value, 4) for f in figures] + [round(f.error, 4) for f in figures]
 
     found: dict[str, Any] = {}
-    for mix in MIXES:
+    for mix in mixes:
         for method in ("rtn", "imatrix"):
             out = work / f"{mix}-{method}"
             more = {"calib": calib, "calib_samples": 64, "calib_len": 512} if method == "imatrix" else {}
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--kl")
     parser.add_argument("--text")
     parser.add_argument("--calib")
+    parser.add_argument("--mixes", nargs="+", default=list(MIXES), help="of --kl")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens that are scored")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--layers", type=int, default=4)
@@ -217,7 +218,7 @@ def main() -> None:
         if args.errors:
             result["errors"] = errors(Theirs(args.llama))
         if args.kl:
-            result["kl"] = kl(Theirs(args.llama), args.kl, args.text, args.calib, Path(folder), args.chunks)
+            result["kl"] = kl(Theirs(args.llama), args.kl, args.text, args.calib, Path(folder), args.chunks, args.mixes)
         if args.speed:
             result["speed"] = speed(args.llama, Path(folder), args.layers)
     print(json.dumps(result))

@@ -171,7 +171,8 @@ def quantize_rtn(
     squared errors and the sum of squares. The sums do not depend on the number of threads or the instruction set.
     Raises NonFiniteError (NaN or infinity in w) and ScaleOverflowError, both ValueErrors.
     """
-    _check_bits(bits)
+    if bits not in (2, 3):
+        _check_bits(bits)
     check_matrix("w", w, FLOATS)
     in_ = w.shape[1]
     if group_size < 0 or in_ < 1 or (group_size and in_ % group_size):
@@ -183,5 +184,5 @@ def quantize_rtn(
     if not all(math.isfinite(m) and m and (symmetric or m > 0) for m in multipliers):
         raise ValueError(f"multipliers must be finite, not 0, and above 0 where asymmetric: {multipliers}")
     groups = in_ // group_size if group_size else 1
-    run = lib.quantize_rtn if _native(w) else reference.quantize_rtn
+    run = lib.quantize_rtn if _native(w) and bits in (4, 8) else reference.quantize_rtn
     return run(w.contiguous(), bits, groups, symmetric, torch_dtype(scale_dtype), min_zero, multipliers)

@@ -16,7 +16,14 @@ from .weight import FLOATS, Blocks, Weight
 def weight_of(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, kind: str = "int"
 ) -> Weight:
-    """codes uint8 [out, in], each below 2**bits -> the weight; scale and zero as in `Weight`, shared."""
+    """codes uint8 [out, in], each below 2**bits -> the weight; scale and zero as in `Weight`, shared.
+
+    Integers of 2 and 3 bits are held as 4, with their zero points beside them: kernels need know nothing of them."""
+    if kind == "int" and bits in (2, 3):
+        zero = (
+            torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8, device=scale.device) if zero is None else zero
+        )
+        return Weight(pack(codes, 4), scale, zero, 4, codes.shape[1])
     return Weight(pack(codes, bits), scale, zero, bits, codes.shape[1], kind)
 
 

@@ -38,7 +38,7 @@ def search(
         raise ValueError(f"w {tuple(w.shape)}, cost {tuple(cost.shape)} and {groups} groups do not fit")
     cost = cost.float().contiguous()
     dtype = torch_dtype(scale_dtype)
-    if _native(w):
+    if _native(w) and bits in (4, 8):
         return lib.gptq_search(w.contiguous(), cost, bits, groups, symmetric, dtype, min_zero, multipliers)
     parts = [
         _search(rows, cost, bits, groups, symmetric, dtype, min_zero, multipliers)

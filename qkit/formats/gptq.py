@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ..kernels.weight import Weight
     from ..sources.types import Source
 
-_ONES = {4: 0x11111111, 8: 0x01010101}  # one in every field of a word
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in every field of a word
 _OWN = ("desc_act", "checkpoint_format", "quantizer")  # ours to say, not the caller's
+_SLAB = 1 << 20  # codes of 2 and 3 bits at a time: bounds what is held beside the result
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts, beside -1
 
 
@@ -73,10 +74,10 @@ class GPTQ(Format):
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 
-        from ..kernels import pack, pack_transposed
+        from ..kernels import pack_transposed
         from ..kernels.codes import codes_of
 
-        out, in_, bits = weight.out_features, weight.in_features, weight.bits
+        out, in_, bits = weight.out_features, weight.in_features, scheme.bits if scheme else weight.bits
         reason = self.check((out, in_), weight.spec)
         if reason or weight.scale.dtype != torch.float16:
             raise ValueError(reason or f"GPTQ stores float16 scales, not {weight.scale.dtype}")
@@ -92,14 +93,14 @@ class GPTQ(Format):
             back = torch.argsort(weight.order)
             codes, g_idx = codes[:, back].contiguous(), g_idx[back]
         return {
-            "qweight": pack_transposed(codes, bits),
-            "qzeros": pack(zero.t().contiguous(), bits),
+            "qweight": _packed(codes, bits).t().contiguous() if bits in (2, 3) else pack_transposed(codes, bits),
+            "qzeros": _packed(zero.t().contiguous(), bits),
             "scales": weight.scale.t().contiguous(),
             "g_idx": g_idx,
         }
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
-        from ..kernels import unpack
+        from ..kernels.codes import weight_of
         from ..kernels.weight import Weight
 
         qweight = tensors["qweight"]
@@ -114,23 +115,30 @@ class GPTQ(Format):
             del expected["g_idx"]
         check_tensors(tensors, expected)
         order = column_order(tensors["g_idx"], scheme) if "g_idx" in tensors else None
-        # On whole words, as GPTQModel does it: the borrow of a zero of 0 written by others comes back right.
-        words = tensors["qzeros"] + _ONES[scheme.bits] if self.v1 else tensors["qzeros"]
-        zero = unpack(words, scheme.bits, shape[0])
-        if scheme.symmetric:
-            if bool((zero != scheme.mid).any()):
-                raise QkitError(
-                    f"the config says symmetric {self.name}, but its zero points are "
-                    f"{int(zero.min())} to {int(zero.max())}, not {scheme.mid}",
-                    "is checkpoint_format right? v1 (gptq) stores zero - 1, v2 (gptq_v2) stores zero",
-                )
-            zero = None
-        else:
-            zero = zero.t().contiguous()
-        packed = qweight.t().contiguous()
+        found = self._zero_points(tensors["qzeros"], scheme.bits, shape[0])
+        if scheme.symmetric and bool((found != scheme.mid).any()):
+            raise QkitError(
+                f"the config says symmetric {self.name}, but its zero points are "
+                f"{int(found.min())} to {int(found.max())}, not {scheme.mid}",
+                "is checkpoint_format right? v1 (gptq) stores zero - 1, v2 (gptq_v2) stores zero",
+            )
+        zero = None if scheme.symmetric else found.t().contiguous()
+        packed, scales = qweight.t().contiguous(), tensors["scales"].t().contiguous()
+        if scheme.bits in (2, 3):
+            weight = weight_of(_unpacked(packed, scheme.bits, shape[1]), scales, zero, scheme.bits)
+            packed, zero = weight.packed, weight.zero
+        held = max(4, scheme.bits)
         if order is not None:
-            packed = in_order(packed, scheme.bits, order)
-        return Weight(packed, tensors["scales"].t().contiguous(), zero, scheme.bits, shape[1], order=order)
+            packed = in_order(packed, held, order)
+        return Weight(packed, scales, zero, held, shape[1], order=order)
+
+    def _zero_points(self, words: torch.Tensor, bits: int, out: int) -> torch.Tensor:
+        """uint8 [groups, out]. Of v1 on whole words, as GPTQModel does it: the borrow of a zero of 0 written by others
+        comes back right; fields of 3 bits cross words."""
+        if self.v1 and bits != 3:
+            words = words + _ONES[bits]
+        zero = _unpacked(words, bits, out)
+        return (zero + 1) & 7 if self.v1 and bits == 3 else zero
 
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
         rows, out = source.meta(f"{module}.qweight").shape
@@ -202,6 +210,40 @@ class GPTQReader:
 
     def required(self, scheme: LayerSpec) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales")
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [rows, n] -> int32 [rows, n * bits / 32]: a stream of bits, low ones first, that runs across words."""
+    import torch
+
+    from ..kernels import pack
+
+    if bits in (4, 8):
+        return pack(codes, bits)
+    places, bit = torch.arange(32), torch.arange(bits, dtype=torch.uint8)
+    out = torch.empty(codes.shape[0], codes.shape[1] * bits // 32, dtype=torch.int32)
+    step = max(1, _SLAB // codes.shape[1])
+    for a in range(0, len(codes), step):
+        stream = ((codes[a : a + step].unsqueeze(-1) >> bit) & 1).view(-1, out.shape[1], 32)
+        out[a : a + step] = (stream.long() << places).sum(-1).to(torch.int32)
+    return out
+
+
+def _unpacked(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """The inverse of `_packed`."""
+    import torch
+
+    from ..kernels import unpack
+
+    if bits in (4, 8):
+        return unpack(words, bits, n)
+    places, bit = torch.arange(32, dtype=torch.int32), torch.arange(bits, dtype=torch.uint8)
+    out = torch.empty(words.shape[0], n, dtype=torch.uint8)
+    step = max(1, _SLAB // n)
+    for a in range(0, len(words), step):
+        stream = ((words[a : a + step].unsqueeze(-1) >> places) & 1).to(torch.uint8).view(-1, n, bits)
+        out[a : a + step] = (stream << bit).sum(-1, dtype=torch.uint8)
+    return out
 
 
 def _settings(scheme: LayerSpec) -> dict[str, Any]:

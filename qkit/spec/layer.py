@@ -9,7 +9,7 @@ from .ggml import GGML
 
 CHANNEL = 0  # group size of a spec with one scale per output channel
 GRIDS = ("int", "float", "nf4", "fp4", "ggml")
-_BITS = {"int": (4, 8), "float": (4, 8), "nf4": (4,), "fp4": (4,)}
+_BITS = {"int": (2, 3, 4, 8), "float": (4, 8), "nf4": (4,), "fp4": (4,)}
 _DTYPES = {"int": ("BF16", "F16", "F32"), "float": ("BF16", "F16", "F32", "F8_E8M0", "F8_E4M3", "U8")}
 
 
@@ -19,7 +19,7 @@ class Grid:
 
     kind       "int": code - zero; "float": a small float of 4 (e2m1) or 8 (e4m3) bits; "nf4", "fp4": bitsandbytes'
                tables; "ggml": a block type of llama.cpp's
-    bits       4 or 8; integer codes are unsigned, 0 .. 2**bits - 1
+    bits       integers 2, 3, 4 or 8, others 4 or 8; integer codes are unsigned, 0 .. 2**bits - 1
     symmetric  zero is 2**(bits-1) everywhere and is not stored
     low        the least code minus that zero where a format has a narrow range (-127), else None
     min_zero   least zero point the format can hold (GPTQ v1 stores zero - 1, so 0 has no form there)
@@ -39,7 +39,8 @@ class Grid:
             raise QkitError(f"unknown grid {self.kind!r}", "known: " + ", ".join(GRIDS))
         if self.bits not in _BITS.get(self.kind, range(1, 17)):
             name = "integer" if self.kind == "int" else self.kind
-            raise QkitError(f"{self.bits}-bit {name} weights are not supported", "use 4 or 8 bits")
+            hint = "use 4 or 8 bits; GPTQ has 2 and 3 too"
+            raise QkitError(f"{self.bits}-bit {name} weights are not supported", hint)
         if self.min_zero not in (0, 1):
             raise QkitError(f"min_zero must be 0 or 1, not {self.min_zero}")
 

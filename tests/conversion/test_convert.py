@@ -150,7 +150,7 @@ def test_unknown_architecture_is_refused_only_by_methods_that_run_it(llama, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scheme": "w3a16"}, "unknown scheme"),
+        ({"scheme": "w5a16"}, "unknown scheme"),
         ({"format": "zip"}, "unknown format"),
         ({"method": "magic"}, "unknown method"),
         ({"group_size": 96}, "does not divide"),

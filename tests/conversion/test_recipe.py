@@ -67,7 +67,7 @@ def test_a_group_size_is_chosen_for_the_layers_of_its_rule(tmp_path: Path) -> No
         ("- {modules: '*.dwon_proj', scheme: keep}", "matches no tensor"),
         ("- {modules: '*.embed_tokens', scheme: w8a16}", "embed_tokens.weight cannot be quantized: embedding"),
         ("- {modules: '*', scheme: w8a16}\n- {modules: '*.q_proj', scheme: w4a16}", "rule 2 .*earlier rules decide"),
-        ("- {modules: '*', scheme: w3a16}", "rule 1: unknown scheme 'w3a16'"),
+        ("- {modules: '*', scheme: w5a16}", "rule 1: unknown scheme 'w5a16'"),
         ("- {modules: '*', scheme: w4a16, group_size: x}", "rule 1: group_size: 'x' is not a group size"),
         ("- {modules: '*', scheme: w4a16, group_size: 128}", "group size 128 does not divide .*192 wide"),
         ("- {modules: '*', sheme: w4a16}", "no modules or no scheme"),

@@ -173,7 +173,7 @@ def test_unsupported_compressed_tensors(change, match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"bits": 3}, "3-bit"),
+        ({"bits": 5}, "5-bit"),
         ({"bits": "4"}, "integers"),
         ({"checkpoint_format": "marlin"}, "marlin"),
         ({"pack_dtype": "int16"}, "int16"),

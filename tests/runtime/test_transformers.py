@@ -147,9 +147,9 @@ def test_a_folder_that_contradicts_its_config(folders, tables, tmp_path):
 
 
 def test_what_qkit_does_not_read_is_left_to_transformers(tables):
-    config = {"quant_method": "gptq", "bits": 3, "group_size": 128, "desc_act": False, "sym": True}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "format": "marlin"}
     assert type(auto.AutoQuantizationConfig.from_dict(config)).__name__ == "GPTQConfig"
-    assert isinstance(auto.AutoQuantizationConfig.from_dict({**config, "bits": 4}), QkitConfig)
+    assert isinstance(auto.AutoQuantizationConfig.from_dict({**config, "format": "gptq"}), QkitConfig)
 
 
 def test_offloading_to_disk_is_refused(folders, tables):

@@ -50,6 +50,11 @@ class CompressedTensors(Format):
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         if codec(scheme) in (NVFP4, MXFP4):
             return scheme
+        if scheme.bits not in (4, 8):
+            raise QkitError(
+                f"compressed-tensors has {scheme.bits}-bit weights, but each release packs them in another way",
+                "use format gptq, or 4 bits",
+            )
         # Readers hold the scale in the model's dtype: any other would be rounded a second time.
         dtype = model_dtype if model_dtype in ("BF16", "F16", "F32") else "BF16"
         return scheme.stored_with(dtype, min_zero=0)

@@ -122,10 +122,16 @@ def parse(name: str, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> L
             f"config group {name!r}: {kind} weights with strategy {strategy!r} are not supported",
             "supported: int weights with strategy group or channel",
         )
+    bits = weights.get("num_bits", 8)
+    if bits not in (4, 8):
+        raise QkitError(
+            f"config group {name!r}: {bits}-bit weights are not supported",
+            "supported: 4 and 8 bits, which all releases store alike",
+        )
     if strategy == "group" and (not isinstance(size, int) or size < 1):
         raise QkitError(f"config group {name!r}: strategy group needs an integer group_size, not {size!r}")
     return integer(
-        bits=weights.get("num_bits", 8),
+        bits=bits,
         group_size=int(size) if strategy == "group" and isinstance(size, int) else CHANNEL,
         symmetric=bool(weights.get("symmetric", True)),
     )
