@@ -43,8 +43,8 @@ class Options:
     scheme: str | None = option(
         None,
         "w4a16, w8a16, of gptq w3a16 and w2a16, each also with -asym; w8a8, fp8, fp8-block, nvfp4a16, mxfp4a16; none; "
-        "of bnb nf4, nf4-dq, fp4, fp4-dq, int8; of gguf q4_k_m, q6_k, iq4_xs and llama.cpp's other names; default: w4a16, "
-        "of awq w4a16-asym, of bnb nf4, of gguf q4_k_m",
+        "of bnb nf4, nf4-dq, fp4, fp4-dq, int8; of gguf q4_k_m, q6_k, iq4_xs and llama.cpp's other names; default: "
+        "w4a16, of awq w4a16-asym, of bnb nf4, of gguf q4_k_m",
         metavar="NAME",
     )
     recipe: str | None = option(
