@@ -1,4 +1,4 @@
-// Weights -> codes and scales of ggml's block types (kernels/ggml/encode.py, to which this is equal bit for bit). Sixteen
+// Weights -> codes and scales of ggml's block types (kernels/ggml/reference.py, to which this is equal bit for bit). Sixteen
 // rows are sixteen lanes: the same columns, and so the same importances, in every lane, and sums run over the values of
 // a sub-block in order. Products and sums are rounded one by one.
 #pragma once

@@ -1,4 +1,5 @@
-"""ggml's block types: bytes <-> floats. Decoders in decode.py, encoders in encode.py; sizes in `qkit.spec.ggml`."""
+"""ggml's block types: bytes <-> floats. Decoders in decode.py; encoders in C++ (cpu/ggml.h) and in reference.py; sizes in
+`qkit.spec.ggml`."""
 
 from __future__ import annotations
 
