@@ -1,4 +1,4 @@
-"""ggml's block types: bytes <-> floats. Decoders in decode.py; encoders in C++ (cpu/ggml.h) and in reference.py; sizes in
+"""ggml's block types: bytes <-> floats. Decoders in decode.py, encoders in C++ (cpu/ggml.h) and reference.py; sizes in
 `qkit.spec.ggml`."""
 
 from __future__ import annotations
