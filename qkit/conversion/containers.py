@@ -74,8 +74,7 @@ class Safetensors:
         config = dict(source.config)
         files: dict[str, bytes] = {}
         if plan.kinds:
-            options = {"method": plan.method.name, "calibration": calibration}
-            config["quantization_config"] = plan.config_with(options)
+            config["quantization_config"] = plan.quantization_config(calibration)
             files.update(plan.fmt.extra_files(config["quantization_config"]))
         return {**files, "config.json": _json(config), INDEX: _json(index(plan))}
 

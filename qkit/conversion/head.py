@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ..formats.base import Format
     from ..sources.types import Source
 
-CHOICES = ("keep", "8bit", "4bit")
-
 
 def with_head(source: Source, fmt: Format, options: Options) -> Source:
     """The source with a head of its own, where one is to be quantized and the source ties it to the embedding.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +15,9 @@ from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, FUSED_EXPERTS, module_of, why_kept
+from ..models.families import BLOCK, FUSED_EXPERTS, module_of
 from ..models.skeleton import check_architecture
-from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe, Rule
+from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..text.read import check_spec
@@ -27,12 +26,12 @@ from .head import choose_head, with_head
 from .options import Options
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
+from .stored import expand, notes_of, stored_recipe
 from .tasks import Shard, Task, check_collisions, schemes_of
 from .workspace import partial_dir
 
 if TYPE_CHECKING:
     from ..formats.base import Format
-    from ..formats.expanded import Expanded
     from ..methods import Method
     from ..sources.types import Sidecar, Source, Stored
 
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
 class Plan:
     """The whole conversion, decided. Sizes in bytes.
 
-    fmt      bound to the source; view: the source with the tensors that the format's files hold
+    original what is read: the source, with its weights as values and a head of its own where the plan needs that
+    fmt      bound to it; view: it with the tensors that the format's files hold
     name     what the result is called, which no path decides
     clients  what transformers calls the modules, where that may be something else than the files do
     """
@@ -49,6 +49,7 @@ class Plan:
     source: str
     out: Path
     options: Options
+    original: Source
     fmt: Format
     view: Source
     name: str
@@ -93,19 +94,14 @@ class Plan:
             named += sorted(self.clients.linears - quantized - set(named), key=natural_key)
         return named if "lm_head" in named or "lm_head.weight" in self.schemes else [*named, "lm_head"]
 
-    @property
-    def quantization_config(self) -> dict[str, Any]:
-        """What config.json says of the result, but for what calibration adds."""
-        return self.config_with({"method": self.method.name, "calibration": None})
-
-    def config_with(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """`quantization_config`, with facts of the method."""
+    def quantization_config(self, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What config.json says of the result. calibration: what the manifest says of it."""
         schemes = {}
         for name, scheme in self.schemes.items():
             module = module_of(name)
             for known in (module,) if self.clients is None else self.clients.all_of(module):
                 schemes[known] = scheme
-        return self.fmt.config(schemes, self.ignored, options)
+        return self.fmt.config(schemes, self.ignored, {"method": self.method.name, "calibration": calibration})
 
     @property
     def bytes_in(self) -> int:
@@ -172,15 +168,14 @@ AS_STORED = "as stored"  # what a plan calls the scheme where the source's own i
 def make_plan(source: Source, out: Path, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
-    from ..formats.expanded import Expanded
 
     device = resolve(options.device)
     fmt = formats.get(options.format)
-    expanded = source if isinstance(source, Expanded) else expand(source)
+    expanded = expand(source)
     source = expanded or source
     stored = () if expanded is None or options.scheme or options.recipe else tuple(expanded.schemes.values())
     if expanded is not None and stored and all(spec.kind in fmt.kinds for spec in stored):
-        recipe = _stored_recipe(expanded, options)
+        recipe = stored_recipe(expanded, options)
         options = replace(options, scheme=AS_STORED)
     else:
         if options.scheme is None:
@@ -208,7 +203,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     choices, more = fmt.choose(chosen, method.needs == "moments", options.head)
     more = [*of_head, *more]
     if expanded is not None:
-        notes += _of_repacking(expanded, choices)
+        notes += notes_of(expanded, choices)
     tasks = make_tasks(source, choices, fmt)
     if recipe.schemes and not any(t.scheme for t in tasks):
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
@@ -229,6 +224,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         source=source.label,
         out=out,
         options=options,
+        original=original,
         fmt=fmt,
         view=source,
         name=name,
@@ -246,61 +242,6 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     if clients is not None:
         check_names(plan, clients)
     return plan
-
-
-def expand(source: Source) -> Expanded | None:
-    """A source that is quantized in a format that qkit reads, as one that is not; None for one that is not.
-
-    Raises QkitError for a method that is not read."""
-    from ..formats.expanded import Expanded
-    from ..sources.lora import LoraSource
-
-    if not (source.config.get("quantization_config") or source.config.get("compression_config")):
-        return None
-    if isinstance(source, LoraSource):
-        raise QkitError(
-            "an adapter is merged into weights that are not quantized",
-            "convert the original checkpoint with --lora, or serve the adapter beside the quantized model",
-        )
-    return Expanded(source)
-
-
-def _stored_recipe(source: Expanded, options: Options) -> Recipe:
-    """As the source has it: --skip first; what it keeps is kept."""
-    skipped = [Rule(p, Keep("skipped on request"), origin=f"--skip {p!r}") for p in options.skip]
-    kept = [
-        Rule(_literal(module_of(name)), Keep("not quantized in the source"))
-        for name in source.names()
-        if name not in source.schemes and why_kept(name, source.meta(name)) is None
-    ]
-    schemes = list(dict.fromkeys(source.schemes.values()))
-    if len(schemes) == 1:
-        return Recipe((*skipped, *kept, Rule("*", schemes[0])))
-    own = [Rule(_literal(module_of(name)), scheme) for name, scheme in source.schemes.items()]
-    return Recipe((*skipped, *kept, *own))
-
-
-def _literal(module: str) -> str:
-    """A shell pattern that matches the name alone."""
-    return re.sub(r"([*?[])", r"[\1]", module)
-
-
-def _of_repacking(source: Expanded, choices: Mapping[str, LayerSpec | Keep]) -> list[str]:
-    """What becomes of the weights that are quantized already."""
-    from ..formats.expanded import same_grid
-
-    done = [n for n, s in source.schemes.items() if isinstance(c := choices.get(n), LayerSpec) and same_grid(s, c)]
-    types = {(source.schemes[n].scale_dtype, choices[n].scale_dtype) for n in done}  # type: ignore[union-attr]
-    notes = []
-    if done:
-        notes.append(f"{len(done)} weights are repacked: their codes stay as they are, none is rounded anew")
-    notes += [f"their scales are rounded from {a} to {b}" for a, b in sorted(types) if a != b and b == "BF16"]
-    again = len(source.schemes) - len(done)
-    if again:
-        notes.append(
-            f"{again} weights that are quantized already are dequantized and rounded anew: the errors of both add up"
-        )
-    return notes
 
 
 def _of_fused_experts(tasks: Sequence[Task]) -> list[str]:
@@ -322,7 +263,7 @@ def check_names(plan: Plan, clients: ClientNames) -> None:
     Raises QkitError where it does not: the folder would not load."""
     if plan.fmt.name != "compressed-tensors":
         return
-    reader = plan.fmt.parse(plan.quantization_config)
+    reader = plan.fmt.parse(plan.quantization_config())
     stored = {clients.names.get(module_of(name), module_of(name)): scheme for name, scheme in plan.schemes.items()}
     for name in clients.linears:
         found, expected = reader.scheme(name), stored.get(name)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..hardware import memory
 from ..options import identity, with_options
 from ..progress import notify
-from .head import with_head
 from .options import Options
-from .plan import Plan, expand, make_plan
+from .plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from ..sources.types import Source
@@ -61,7 +60,6 @@ def convert(
     The same source, options and version give byte-identical files. An interrupted run continues when called
     again with the same arguments. Raises QkitError for bad input, before any tensor is read.
     """
-    from .. import formats
     from ..sources import open_source
     from . import finish
     from .execute import STATISTICS, write_weights
@@ -71,10 +69,9 @@ def convert(
 
     started = time.perf_counter()
     opened = open_source(source, lora=options.lora)
-    opened = expand(opened) or opened
     place = resolve_out(out, (source, options.lora, options.calib, options.recipe))
-    opened = with_head(opened, formats.get(options.format), options)
     plan = make_plan(opened, place, options)
+    opened = plan.original
     if options.dry_run:
         return ConvertResult(plan, plan.out)
     for note in plan.notes:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import QkitError
 from ..models.config import model_dtype
-from ..sources.types import Sidecar, Source, Stored
+from ..sources.types import Source, Wrapped
 from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta, torch_dtype
 from . import local_names, quantized_modules, read_weight, reader
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from ..kernels.weight import Weight
 
 
-class Expanded:
+class Expanded(Wrapped):
     """`types.Source` over one that is quantized in a format that qkit reads; weights are read in the model's type.
 
     schemes: name of each quantized weight -> how it is stored. Raises QkitError for a method that is not read."""
@@ -29,13 +28,9 @@ class Expanded:
         found = reader(source.config)
         if found is None:
             raise QkitError(f"{source.label} is not quantized")
-        self.source, self._reader = source, found
-        self.label, self.base_model = source.label, source.base_model
-        self.config: dict[str, Any] = {
-            k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")
-        }
-        self.stored: Stored = source.stored
-        self.folder: Path | None = source.folder
+        super().__init__(source)
+        self._reader = found
+        self.config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")}
         self._dtype = model_dtype(source.config)
         self._modules = quantized_modules(found, source)
         self.schemes: Mapping[str, LayerSpec] = {f"{module}.weight": s for module, s in self._modules.items()}
@@ -45,18 +40,6 @@ class Expanded:
             inside |= {f"{module}.{local}" for local in local_names(found, source, module, scheme)}
             self._shapes[f"{module}.weight"] = found.format.shape(source, module, scheme)
         self._names = [n for n in source.names() if n not in inside]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.source.metadata
-
-    @property
-    def sidecars(self) -> tuple[Sidecar, ...]:
-        return self.source.sidecars
 
     def names(self) -> list[str]:
         from ..storage.files import natural_key

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..models.config import model_dtype
 from ..spec.dtypes import TensorMeta, torch_dtype
-from .types import Sidecar, Source, Stored
+from .types import Source, Wrapped
 
 if TYPE_CHECKING:
     import torch
 
 
-class CastSource:
+class CastSource(Wrapped):
     """`types.Source`: float32 tensors as the type that config.json declares."""
 
     def __init__(self, source: Source):
-        self.source = source
-        self.label, self.base_model, self.config = source.label, source.base_model, source.config
-        self.stored: Stored = source.stored
-        self.folder: Path | None = source.folder
+        super().__init__(source)
         self._dtype = model_dtype(source.config)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.source.metadata
-
-    @property
-    def sidecars(self) -> tuple[Sidecar, ...]:
-        return self.source.sidecars
-
-    def names(self) -> list[str]:
-        return self.source.names()
 
     def meta(self, name: str) -> TensorMeta:
         meta = self.source.meta(name)

@@ -101,3 +101,34 @@ class Source(Protocol):
         """The tensor, on the CPU, contiguous, in memory of its own. Thread-safe. Raises QkitError if the file
         changed or cannot be read."""
         ...
+
+
+class Wrapped:
+    """`Source` over another one, like it in all that a subclass does not say otherwise."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.label, self.base_model, self.config = source.label, source.base_model, source.config
+        self.stored: Stored = source.stored
+        self.folder: Path | None = source.folder
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.source.metadata
+
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        return self.source.sidecars
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        return self.source.meta(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.source.read(name)

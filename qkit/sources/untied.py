@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..spec.dtypes import TensorMeta
-from .types import Sidecar, Source, Stored
+from .types import Source, Wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -21,30 +20,15 @@ def is_tied(source: Source) -> bool:
     return HEAD not in names and EMBEDDING in names
 
 
-class Untied:
+class Untied(Wrapped):
     """`types.Source`: lm_head.weight is the embedding, and config.json says that they are two."""
 
     def __init__(self, source: Source):
-        self.source = source
-        self.label, self.base_model = source.label, source.base_model
-        self.config: dict[str, Any] = {**source.config, "tie_word_embeddings": False}
+        super().__init__(source)
+        self.config = {**source.config, "tie_word_embeddings": False}
         nested = source.config.get("text_config")
         if isinstance(nested, Mapping) and "tie_word_embeddings" in nested:
             self.config["text_config"] = {**nested, "tie_word_embeddings": False}
-        self.stored: Stored = source.stored
-        self.folder: Path | None = source.folder
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.source.metadata
-
-    @property
-    def sidecars(self) -> tuple[Sidecar, ...]:
-        return self.source.sidecars
 
     def names(self) -> list[str]:
         return [HEAD, *self.source.names()]

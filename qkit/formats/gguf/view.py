@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import QkitError
 from ...sources.gguf.slots import ROPE_FREQS, Slot, slots
-from ...sources.types import Sidecar, Source, Stored
+from ...sources.types import Source, Wrapped
 from ...spec.dtypes import TensorMeta
 from ...storage.files import first_few, natural_key
 from .metadata import Model, model_of, rope_factors
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 _HEAD = "lm_head.weight"
@@ -26,17 +24,14 @@ _BUFFERS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 _TOWERS = ("vision", "visual", "multi_modal", "mm_", "audio", "image")
 
 
-class GgufView:
+class GgufView(Wrapped):
     """`types.Source`. Rows of Q and K are in ggml's order, Gemma's norms one higher, vectors and routers float32; rows
     of Gemma's embedding beyond the vocabulary are left out.
 
     Raises QkitError on opening where the model has no place in a GGUF file."""
 
     def __init__(self, source: Source):
-        self.source = source
-        self.label, self.base_model, self.config = source.label, source.base_model, source.config
-        self.stored: Stored = source.stored
-        self.folder: Path | None = source.folder
+        super().__init__(source)
         self.model: Model = model_of(source.config)
         self.vocabulary = Vocabulary(source)
         self._stem = _stem(source)
@@ -57,8 +52,8 @@ class GgufView:
                 f"{self.label}: {len(missing)} tensors are missing: {first_few(sorted(missing, key=natural_key))}",
                 "the checkpoint is incomplete, or its config is not its own",
             )
-        self.left_out = sorted(names - self._slots.keys(), key=natural_key)
-        self.left_out = [n for n in self.left_out if not n.endswith(_BUFFERS)]
+        unused = sorted(names - self._slots.keys(), key=natural_key)
+        self.left_out = [name for name in unused if not name.endswith(_BUFFERS)]
         strange = [n for n in self.left_out if not any(t in n for t in _TOWERS)]
         if strange:
             raise QkitError(
@@ -86,18 +81,6 @@ class GgufView:
             raise QkitError(
                 f"{self.label}: {name} has the shape {list(meta.shape)}, the config says {list(slot.shape)}"
             )
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.source.metadata
-
-    @property
-    def sidecars(self) -> tuple[Sidecar, ...]:
-        return self.source.sidecars
 
     @cached_property
     def rows(self) -> int:
