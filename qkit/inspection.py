@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import units
 from .errors import QkitError
 from .models.config import text_config
+from .models.families import is_kv_scale
 from .progress import track
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Inspection:
     dtypes: dict[str, int]
     quantization: dict[str, Any] | None
     schemes: dict[str, int]
+    kv_cache: str | None
     converted_by: str | None
     calibration: dict[str, Any] | None
     fallbacks: dict[str, str]
@@ -59,7 +61,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     metas = {name: source.meta(name) for name in source.names()}
     reader = formats.reader(source.config)
     schemes: Counter[str] = Counter()
-    parameters = sum(m.numel for m in metas.values())
+    parameters = sum(m.numel for n, m in metas.items() if not is_kv_scale(n))
     if reader is not None:
         parameters, schemes = _logical(source, metas, reader)
     problems = None
@@ -78,6 +80,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
         dtypes=source.stored.types,
         quantization=source.config.get("quantization_config"),
         schemes=dict(schemes),
+        kv_cache=formats.kv_cache(reader),
         converted_by=f"qkit {manifest.identity.get('qkit')}" if manifest else None,
         calibration=without_sketch(manifest.identity.get("calibration")) if manifest else None,
         fallbacks={n: t["fallback"] for n, t in manifest.tensors.items() if t.get("fallback")} if manifest else {},
@@ -97,7 +100,7 @@ def _logical(source: Source, metas: dict[str, TensorMeta], reader: formats.Forma
     from .formats import local_names, quantized_modules
 
     schemes: Counter[str] = Counter()
-    parameters = sum(m.numel for m in metas.values())
+    parameters = sum(m.numel for n, m in metas.items() if not is_kv_scale(n))
     for module, scheme in quantized_modules(reader, source).items():
         schemes[scheme.describe()] += 1
         stored = {local: metas[f"{module}.{local}"] for local in local_names(reader, source, module, scheme)}
@@ -117,6 +120,8 @@ def describe(result: Inspection) -> str:
     if result.quantization:
         lines.append(f"  quantization  {result.quantization.get('quant_method', 'unknown')}")
     lines += [f"                {n} layers {s}" for s, n in sorted(result.schemes.items())]
+    if result.kv_cache:
+        lines.append(f"  KV cache      {result.kv_cache}, with a scale of keys and one of values for each layer")
     if result.converted_by:
         lines.append(f"  written by    {result.converted_by} from {result.base_model}")
     if result.calibration:

@@ -6,7 +6,7 @@ to layer, through what is already quantized: o_proj is fitted to what the quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
@@ -121,9 +121,9 @@ def _put_back(
             install(block.get_submodule(local.removesuffix(".weight")), value)
 
 
-def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int, length: int, method: Method) -> Cost:
-    """What `quantize_blocks` will take, with weights, activations and statistics, without the interpreter. Reads no
-    tensor.
+def predict_cost(source: Source, schemes: Collection[str], samples: int, length: int, method: Method) -> Cost:
+    """What `quantize_blocks` of the weights in `schemes` will take, with weights, activations and statistics, without
+    the interpreter. Reads no tensor.
 
     Every weight counts as its own input group except those with a sibling of the same parent and width, which
     share one: q, k, v; gate, up."""
@@ -156,7 +156,7 @@ def predict_cost(source: Source, schemes: Mapping[str, LayerSpec], samples: int,
 def _peak(
     source: Source,
     shapes: Mapping[str, tuple[int, ...]],
-    schemes: Mapping[str, LayerSpec],
+    schemes: Collection[str],
     tokens: int,
     batch: int,
     groups: Mapping[tuple[str, int], list[str]],
@@ -179,14 +179,14 @@ def _peak(
     return max(embedding + 2 * states, max(per_block.values(), default=0) + passing + max(gated, *solving, 0))
 
 
-def _waiting_bytes(source: Source, schemes: Mapping[str, LayerSpec], tokens: int, itemsize: int) -> int:
+def _waiting_bytes(source: Source, schemes: Collection[str], tokens: int, itemsize: int) -> int:
     """What is alive where `tokens` wait in a block: the states it was given, those it adds to, and a layer's input."""
     hidden = positive_int(source.config, "hidden_size", 0)
     return tokens * (2 * hidden + max((source.meta(name).shape[1] for name in schemes), default=0)) * itemsize
 
 
-def batch_size(source: Source, schemes: Mapping[str, LayerSpec], length: int, itemsize: int) -> int:
-    widest = max((max(source.meta(name).shape) for name in schemes), default=1)
+def batch_size(source: Source, names: Iterable[str], length: int, itemsize: int) -> int:
+    widest = max((max(source.meta(name).shape) for name in names), default=1)
     return max(1, _BATCH_BYTES // (length * widest * itemsize))
 
 

@@ -1,10 +1,14 @@
-"""Statistics of the inputs of linears over a calibration text, of the model as it is: one block in memory at a time."""
+"""What a calibration text meets in the model as it is: inputs of linears, keys and values; one decoder block in memory
+at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..errors import QkitError
+from ..models.families import KV_SCALES
 from ..spec.dtypes import TensorMeta
 from .block import Runner
 from .blocks import batch_size, decoder_blocks, embed
@@ -34,6 +38,68 @@ def observe(
 
     tokens int64 [samples, length]; dtype of the forward pass, bfloat16 by default; advance is called after each block.
     Deterministic on one device and thread count. Raises QkitError for an architecture that cannot be run."""
+    found: dict[str, Moments] = {}
+
+    def visit(at: str, block: nn.Module, run: Callable[[], None]) -> None:
+        own = [name for name in schemes if name.startswith(at)]
+        found.update(_moments(block, at, own, run, device))
+        advance()
+
+    _each_block(source, schemes, tokens, device, dtype, visit)
+    return found
+
+
+def observe_cache(
+    source: Source,
+    tokens: torch.Tensor,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Name of each scale of the KV cache ("model.layers.0.self_attn.k_scale") -> the largest magnitude of what it is
+    for: keys as the cache gets them, after norm and rotation, or values. Arguments as of `observe`.
+
+    Raises QkitError for an architecture that cannot be run, and for keys or values that are not finite."""
+    import torch
+
+    from ..models.kv_cache import intercept
+
+    found: dict[str, float] = {}
+
+    def visit(at: str, block: nn.Module, run: Callable[[], None]) -> None:
+        largest = [torch.zeros((), device=device) for _ in KV_SCALES]
+
+        def see(module: nn.Module, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            for i, x in enumerate(states):
+                largest[i] = torch.maximum(largest[i], x.abs().amax().float())
+            return states
+
+        handle = intercept(block.self_attn, see)  # type: ignore[arg-type]
+        run()
+        handle.remove()
+        for local, value in zip(KV_SCALES, largest, strict=True):
+            name = f"{at}self_attn.{local}"
+            if not bool(torch.isfinite(value)):
+                raise QkitError(f"{name}: the calibration text gives NaN or infinity", "is the checkpoint damaged?")
+            found[name] = float(value)
+        advance()
+
+    matrices = [name for name in source.names() if len(source.meta(name).shape) == 2]
+    _each_block(source, matrices, tokens, device, dtype, visit)
+    return found
+
+
+def _each_block(
+    source: Source,
+    names: Iterable[str],
+    tokens: torch.Tensor,
+    device: str,
+    dtype: torch.dtype | None,
+    visit: Callable[[str, nn.Module, Callable[[], None]], None],
+) -> None:
+    """Call visit(what the names of its tensors begin with, decoder block, run) for one block after another; `run`, to
+    be called once, runs the text through the block. names: the matrices whose widths decide the size of batches."""
     import torch
 
     from ..models import skeleton
@@ -41,25 +107,19 @@ def observe(
     dtype = dtype or torch.bfloat16
     model = skeleton.build(source.config)
     prefix, blocks = decoder_blocks(model)
-    found: dict[str, Moments] = {}
     with torch.no_grad():
-        inside = {name: scheme for name, scheme in schemes.items() if name.startswith(prefix)}
+        inside = [name for name in names if name.startswith(prefix)]
         size = batch_size(source, inside, tokens.shape[1], dtype.itemsize)
         hidden, calls = embed(model, blocks, source, tokens, size, device, dtype)
         for index, block in enumerate(blocks):
             at = f"{prefix}{index}."
             skeleton.materialize(block, source.read, at, dtype, device)
-            own = [name for name in inside if name.startswith(at)]
-            found |= _block(block, at, own, Runner(block, calls[index], device), hidden, device)
+            visit(at, block, partial(Runner(block, calls[index], device).advance, hidden))
             skeleton.dematerialize(block)
-            advance()
-    return found
 
 
-def _block(
-    block: nn.Module, at: str, names: list[str], runner: Runner, hidden: list[torch.Tensor], device: str
-) -> dict[str, Moments]:
-    """The moments in one block; `hidden` is replaced by its output."""
+def _moments(block: nn.Module, at: str, names: list[str], run: Callable[[], None], device: str) -> dict[str, Moments]:
+    """The moments of the inputs of one block's linears."""
     statistics: dict[str, InputMoments] = {}
     hooks = []
     for name in names:
@@ -70,7 +130,7 @@ def _block(
             own.add(inputs[0])
 
         hooks.append(module.register_forward_pre_hook(see))
-    runner.advance(hidden)
+    run()
     for hook in hooks:
         hook.remove()
     return {name: own.result() for name, own in statistics.items()}

@@ -41,6 +41,13 @@ def card(plan: Plan, source: Source, manifest: Manifest) -> str:
             f"format {plan.options.format}.",
             "",
         ]
+        if plan.kv_cache:
+            scales = "from the calibration text" if plan.cache else "those of the source"
+            lines += [
+                "KV cache: FP8 (e4m3), half the bytes of 16 bits, with a scale for the keys and one for the values of "
+                f"each layer, {scales}.",
+                "",
+            ]
         calibration = manifest.identity["calibration"]
         if calibration:
             lines += [
@@ -84,7 +91,7 @@ def _table(plan: Plan, source: Source, manifest: Manifest) -> list[str]:
     ]
     if plan.bits_per_quantized_weight:
         rows.append(("bits per weight in quantized layers", f"{plan.bits_per_quantized_weight:.3f}"))
-        rows.append(("quantized layers", str(len(manifest.tensors))))
+        rows.append(("quantized layers", str(len(plan.schemes))))
         for key, label in (("weight_error", "relative weight error"), ("output_error", "relative output error")):
             errors = sorted(t[key] for t in manifest.tensors.values() if key in t)
             if errors:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QkitError
 from ..methods import METHODS
 from ..models.config import positive_int, text_config
-from ..models.families import module_of
+from ..models.families import is_kv_scale, module_of
 from ..progress import notify, track
+from ..sources.untied import Untied
 from .containers import CONTAINERS
 from .executor import Executor
+from .kv_cache import CacheScales
 from .record import check_finite, computed_on, digest, record, weight_error
 from .tasks import block_schemes
 
@@ -47,6 +49,11 @@ class Produced:
 
 def write_weights(plan: Plan, source: Source, work: Workspace, executor: Executor, tokens: torch.Tensor | None) -> None:
     """Write every file of weights that is not there yet. tokens: calibration windows, None for data-free methods."""
+    if plan.cache is not None:
+        assert tokens is not None
+        plan.cache.largest = _observed_cache(plan, source, work, tokens)
+    if plan.method.needs is None:
+        tokens = None
     options = {name: getattr(plan.options, name) for name in plan.method.options}
     produce = Produce(plan, plan.view, plan.fmt, plan.method, options)
     if tokens is not None and plan.method.observes:
@@ -70,6 +77,26 @@ def _observed(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor)
         work.manifest.files[STATISTICS] = file_entry(write_moments(work.store, STATISTICS, found))
         work.manifest.save(work.folder)
     return read_moments(work.store, STATISTICS)
+
+
+def _observed_cache(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor) -> dict[str, float]:
+    """The largest magnitude behind each scale of the KV cache, in the manifest as soon as they are all there."""
+    from ..calibrate.observe import observe_cache
+
+    assert plan.cache is not None
+    noted = work.manifest.tensors
+    if not all(name in noted for name in plan.cache.scales):
+        with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
+            found = observe_cache(source, tokens, device=plan.device, advance=lambda: advance(1))
+        for name in plan.cache.scales:
+            noted[name] = {
+                "method": "largest magnitude / 448",
+                "largest": found[name],
+                "calibration_tokens": tokens.numel(),
+                "computed_on": computed_on(plan.device),
+            }
+        work.manifest.save(work.folder)
+    return {name: float(noted[name]["largest"]) for name in plan.cache.scales}
 
 
 def _write_shards(shards: Sequence[Shard], produce: Produce, work: Workspace, executor: Executor) -> None:
@@ -130,7 +157,7 @@ def _finished_block(
         for task in shard.tasks:
             if task.scheme is not None:
                 found |= read_weights(task, fmt, file.read)
-            elif replaced:
+            elif replaced and not is_kv_scale(task.name):
                 found |= zip(task.sources, parts(task, file.read(task.outputs[0][0])), strict=True)
         file.close()
     return found
@@ -216,6 +243,8 @@ class Produce:
         from ..formats.expanded import Expanded, repacked, same_grid
 
         source = self.source
+        while isinstance(source, CacheScales | Untied):  # they add tensors, and leave the weights as they are
+            source = source.source
         if (
             not isinstance(source, Expanded)
             or name not in source.schemes

@@ -22,6 +22,17 @@ def group_size(value: Any, name: str) -> int:
         raise QkitError(f"{name}: {value!r} is not a group size", "use 128, 64, 32 or 'channel'") from None
 
 
+AS_STORED = "as stored"  # what a plan puts in an option's place where the source's own is kept
+
+
+def kv_cache(value: Any, name: str) -> str | None:
+    """fp8; None for keep."""
+    text = str(value).strip().lower()
+    if text not in ("keep", "fp8"):
+        raise QkitError(f"{name}: {value!r} is not a way to store the KV cache", "use keep or fp8")
+    return None if text == "keep" else text
+
+
 def head(value: Any, name: str) -> str:
     """One of keep, 8bit, 4bit."""
     text = str(value).strip().lower().replace("-", "")
@@ -71,11 +82,19 @@ class Options:
         parse=head,
         metavar="HOW",
     )
+    kv_cache: str | None = option(
+        None,
+        "the KV cache where the result is served: keep, or (compressed-tensors) fp8, with calibrated scales; "
+        "default: keep",
+        parse=kv_cache,
+        metavar="HOW",
+        identity=True,
+    )
     clip_search: bool = option(False, "rtn: search each group's scale for the least error", identity=True)
     calib: str | None = option(None, "calibration text; default: one that comes with qkit", metavar="FILE|HUB_ID")
     calib_samples: int = option(64, "calibration windows", parse=whole(1), metavar="N")
     calib_len: int = option(512, "tokens per window", parse=whole(16), metavar="N")
-    device: str = option("auto", "where gptq computes: auto, cpu, cuda or cuda:<index>", metavar="NAME")
+    device: str = option("auto", "where calibration computes: auto, cpu, cuda or cuda:<index>", metavar="NAME")
     max_memory: int | None = option(None, "memory to stay within, such as 8GiB", parse=size, metavar="SIZE")
     lora: str | None = option(None, "PEFT adapter to merge first", metavar="DIR")
     skip: tuple[str, ...] = option((), "leave modules alone, such as '*.down_proj'", metavar="PATTERN")

@@ -23,7 +23,8 @@ from ..storage.files import natural_key
 from ..text.read import check_spec
 from .containers import CONTAINERS
 from .head import choose_head, with_head
-from .options import Options
+from .kv_cache import CacheScales, with_cache
+from .options import AS_STORED, Options
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
 from .stored import expand, notes_of, stored_recipe
@@ -44,6 +45,7 @@ class Plan:
     fmt      bound to it; view: it with the tensors that the format's files hold
     name     what the result is called, which no path decides
     clients  what transformers calls the modules, where that may be something else than the files do
+    cache    what holds the scales of the KV cache, where they are to be calibrated
     """
 
     source: str
@@ -63,6 +65,17 @@ class Plan:
     disk_free: int
     stored: Stored
     clients: ClientNames | None = None
+    cache: CacheScales | None = None
+
+    @property
+    def kv_cache(self) -> str | None:
+        """What clients round keys and values to: "fp8", or nothing."""
+        return self.fmt.kv_caches[0] if self.options.kv_cache == AS_STORED else self.options.kv_cache
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model runs on the calibration text."""
+        return self.method.needs is not None or self.cache is not None
 
     @property
     def tasks(self) -> list[Task]:
@@ -96,12 +109,13 @@ class Plan:
 
     def quantization_config(self, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What config.json says of the result. calibration: what the manifest says of it."""
+        facts = {"method": self.method.name, "calibration": calibration, "kv_cache": self.kv_cache}
         schemes = {}
         for name, scheme in self.schemes.items():
             module = module_of(name)
             for known in (module,) if self.clients is None else self.clients.all_of(module):
                 schemes[known] = scheme
-        return self.fmt.config(schemes, self.ignored, {"method": self.method.name, "calibration": calibration})
+        return self.fmt.config(schemes, self.ignored, facts)
 
     @property
     def bytes_in(self) -> int:
@@ -136,6 +150,7 @@ class Plan:
             "format": self.options.format,
             "method": self.method.name,
             "schemes": [asdict(scheme) for scheme in self.kinds],
+            "kv_cache": self.kv_cache and {"kind": self.kv_cache, "calibrated": self.cache is not None, "bits": 8},
             "bytes_in": self.bytes_in,
             "bytes_stored": self.stored.nbytes,
             "bytes_out": self.bytes_out,
@@ -162,9 +177,6 @@ class Plan:
         }
 
 
-AS_STORED = "as stored"  # what a plan calls the scheme where the source's own is kept
-
-
 def make_plan(source: Source, out: Path, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
@@ -183,10 +195,13 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         recipe = make_recipe(options)
     recipe = _check_recipe(recipe, options, fmt)
     check_source(source)
+    source, options, of_cache = with_cache(source, expanded, fmt, options)
+    cache = source if isinstance(source, CacheScales) and source.scales else None
     source = with_head(source, fmt, options)
     original, fmt = source, fmt.bound(source)
     source = fmt.view(source)
-    method, notes = _choose_method(recipe, options, original, fmt.calibrated)
+    method, notes = _choose_method(recipe, options, original, fmt.calibrated, cache is not None)
+    notes += of_cache
     if source.stored.quantized and expanded is None:
         notes.append(
             f"the source is itself quantized: {source.stored.describe()}, {units.size(source.stored.nbytes)} stored; "
@@ -214,7 +229,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
     shards = container.shards(tasks, by_block, name)
-    predicted = predict(source, shards, method, options, device)
+    predicted = predict(source, shards, method, options, device, cache is not None)
     modules = [module_of(n) for n in metas if n.endswith(".weight")]
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
@@ -238,6 +253,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         disk_free=free,
         stored=source.stored,
         clients=clients,
+        cache=cache,
     )
     if clients is not None:
         check_names(plan, clients)
@@ -327,8 +343,11 @@ def _check_recipe(recipe: Recipe, options: Options, fmt: Format) -> Recipe:
     return recipe
 
 
-def _choose_method(recipe: Recipe, options: Options, source: Source, calibrated: str) -> tuple[Method, list[str]]:
-    """The method, with the default said, and its options checked. calibrated: the format's, for less than 8 bits."""
+def _choose_method(
+    recipe: Recipe, options: Options, source: Source, calibrated: str, observed: bool
+) -> tuple[Method, list[str]]:
+    """The method, with the default said, and its options checked. calibrated: the format's, for less than 8 bits;
+    observed: the model runs on the calibration text for any method."""
     from .. import methods
 
     notes: list[str] = []
@@ -345,7 +364,7 @@ def _choose_method(recipe: Recipe, options: Options, source: Source, calibrated:
         problem = method.check(scheme)
         if problem:
             raise QkitError(problem, "choose another --scheme or --method")
-    if method.needs:
+    if method.needs or observed:
         check_architecture(source.config)
         check_spec(options.calib)
         longest = max_positions(source.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from .. import units
 from ..errors import QkitError
 from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores
+from ..methods import METHODS
+from ..models.families import BLOCK
 from .options import Options
 from .tasks import Shard, Task, block_schemes
 
@@ -40,15 +42,22 @@ class Prediction:
 
 
 def predict(
-    source: Source, shards: Sequence[Shard], method: Method, options: Options, device: LocalDevice
+    source: Source,
+    shards: Sequence[Shard],
+    method: Method,
+    options: Options,
+    device: LocalDevice,
+    observed: bool = False,
 ) -> Prediction:
-    """What writing the files will take. Raises QkitError where --max-memory or the machine cannot hold it."""
+    """What writing the files will take. observed: the calibration text runs through the model as it is, for any method.
+
+    Raises QkitError where --max-memory or the machine cannot hold it."""
     import torch  # noqa: F401  for its share of what is resident
 
     here = memory.limit()
     limit = min(options.max_memory or here, here)
-    base = memory.resident() + (BASE_MEMORY_CALIBRATED if method.needs else BASE_MEMORY)
-    if method.needs:
+    base = memory.resident() + (BASE_MEMORY_CALIBRATED if method.needs or observed else BASE_MEMORY)
+    if method.needs or observed:
         base += TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
     tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
@@ -57,10 +66,14 @@ def predict(
         workers -= 1
     peak = base + _in_flight(shards, workers)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
-    if method.needs:
+    passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
+    if observed:
+        matrices = [n for t in tasks for n in t.sources if BLOCK.search(n) and len(t.meta.shape) == 2]
+        passes.append((METHODS["rtn"], matrices))
+    for each, names in passes:
         from ..calibrate import blocks
 
-        cost = blocks.predict_cost(source, block_schemes(tasks), options.calib_samples, options.calib_len, method)
+        cost = blocks.predict_cost(source, names, options.calib_samples, options.calib_len, each)
         peak = max(peak, base + cost.nbytes + min(3 * cost.nbytes // 2, RETAINED))
         seconds += 6.0 + cost.flops / _matmul_rate(device.id)
     if MARGIN * peak > limit:
@@ -69,7 +82,7 @@ def predict(
             f"about {units.size(peak)} of memory are needed (predicted, 15 % more at most); {allowed} "
             f"{units.size(limit)}",
             "use --method rtn, fewer or shorter calibration samples, or a machine with more memory"
-            if method.needs
+            if passes
             else "raise --max-memory: the largest tensor has to fit",
         )
     return Prediction(workers, peak, seconds)

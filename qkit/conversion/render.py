@@ -14,6 +14,9 @@ def describe(plan: Plan) -> str:
     lines = [f"source   {plan.source}", f"output   {plan.out} ({plan.options.format})"]
     what = " + ".join(scheme.describe() for scheme in plan.kinds)
     lines.append(f"scheme   {what}, method {plan.method.name}" if what else "scheme   unquantized export")
+    if plan.kv_cache:
+        how = "calibrated" if plan.cache else "as in the source"
+        lines.append(f"KV cache {plan.kv_cache} (e4m3), 8 bits a value for 16: half the bytes; scales {how}")
     lines += [f"         {note}" for note in plan.notes]
     lines.append("")
     for t in plan.tasks:

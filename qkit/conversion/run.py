@@ -76,7 +76,7 @@ def convert(
         return ConvertResult(plan, plan.out)
     for note in plan.notes:
         notify(note)
-    calibration = _calibration(plan, opened) if plan.method.needs else None
+    calibration = _calibration(plan, opened) if plan.calibrates else None
     made_of = _identity(plan, opened, calibration)
     done = finished(plan.out, made_of, options.restart)
     if done is not None:

@@ -17,7 +17,7 @@ from .gptq import GPTQ
 from .plain import Plain
 
 __all__ = [
-    "FORMATS", "Format", "FormatReader", "get", "local_names", "quantized_modules",
+    "FORMATS", "Format", "FormatReader", "get", "kv_cache", "local_names", "quantized_modules",
     "read_weight", "reader",
 ]  # fmt: skip
 
@@ -64,6 +64,11 @@ def reader(config: Mapping[str, Any]) -> FormatReader | None:
             return fmt.parse(given)
     known = ", ".join(dict.fromkeys(f.quant_method for f in FORMATS.values() if f.quant_method))
     raise QkitError(f"quantization method {method!r} is not supported", f"supported: {known}")
+
+
+def kv_cache(found: FormatReader | None) -> str | None:
+    """What a folder says that keys and values are rounded to in the cache ("fp8"); None: they are not."""
+    return getattr(found, "kv_cache", None)
 
 
 def _as_its_packing(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ class Format(Protocol):
     kinds           of weights that it holds (`LayerSpec.kind`)
     holds_head      clients load a quantized output head from it
     container       the kind of files that hold the tensors: a key of `conversion.containers.CONTAINERS`
+    kv_caches       what it can say that keys and values are rounded to in a client's cache
     default_scheme  what a user gets who names none
     calibrated      the method of a user who names none, below 8 bits
     """
@@ -32,6 +33,7 @@ class Format(Protocol):
     read_only: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("int",)
     holds_head: ClassVar[bool] = False
+    kv_caches: ClassVar[tuple[str, ...]] = ()
     container: ClassVar[str] = "safetensors"
     default_scheme: ClassVar[str] = "w4a16"
     calibrated: ClassVar[str] = "gptq"
@@ -100,7 +102,8 @@ class Format(Protocol):
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The `quantization_config`. schemes: module name -> LayerSpec for each quantized module; ignored: names
-        of the linear modules left alone; options: method facts (damp_percent, desc_act, ...)."""
+        of the linear modules left alone; options: method facts (damp_percent, desc_act, ...), and kv_cache: which of
+        `kv_caches`, or None."""
         ...
 
     def extra_files(self, quantization_config: Mapping[str, Any]) -> dict[str, bytes]:
@@ -142,6 +145,7 @@ class FormatReader(Protocol):
     markers   local names of which one means that a module is quantized ("weight_packed")
     scale     local name of the scale
     optional  local names that a module may or may not have, beside those of `required`
+    One that may round the KV cache also has `kv_cache`: see `formats.kv_cache`.
     """
 
     @property

@@ -11,7 +11,7 @@ from ..models.config import model_dtype
 from ..sources.types import Source, Wrapped
 from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta, torch_dtype
-from . import local_names, quantized_modules, read_weight, reader
+from . import kv_cache, local_names, quantized_modules, read_weight, reader
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Expanded(Wrapped):
     """`types.Source` over one that is quantized in a format that qkit reads; weights are read in the model's type.
 
-    schemes: name of each quantized weight -> how it is stored. Raises QkitError for a method that is not read."""
+    schemes: name of each quantized weight -> how it is stored; kv_cache: what clients round keys and values to, whose
+    scales are tensors as they are. Raises QkitError for a method that is not read."""
 
     def __init__(self, source: Source):
         found = reader(source.config)
@@ -31,6 +32,7 @@ class Expanded(Wrapped):
         super().__init__(source)
         self._reader = found
         self.config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")}
+        self.kv_cache = kv_cache(found)
         self._dtype = model_dtype(source.config)
         self._modules = quantized_modules(found, source)
         self.schemes: Mapping[str, LayerSpec] = {f"{module}.weight": s for module, s in self._modules.items()}

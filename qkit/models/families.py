@@ -16,13 +16,20 @@ _HEADS = {"lm_head", "output", "embed_out", "score"}
 # Routers are small, and every expert hangs on them.
 _ROUTER = re.compile(r"(?:^|\.)(?:gate|shared_expert_gate|[a-z_]*router[a-z_]*)(?:\.|$)")
 
-
+# Of an attention module: what keys and values are divided by before they are rounded to FP8 (`models.kv_cache`).
+KV_SCALES = ("k_scale", "v_scale")
 FUSED_EXPERTS = "fused 3-D experts"  # all experts of a matrix in one tensor
 
 
 def module_of(name: str) -> str:
     """ "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"."""
     return name.rpartition(".")[0]
+
+
+def is_kv_scale(name: str) -> bool:
+    """ "model.layers.0.self_attn.k_scale"; a quantized k_proj has its scales under another name."""
+    module, _, kind = name.rpartition(".")
+    return kind in KV_SCALES and module.endswith("attn")
 
 
 def why_kept(name: str, meta: TensorMeta) -> str | None:
@@ -33,6 +40,8 @@ def why_kept(name: str, meta: TensorMeta) -> str | None:
         len(meta.shape) == 3 and min(meta.shape[1:]) >= 16 and BLOCK.search(name)
     ):  # the kernel of a convolution is small
         return FUSED_EXPERTS
+    if is_kv_scale(name):
+        return "KV cache scale"
     if kind != "weight" or len(meta.shape) < 2:
         return "bias or norm"
     if not meta.numel:

@@ -71,6 +71,7 @@ def _unsupported(model: Any) -> str | None:
     import torch
 
     from ..kernels import backend
+    from ..models.kv_cache import is_rounded
 
     config = model.config
     if backend().startswith("torch"):
@@ -79,6 +80,8 @@ def _unsupported(model: Any) -> str | None:
         return f"model type {config.model_type!r} is none of {', '.join(MODEL_TYPES)}"
     if model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return f"runs in bfloat16 on the CPU, not {model.dtype} on {model.device}"
+    if is_rounded(model):
+        return "keys and values are rounded on their way into the KV cache"
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in _ACTIVATIONS:
         return f"activation {activation!r}"

@@ -49,6 +49,7 @@ def load(
     """
     import torch
 
+    from ..models import kv_cache
     from ..models.skeleton import build, materialize
     from ..sources import open_source
     from . import decoder
@@ -65,6 +66,8 @@ def load(
     model = build(config)
     if _head_of_its_own(model, opened):
         model = build({**config, "tie_word_embeddings": False})
+    if formats.kv_cache(reader):
+        kv_cache.add_rounding(model)
     _check_tensors(model, opened, reader, schemes)
     kernels: Counter[str] = Counter()
     for module, scheme in schemes.items():
@@ -75,6 +78,8 @@ def load(
         setattr(model.get_submodule(parent), child, layer)
         kernels[layer.select(act_dtype).name] += 1
     materialize(model, opened.read, dtype=act_dtype, device=str(target))
+    if formats.kv_cache(reader):
+        kv_cache.check_scales(model)
     log_kernels(kernels, target)
     with torch.no_grad():
         _generation_config(model, opened)

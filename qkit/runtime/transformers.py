@@ -27,7 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
 from ..errors import QkitError
+from ..models import kv_cache
 from ..models.experts import EXPERT_NAMES, unfuse
+from ..models.families import is_kv_scale
 from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
@@ -169,6 +171,8 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
             unfuse(model, model_type)
             self.unfused = True
         headers: Any = _Headers(files)
+        if formats.kv_cache(self.reader):
+            _add_cache_scales(model, headers)
         schemes = formats.quantized_modules(self.reader, headers)
         for module, name in _names_in_model(model, schemes).items():
             linear = model.get_submodule(name)
@@ -214,10 +218,13 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
                 _carry_over(hook, layer)
             model.set_submodule(name, layer.eval())
             kernels[layer.select(model.dtype).name] += 1
+        if formats.kv_cache(self.reader):
+            kv_cache.check_scales(model)
         log_kernels(kernels, model.device)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        kv_cache.remove_rounding(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -247,6 +254,17 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return True  # adapters on top (`qkit.lora`); packed weights are frozen
+
+
+def _add_cache_scales(model: Any, headers: _Headers) -> None:
+    """Raises QkitError where the files hold another number of scales than the model has places for."""
+    kv_cache.add_rounding(model)
+    stored, wanted = sum(map(is_kv_scale, headers.names())), 2 * len(kv_cache.attentions(model))
+    if stored != wanted:
+        raise QkitError(
+            f"the checkpoint holds {stored} scales of the KV cache where {type(model).__name__} has {wanted}",
+            "is it complete, and is its config.json its own?",
+        )
 
 
 def _names_in_model(model: Any, modules: Mapping[str, Any]) -> dict[str, str]:

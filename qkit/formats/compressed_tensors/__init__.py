@@ -15,7 +15,7 @@ from ...models.families import TOWERS
 from ...spec import Keep, LayerSpec
 from ...spec.dtypes import TensorMeta
 from ..base import Format, as_names, as_object, check_pattern
-from . import floats, int8, integers
+from . import cache, floats, int8, integers
 from .fp4 import MXFP4, NVFP4
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class CompressedTensors(Format):
     quant_method: ClassVar[str | None] = "compressed-tensors"
     holds_head: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("int", "fp8", "nvfp4", "mxfp4")
+    kv_caches: ClassVar[tuple[str, ...]] = (cache.FP8,)
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         if codec(scheme) in (NVFP4, MXFP4):
@@ -126,20 +127,19 @@ class CompressedTensors(Format):
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": _short(ignored, schemes),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": cache.arguments() if options.get("kv_cache") else None,
             "version": _VERSION,
         }
 
     def parse(self, quantization_config: Mapping[str, Any]) -> CompressedTensorsReader:
         given = quantization_config
-        if given.get("kv_cache_scheme"):
-            raise QkitError("a quantized KV cache (kv_cache_scheme) is not supported")
+        kv_cache = cache.parse(as_object(given.get("kv_cache_scheme"), "kv_cache_scheme"))
         sparsity = as_object(given.get("sparsity_config"), "sparsity_config")
         transform = as_object(given.get("transform_config"), "transform_config")
         if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
             raise QkitError("compressed-tensors with sparsity or transforms is not supported")
         groups = as_object(given.get("config_groups"), "config_groups")
-        if not groups:
+        if not groups and kv_cache is None:
             raise QkitError("the compressed-tensors config has no config_groups")
         targets: dict[str, LayerSpec] = {}
         for name, group in groups.items():
@@ -149,7 +149,7 @@ class CompressedTensors(Format):
         ignore = as_names(given.get("ignore"), "ignore")
         for pattern in (*targets, *ignore):
             check_pattern(pattern.removeprefix("re:"))
-        return CompressedTensorsReader(targets, ignore, self)
+        return CompressedTensorsReader(targets, ignore, self, kv_cache)
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ class CompressedTensorsReader:
     targets: Mapping[str, LayerSpec]
     ignore: tuple[str, ...]
     format: CompressedTensors = field(default_factory=CompressedTensors)
+    kv_cache: str | None = None
     markers: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     scale: ClassVar[str] = "weight_scale"
     optional: ClassVar[tuple[str, ...]] = (*integers.OPTIONAL, *floats.OPTIONAL, *NVFP4.OPTIONAL)
