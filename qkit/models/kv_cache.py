@@ -76,9 +76,8 @@ def remove_rounding(model: Any) -> None:
     for module in model.modules():
         for local in KV_SCALES:
             module._buffers.pop(local, None)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Hook):
-                del module._forward_pre_hooks[key]
+        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, _Hook)]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
 def _by_scales(attention: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Runs inside a client's own environment: plain transformers (with compressed-tensors, or optimum + gptqmodel).
 
 Usage: client_transformers.py JOB.json, where the job is {"folders": {name: path}, "tokens": [[...]], "out": dir,
-"dequantize": [name, ...]}: folders in the last list are loaded with CompressedTensorsConfig(dequantize=True).
+"dequantize": [name, ...], "float32": [name, ...]}: folders in "dequantize" are loaded with
+CompressedTensorsConfig(dequantize=True), those in "float32" in that type, the others in bfloat16.
 Writes out/<name>.npy: float32 logits [batch, tokens, vocabulary]. Knows nothing of qkit.
 """
 
@@ -37,7 +38,8 @@ def main(job_path: str) -> None:
     tokens = torch.tensor(job["tokens"])
     for name, folder in job["folders"].items():
         options = _options(folder, name in job.get("dequantize", ()))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+        dtype = torch.float32 if name in job.get("float32", ()) else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
         with torch.inference_mode():
             logits = model(tokens).logits.float().numpy()

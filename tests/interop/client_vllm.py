@@ -1,10 +1,10 @@
 """Runs inside vLLM's environment (CPU build): see client_transformers.py for the job.
 
 Writes out/<name>.json: for each sequence, for each of its tokens from the second on, [log-probability of that
-token, id of the likeliest token]; and out/<name>.kernels.json: {"what computes a layer": how many such layers}.
+token, id of the likeliest token]; and out/<name>.kernels.json: {"what computes a layer": how many such layers}; and
+out/<name>.cache.json: for each attention [type of its KV cache, scale of keys, scale of values].
 Folders named in the job's "compile" go through torch.compile, the others run eagerly; those in "adapters" get that
-LoRA adapter. One engine after another in this
-process.
+LoRA adapter. One engine after another in this process.
 """
 
 import gc
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm_layers import layers
+from vllm_layers import cache_scales, layers
 
 
 def main(job_path: str) -> None:
@@ -48,6 +48,8 @@ def main(job_path: str) -> None:
         (Path(job["out"]) / f"{name}.json").write_text(json.dumps(rows))
         (kinds,) = llm.apply_model(layers)
         (Path(job["out"]) / f"{name}.kernels.json").write_text(json.dumps(kinds))
+        (caches,) = llm.apply_model(cache_scales)
+        (Path(job["out"]) / f"{name}.cache.json").write_text(json.dumps(caches))
         print(name, len(rows), kinds, flush=True)
         del llm
         gc.collect()

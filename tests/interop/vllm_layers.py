@@ -15,3 +15,9 @@ def layers(model: Any) -> dict[str, int]:
             ours = getattr(module, "qkit_kernel", None)
             kinds[f"qkit {ours}" if ours else type(method).__name__] += 1
     return dict(kinds)
+
+
+def cache_scales(model: Any) -> list[tuple[str, float, float]]:
+    """For each attention, in order: the type of its KV cache, what keys and what values are divided by."""
+    found = (module for module in model.modules() if hasattr(module, "_k_scale_float"))
+    return [(module.kv_cache_dtype, module._k_scale_float, module._v_scale_float) for module in found]

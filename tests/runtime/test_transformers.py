@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from models import make_model
-from safetensors.torch import load_file
+from results import QUICK
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 from transformers.quantizers import auto
 
@@ -36,6 +37,9 @@ CASES = {
     "nf4": ("llama", "bnb", "nf4", None),
     "nf4-dq": ("qwen2", "bnb", "nf4-dq", None),
     "int8": ("llama", "bnb", "int8", None),
+    "kv": ("qwen3", "compressed-tensors", "w4a16", 32),
+    "kv-window": ("gemma3_text", "compressed-tensors", "w8a8", None),
+    "kv-moe": ("mixtral", "compressed-tensors", "fp8", None),
 }
 
 
@@ -51,6 +55,8 @@ def folders(tmp_path_factory):
         if case not in made:
             made[case] = root / case
             more = {} if group_size is None else {"group_size": group_size}
+            if case.startswith("kv"):
+                more |= {"kv_cache": "fp8", **QUICK}
             qkit.convert(made[family], made[case], format=fmt, scheme=scheme, method="rtn", **more)
         return made[case]
 
@@ -95,7 +101,7 @@ def test_device_map_and_dtype(device_map, case, folders, tables):
     assert torch.equal(logits(model), logits(qkit.load(folders(case), device="cpu", dtype="float32")))
 
 
-@pytest.mark.parametrize("case", ["ct4-asym", "gptq8-v2", "moe", "awq4", "w8a8", "nvfp4", "nf4", "int8"])
+@pytest.mark.parametrize("case", ["ct4-asym", "gptq8-v2", "moe", "awq4", "w8a8", "nvfp4", "nf4", "int8", "kv"])
 def test_save_pretrained_writes_the_same_folder(case, folders, tables, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders(case))
     model.save_pretrained(tmp_path)
@@ -122,6 +128,23 @@ def test_generate_and_dequantize(folders, tables):
     dense = AutoModelForCausalLM.from_pretrained(folders("ct4"), dtype=torch.float32).dequantize()
     assert linears(dense) == 0 and not getattr(dense.config, "quantization_config", None)
     torch.testing.assert_close(logits(dense), packed, atol=1e-5, rtol=1e-4)
+
+
+def test_dequantized_nothing_is_rounded_any_more(folders, tables):
+    dense = AutoModelForCausalLM.from_pretrained(folders("kv"), dtype=torch.float32).dequantize()
+    assert not [name for name in dense.state_dict() if name.endswith("_scale")]
+    rounded = logits(qkit.load(folders("kv"), device="cpu", dtype="float32"))
+    assert not torch.allclose(logits(dense), rounded, atol=1e-5)
+
+
+def test_a_folder_without_its_scales(folders, tables, tmp_path):
+    folder = edit_config(folders("kv"), tmp_path / "kv")
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    kept = {name: t for name, t in tensors(folders("kv")).items() if not name.endswith("1.self_attn.v_scale")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QkitError, match="holds 3 scales of the KV cache where Qwen3ForCausalLM has 4"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_base_model_without_a_head(folders, tables):
