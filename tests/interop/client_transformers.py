@@ -3,7 +3,9 @@
 Usage: client_transformers.py JOB.json, where the job is {"folders": {name: path}, "tokens": [[...]], "out": dir,
 "dequantize": [name, ...], "float32": [name, ...]}: folders in "dequantize" are loaded with
 CompressedTensorsConfig(dequantize=True), those in "float32" in that type, the others in bfloat16.
-Writes out/<name>.npy: float32 logits [batch, tokens, vocabulary]. Knows nothing of qkit.
+Writes out/<name>.npy: float32 logits [batch, tokens, vocabulary]; where the KV cache is rounded also
+out/<name>.cache.npz: keys and values of the first layer [batch, heads, tokens, head_dim], and the scales of all layers
+[layers, 2]. Knows nothing of qkit.
 """
 
 import json
@@ -42,8 +44,14 @@ def main(job_path: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         kinds = sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})
         with torch.inference_mode():
-            logits = model(tokens).logits.float().numpy()
+            output = model(tokens, use_cache=True)
+        logits = output.logits.float().numpy()
         np.save(Path(job["out"]) / f"{name}.npy", logits)
+        scales = [[float(m.k_scale), float(m.v_scale)] for m in model.modules() if hasattr(m, "k_scale")]
+        if scales:
+            first = output.past_key_values.layers[0]
+            cache = {"keys": first.keys.float().numpy(), "values": first.values.float().numpy(), "scales": scales}
+            np.savez(Path(job["out"]) / f"{name}.cache.npz", **cache)
         print(name, logits.shape, *kinds, flush=True)
         del model
 

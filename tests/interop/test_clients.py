@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import qkit
 from qkit.hardware.detect import cpu
+from qkit.models import kv_cache
 from qkit.runtime import QuantLinear, load_tokenizer
 from qkit.text.defaults import evaluation_text
 
@@ -117,12 +118,13 @@ class Bench:
 
     def _own(self, name: str, inputs: str = "kernels") -> tuple[torch.Tensor, torch.Tensor]:
         """(float32, bfloat16) logits of qkit's own load. inputs of quantized layers: as the "kernels" take them, or
-        "plain", or "rounded" as the scheme says, in the way of compressed-tensors."""
+        "plain", or "rounded" as the scheme says, in the way of compressed-tensors; or, of a KV cache in FP8, what goes
+        into it "truncated"."""
         tokens = torch.tensor(self.tokens(FOLDERS[name][0]))
         results = []
         for dtype in ("float32", "bfloat16"):
             model = qkit.load(self.folder(name), device="cpu", dtype=dtype)
-            for module in model.modules() if inputs != "kernels" else ():
+            for module in model.modules() if inputs in ("plain", "rounded") else ():
                 if isinstance(module, QuantLinear):
                     if inputs == "rounded" and module.activations is not None:
                         module.register_forward_pre_hook(rounded(module.activations))
@@ -130,7 +132,9 @@ class Bench:
                     module._expand()  # the kernel was chosen as the model was loaded
             if name.endswith("-lora"):
                 model = PeftModel.from_pretrained(model, self.adapter(), config=qkit.lora(self.adapter()))
-            with torch.inference_mode():
+            with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+                if inputs == "truncated":
+                    patch.setattr(kv_cache, "rounded", truncated)
                 results.append(model(tokens).logits.float())
         return results[0], results[1]
 
@@ -207,6 +211,16 @@ def rounded(kind: str):
     return hook
 
 
+def truncated(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 by leaving bits off: how vLLM 0.32 writes its cache on CPUs (cpu_attn_reshape_and_cache: every one of 4096
+    codes is this, and 716 are not the nearest). On GPUs it rounds to the nearest."""
+    scaled = (x.float() / scale.float()).clamp(-448, 448)
+    codes = scaled.to(torch.float8_e4m3fn)
+    beyond = codes.float().abs() > scaled.abs()
+    codes = (codes.view(torch.uint8) - beyond.to(torch.uint8)).view(torch.float8_e4m3fn)
+    return (codes.float() * scale.float()).to(x.dtype)
+
+
 def client_is_vllm(run: str) -> bool:
     """It gives probabilities of chosen tokens, not logits."""
     return run.startswith("vllm")
@@ -233,13 +247,16 @@ def test_same_logits_as_qkit(run: str, name: str, bench: Bench, request: pytest.
     inputs = "kernels"
     if name in _FLOATS and not client_is_vllm(run):  # transformers 5.19, which is with 0.17, still rounds them
         inputs = "rounded" if run.endswith("0.17") else "plain"
+    if (run, name) in CACHES:
+        inputs = "truncated"
     exact, own = bench.own(name, inputs)
     path = bench.path(run, name)
     other = None
     if name.endswith("-lora"):
         other = name.removesuffix("-lora")
     elif model == "smol":
-        other = next(n for n, f in FOLDERS.items() if f[0] == model and f[2] != FOLDERS[name][2])
+        scheme = FOLDERS[name][2].removesuffix(CACHE)
+        other = next(n for n, f in FOLDERS.items() if f[0] == model and f[2] != scheme)
     if client_is_vllm(run):
         rows = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
         theirs, likeliest = rows[..., 0], rows[..., 1].long()
@@ -270,16 +287,24 @@ def test_which_kernels_serve_vllm(run: str, name: str, bench: Bench) -> None:
 
 @pytest.mark.parametrize(("run", "name"), CACHES)
 def test_the_cache_is_rounded_as_by_qkit(run: str, name: str, bench: Bench) -> None:
-    """transformers: the same logits, far closer than without rounding. vLLM: FP8, by the scales of the folder."""
+    """vLLM keeps FP8, by the scales of the folder. transformers has those scales and, in the first layer, where nothing
+    is rounded before, the very keys and values; its logits are closer to ours than ours without rounding. From layer to
+    layer the last bits of sums decide between neighbours of e4m3: logits are no closer than that."""
     path = bench.path(run, name)
+    stored = {n: t for file in bench.folder(name).glob("*.safetensors") for n, t in load_file(file).items()}
+    modules = [f"model.layers.{i}.self_attn" for i in range(sum(n.endswith("self_attn.k_scale") for n in stored))]
+    scales = [[float(stored[f"{m}.k_scale"]), float(stored[f"{m}.v_scale"])] for m in modules]
     if client_is_vllm(run):
-        stored = {n: t for file in bench.folder(name).glob("*.safetensors") for n, t in load_file(file).items()}
-        layers = 1 + max(int(n.split(".")[2]) for n in stored if n.startswith("model.layers."))
-        modules = [f"model.layers.{i}.self_attn" for i in range(layers)]
-        expected = [["fp8", float(stored[f"{m}.k_scale"]), float(stored[f"{m}.v_scale"])] for m in modules]
-        assert json.loads(path.with_suffix(".cache.json").read_text()) == expected
+        assert json.loads(path.with_suffix(".cache.json").read_text()) == [["fp8", *pair] for pair in scales]
         return
+    theirs = np.load(path.with_suffix(".cache.npz"))
+    assert theirs["scales"].tolist() == scales
+    model = qkit.load(bench.folder(name), device="cpu", dtype="float32")
+    with torch.inference_mode():
+        first = model(torch.tensor(bench.tokens(FOLDERS[name][0])), use_cache=True).past_key_values.layers[0]
+    for found, own in ((theirs["keys"], first.keys), (theirs["values"], first.values)):
+        assert float((torch.from_numpy(found) == own).double().mean()) > 0.999
     exact, plain = bench.own(name)[0], bench.own(name.removesuffix("-kv"))[0]
     distance, effect = rmse(torch.from_numpy(np.load(path)), exact), rmse(plain, exact)
     print(f"{run} {name}: {distance:.5f}; without rounding {effect:.5f}")
-    assert distance <= effect / 10
+    assert distance < 0.75 * effect
