@@ -49,6 +49,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     Raises QkitError where it cannot be read, or has no manifest to verify."""
     from . import formats
     from .sources import open_source
+    from .sources.sliced import sliced
     from .storage.manifest import MANIFEST, Manifest
 
     source = open_source(model)
@@ -61,7 +62,8 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     schemes: Counter[str] = Counter()
     parameters = sum(m.numel for m in metas.values())
     if reader is not None:
-        parameters, schemes = _logical(source, metas, reader)
+        one_by_one = sliced(source) or source
+        parameters, schemes = _logical(one_by_one, {n: one_by_one.meta(n) for n in one_by_one.names()}, reader)
     problems = None
     if verify and manifest is not None:
         with track("verifying", sum(f["bytes"] for f in manifest.files.values()), "bytes") as advance:

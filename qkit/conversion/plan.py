@@ -17,10 +17,12 @@ from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
 from ..models.families import BLOCK, FUSED_EXPERTS, module_of
 from ..models.skeleton import check_architecture
+from ..sources.sliced import sliced
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..text.read import check_spec
+from . import experts
 from .containers import CONTAINERS
 from .head import choose_head, with_head
 from .options import Options
@@ -171,6 +173,8 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
 
     device = resolve(options.device)
     fmt = formats.get(options.format)
+    slices = sliced(source, fmt.whole_experts)
+    source = slices or source
     expanded = expand(source)
     source = expanded or source
     stored = () if expanded is None or options.scheme or options.recipe else tuple(expanded.schemes.values())
@@ -202,6 +206,10 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     chosen, of_head = choose_head(settled.choices, source, fmt, options, model_dtype(source.config))
     choices, more = fmt.choose(chosen, method.needs == "moments", options.head)
     more = [*of_head, *more]
+    if slices is not None:
+        more += experts.notes_of(slices, choices, fmt, source.config)
+        if fmt.container != "gguf":  # which has them stacked in its own way
+            source, choices = experts.join_kept(source, slices, choices)
     if expanded is not None:
         notes += notes_of(expanded, choices)
     tasks = make_tasks(source, choices, fmt)
@@ -215,7 +223,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
     shards = container.shards(tasks, by_block, name)
     predicted = predict(source, shards, method, options, device)
-    modules = [module_of(n) for n in metas if n.endswith(".weight")]
+    modules = [module_of(n) for n in source.names() if n.endswith(".weight")]
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
         clients = client_names(source.config, modules)
@@ -288,7 +296,7 @@ def make_tasks(source: Source, choices: Mapping[str, LayerSpec | Keep], fmt: For
             raise QkitError(f"{place} would stack tensors that differ in shape, type or scheme: {', '.join(names[:3])}")
         if isinstance(choice, LayerSpec):
             metas = fmt.out_metas((meta.shape[0], meta.shape[1]), choice)
-            outputs = tuple((f"{place}.{local}", m) for local, m in metas.items())
+            outputs = tuple((f"{place}{fmt.joint}{local}", m) for local, m in metas.items())
         else:
             outputs = ((place, meta),)
         if len(names) > 1:

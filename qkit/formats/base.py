@@ -27,6 +27,8 @@ class Format(Protocol):
     container       the kind of files that hold the tensors: a key of `conversion.containers.CONTAINERS`
     default_scheme  what a user gets who names none
     calibrated      the method of a user who names none, below 8 bits
+    joint           between a module's place and a local name
+    whole_experts   an expert's gate and up are one matrix
     """
 
     read_only: ClassVar[bool] = False
@@ -35,6 +37,8 @@ class Format(Protocol):
     container: ClassVar[str] = "safetensors"
     default_scheme: ClassVar[str] = "w4a16"
     calibrated: ClassVar[str] = "gptq"
+    joint: ClassVar[str] = "."
+    whole_experts: ClassVar[bool] = False
 
     @property
     def name(self) -> str: ...
