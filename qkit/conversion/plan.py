@@ -15,7 +15,7 @@ from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, FUSED_EXPERTS, module_of
+from ..models.families import BLOCK, EXPECTED, FUSED_EXPERTS, module_of, why_kept
 from ..models.skeleton import check_architecture
 from ..sources.sliced import sliced
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
@@ -164,6 +164,7 @@ class Plan:
         }
 
 
+_MUCH = 0.05  # of a model's weights
 AS_STORED = "as stored"  # what a plan calls the scheme where the source's own is kept
 
 
@@ -217,7 +218,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
     check_collisions(tasks)
 
-    notes += _of_fused_experts(tasks)
+    notes += _of_what_stays(tasks)
     container = CONTAINERS[fmt.container]
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
@@ -252,17 +253,32 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     return plan
 
 
-def _of_fused_experts(tasks: Sequence[Task]) -> list[str]:
-    """What to say where most of a model stays as it is."""
-    fused = [t for t in tasks if t.reason == FUSED_EXPERTS]
-    if not fused or not any(t.scheme for t in tasks):
+def _of_what_stays(tasks: Sequence[Task]) -> list[str]:
+    """What to say where much of a model stays as it is, and neither the user nor the format asked for that."""
+    if not any(t.scheme for t in tasks):
         return []
-    share = sum(t.numel for t in fused) / max(1, sum(t.numel for t in tasks))
-    return [
-        f"WARNING: {len(fused)} tensors hold all experts of a layer at once and are not quantized: {share:.0%} of the "
-        f"model stays at 16 bits ({units.size(sum(t.bytes_out for t in fused))}); with one matrix per expert, as other "
-        "releases of such models have them, it would be quantized"
-    ]
+    total = max(1, sum(t.numel for t in tasks))
+    kept = [t for t in tasks if t.scheme is None and why_kept(t.name, t.meta) == t.reason and len(t.meta.shape) > 1]
+    fused = [t for t in kept if t.reason == FUSED_EXPERTS]
+    others = [t for t in kept if t.reason not in (FUSED_EXPERTS, *EXPECTED)]
+    notes = []
+    if fused:
+        notes.append(
+            f"WARNING: {len(fused)} tensors hold all experts of a layer at once, in a way that is not known here, and "
+            f"are not quantized: {_share(fused, total)}"
+        )
+    if sum(t.numel for t in others) > _MUCH * total:
+        most = max(others, key=lambda t: t.numel)
+        notes.append(
+            f"WARNING: {len(others)} matrices are not known as linears of a decoder block ({most.name}: {most.reason}) "
+            f"and are not quantized: {_share(others, total)}"
+        )
+    return notes
+
+
+def _share(tasks: Sequence[Task], total: int) -> str:
+    share = sum(t.numel for t in tasks) / total
+    return f"{share:.0%} of the model stays at 16 bits ({units.size(sum(t.bytes_out for t in tasks))})"
 
 
 def check_names(plan: Plan, clients: ClientNames) -> None:

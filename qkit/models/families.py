@@ -18,6 +18,8 @@ _ROUTER = re.compile(r"(?:^|\.)(?:gate|shared_expert_gate|[a-z_]*router[a-z_]*)(
 
 
 FUSED_EXPERTS = "fused 3-D experts"  # all experts of a matrix in one tensor
+# Reasons for which matrices stay as they are in any model.
+EXPECTED = ("embedding", "output head", "vision or audio tower", "router")
 
 
 def module_of(name: str) -> str:

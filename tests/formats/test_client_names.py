@@ -122,6 +122,13 @@ def test_experts_of_more_than_one_scheme_are_refused(tmp_path):
         qkit.convert(source, tmp_path / "out", method="rtn", recipe=str(tmp_path / "r.yaml"), dry_run=True)
 
 
+LINEARS = {
+    f"model.layers.{i}.mlp.{name}.weight": torch.ones(64, 64, dtype=torch.bfloat16)
+    for i in (0, 1)
+    for name in ("up_proj", "down_proj")
+}
+
+
 def test_fused_experts_are_said_loudly(tmp_path):
     """Most of a model stays at 16 bits whose experts lie in a way that is not known."""
     torch.manual_seed(0)
@@ -133,6 +140,11 @@ def test_fused_experts_are_said_loudly(tmp_path):
     result = qkit.convert(tmp_path / "source", tmp_path / "out", method="rtn", scheme="w8a16")
     (warning,) = [note for note in result.plan.notes if note.startswith("WARNING")]
     assert "4 tensors hold all experts" in warning and "% of the model stays at 16 bits" in warning
+    # DBRX has them in two dimensions, and without "weight".
+    save_file({n.replace("mlp.down_proj.weight", "mlp.w2"): t for n, t in LINEARS.items()}, file)
+    result = qkit.convert(tmp_path / "source", tmp_path / "dbrx", method="rtn", scheme="w8a16", dry_run=True)
+    (warning,) = [note for note in result.plan.notes if note.startswith("WARNING")]
+    assert "2 matrices are not known as linears" in warning and "mlp.w2: bias or norm" in warning
 
 
 def test_names_of_both_sides(tmp_path):
