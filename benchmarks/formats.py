@@ -2,9 +2,9 @@
 
     python benchmarks/formats.py SOURCE --work DIR --calib c4.utf8 --text wiki.test.raw [--only ROW ...]
 
-Conversions by `qkit convert`, each in a process of its own; quality as in table.py: the first 16 x 512 tokens of --text,
-every position, bfloat16 forward, against the source expanded to bfloat16. GGUF rows are read back by qkit, whose values
-are llama.cpp's. Rows already in DIR/formats.json are kept. The last line of stdout is one JSON document.
+Conversions by `qkit convert`, each in a process of its own; quality as in table.py: the first 16 x 512 tokens of
+--text, every position, bfloat16 forward, against the source expanded to bfloat16. GGUF rows are read back by qkit,
+whose values are llama.cpp's. Rows already in DIR/formats.json are kept. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
