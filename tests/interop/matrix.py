@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from interop import clients, test_bitsandbytes, test_clients, test_discontinued, test_gguf
+from interop import clients, test_bitsandbytes, test_clients, test_discontinued, test_experts, test_gguf
 
 from qkit.formats import FORMATS
 
@@ -45,6 +45,10 @@ def rows() -> dict[tuple[str, str], dict[str, str]]:
             found.setdefault((fmt, scheme), {})[RUNS[run]] = how
     for package, fmt, scheme, _ in test_discontinued.CASES:
         found.setdefault((fmt, scheme), {})[DISCONTINUED[package]] = EVERY_WEIGHT
+    for scheme in dict.fromkeys("w4a16-asym" if asymmetric else "w4a16" for _, asymmetric in test_experts.CASES):
+        families = [f for f, asymmetric in test_experts.CASES if asymmetric == scheme.endswith("asym")]
+        client = {"vLLM 0.32, its loader and its dequantization": f"every weight of {', '.join(families)}, bit for bit"}
+        found[("compressed-tensors", f"{scheme}, experts out of one tensor")] = client
     for scheme in test_bitsandbytes.SCHEMES:
         how = SAME_FILES if scheme in test_bitsandbytes.SMOL else "the same files"
         found[("bnb", scheme)] = {"transformers + bitsandbytes 0.50": how}
