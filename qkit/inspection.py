@@ -51,6 +51,7 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     Raises QkitError where it cannot be read, or has no manifest to verify."""
     from . import formats
     from .sources import open_source
+    from .sources.sliced import sliced
     from .storage.manifest import MANIFEST, Manifest
 
     source = open_source(model)
@@ -63,7 +64,8 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     schemes: Counter[str] = Counter()
     parameters = sum(m.numel for n, m in metas.items() if not is_kv_scale(n))
     if reader is not None:
-        parameters, schemes = _logical(source, metas, reader)
+        one_by_one = sliced(source) or source
+        parameters, schemes = _logical(one_by_one, {n: one_by_one.meta(n) for n in one_by_one.names()}, reader)
     problems = None
     if verify and manifest is not None:
         with track("verifying", sum(f["bytes"] for f in manifest.files.values()), "bytes") as advance:

@@ -35,20 +35,49 @@ FAMILIES = {
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
+# Families whose files have all experts of a layer in one tensor; the others do where transformers saves them with
+# save_original_format=False.
+FUSED: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 64,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 
 
-def make_model(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+def make_model(
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    save_original_format: bool = True,
+    **changes: Any,
+) -> Path:
     """A random model of `family` with a byte-level tokenizer, saved under `folder` as safetensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **{**TINY, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**TINY, **(FAMILIES | FUSED)[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(std=0.1)
-    model.save_pretrained(folder, max_shard_size=changes.get("max_shard_size", "5GB"))
+    model.save_pretrained(
+        folder, max_shard_size=changes.get("max_shard_size", "5GB"), save_original_format=save_original_format
+    )
     make_tokenizer(folder)
     return folder
 

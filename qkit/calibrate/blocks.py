@@ -191,7 +191,9 @@ def batch_size(source: Source, names: Iterable[str], length: int, itemsize: int)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, Any]:
-    decoder = model.get_decoder()  # type: ignore[operator]
+    from ..models.experts import decoder_of
+
+    decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder.layers)
     return prefix + ".", decoder.layers
 
@@ -219,7 +221,9 @@ def embed(
     """(hidden states per batch, on the CPU; for each block: batch size -> the other arguments it is called with).
 
     The model itself computes masks and position embeddings: it runs once with blocks that only take notes."""
-    decoder = model.get_decoder()  # type: ignore[operator]
+    from ..models.experts import decoder_of
+
+    decoder = decoder_of(model)
     outside = [(name, module) for name, module in decoder.named_children() if module is not blocks]
     stem = next(name for name, module in model.named_modules() if module is decoder)
     for name, module in outside:

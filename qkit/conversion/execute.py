@@ -11,10 +11,8 @@ from ..methods import METHODS
 from ..models.config import positive_int, text_config
 from ..models.families import is_kv_scale, module_of
 from ..progress import notify, track
-from ..sources.untied import Untied
 from .containers import CONTAINERS
 from .executor import Executor
-from .kv_cache import CacheScales
 from .record import check_finite, computed_on, digest, record, weight_error
 from .tasks import block_schemes
 
@@ -166,7 +164,7 @@ def _finished_block(
 def read_weights(task: Task, fmt: Format, read: Callable[[str], torch.Tensor]) -> dict[str, Weight]:
     """Source name -> weight, from a quantized task's outputs as they were written. read: (name) -> tensor."""
     assert task.scheme is not None
-    place = fmt.place(module_of(task.name)) + "."
+    place = fmt.place(module_of(task.name)) + fmt.joint
     outputs = {name.removeprefix(place): parts(task, read(name)) for name, _ in task.outputs}
     return {
         source: fmt.unpack({local: tensors[i] for local, tensors in outputs.items()}, task.scheme)
@@ -241,15 +239,10 @@ class Produce:
     def _repacked(self, name: str, scheme: LayerSpec) -> Weight | None:
         """The codes that the source stores, where they are on the grid that is wanted."""
         from ..formats.expanded import Expanded, repacked, same_grid
+        from ..sources.types import found_in
 
-        source = self.source
-        while isinstance(source, CacheScales | Untied):  # they add tensors, and leave the weights as they are
-            source = source.source
-        if (
-            not isinstance(source, Expanded)
-            or name not in source.schemes
-            or not same_grid(source.schemes[name], scheme)
-        ):
+        source = found_in(self.source, Expanded)
+        if source is None or name not in source.schemes or not same_grid(source.schemes[name], scheme):
             return None
         try:
             return repacked(source.weight(name), scheme)

@@ -44,7 +44,8 @@ def choose_head(
         return choices, []
     meta = source.meta(own)
     shape = (meta.shape[0], meta.shape[1])
-    sizes = {bits: _bytes(fmt, shape, _spec(bits, shape[1]), dtype) for bits in (8, 4) if fmt.holds_head}
+    specs = {bits: _spec(bits, shape[1]) for bits in (8, 4) if fmt.holds_head}
+    sizes = {bits: _bytes(fmt, shape, spec, dtype) for bits, spec in specs.items() if fmt.check(shape, spec) is None}
     notes = []
     if options.head in ("8bit", "4bit"):
         spec = fmt.scheme_for(_spec(int(options.head[0]), shape[1]), dtype)
@@ -74,6 +75,4 @@ def _spec(bits: int, columns: int) -> LayerSpec:
 
 
 def _bytes(fmt: Format, shape: tuple[int, int], spec: LayerSpec, dtype: str) -> int:
-    if fmt.check(shape, spec) is not None:
-        return 0
     return sum(meta.nbytes for meta in fmt.out_metas(shape, fmt.scheme_for(spec, dtype)).values())

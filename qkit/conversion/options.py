@@ -47,7 +47,7 @@ class Options:
 
     format: str = option(
         "compressed-tensors",
-        "compressed-tensors, gptq, gptq_v2, awq, bnb, gguf or safetensors (export without quantizing)",
+        "compressed-tensors, gptq, gptq_v2, awq, bnb, gguf, mxfp4 (gpt-oss) or safetensors (export without quantizing)",
         metavar="NAME",
         identity=True,
     )

@@ -15,12 +15,14 @@ from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, FUSED_EXPERTS, module_of
+from ..models.families import BLOCK, EXPECTED, FUSED_EXPERTS, module_of, why_kept
 from ..models.skeleton import check_architecture
+from ..sources.sliced import sliced
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..text.read import check_spec
+from . import experts
 from .containers import CONTAINERS
 from .head import choose_head, with_head
 from .kv_cache import CacheScales, with_cache
@@ -177,12 +179,17 @@ class Plan:
         }
 
 
+_MUCH = 0.05  # of a model's weights
+
+
 def make_plan(source: Source, out: Path, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
 
     device = resolve(options.device)
     fmt = formats.get(options.format)
+    slices = sliced(source, fmt.whole_experts)
+    source = slices or source
     expanded = expand(source)
     source = expanded or source
     stored = () if expanded is None or options.scheme or options.recipe else tuple(expanded.schemes.values())
@@ -217,6 +224,10 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     chosen, of_head = choose_head(settled.choices, source, fmt, options, model_dtype(source.config))
     choices, more = fmt.choose(chosen, method.needs == "moments", options.head)
     more = [*of_head, *more]
+    if slices is not None:
+        more += experts.notes_of(slices, choices, fmt, source.config)
+        if fmt.container != "gguf":  # which has them stacked in its own way
+            source, choices = experts.join_kept(source, slices, choices)
     if expanded is not None:
         notes += notes_of(expanded, choices)
     tasks = make_tasks(source, choices, fmt)
@@ -224,13 +235,13 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
     check_collisions(tasks)
 
-    notes += _of_fused_experts(tasks)
+    notes += _of_what_stays(tasks)
     container = CONTAINERS[fmt.container]
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
     shards = container.shards(tasks, by_block, name)
     predicted = predict(source, shards, method, options, device, cache is not None)
-    modules = [module_of(n) for n in metas if n.endswith(".weight")]
+    modules = [module_of(n) for n in source.names() if n.endswith(".weight")]
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
         clients = client_names(source.config, modules)
@@ -260,17 +271,32 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     return plan
 
 
-def _of_fused_experts(tasks: Sequence[Task]) -> list[str]:
-    """What to say where most of a model stays as it is."""
-    fused = [t for t in tasks if t.reason == FUSED_EXPERTS]
-    if not fused or not any(t.scheme for t in tasks):
+def _of_what_stays(tasks: Sequence[Task]) -> list[str]:
+    """What to say where much of a model stays as it is, and neither the user nor the format asked for that."""
+    if not any(t.scheme for t in tasks):
         return []
-    share = sum(t.numel for t in fused) / max(1, sum(t.numel for t in tasks))
-    return [
-        f"WARNING: {len(fused)} tensors hold all experts of a layer at once and are not quantized: {share:.0%} of the "
-        f"model stays at 16 bits ({units.size(sum(t.bytes_out for t in fused))}); with one matrix per expert, as other "
-        "releases of such models have them, it would be quantized"
-    ]
+    total = max(1, sum(t.numel for t in tasks))
+    kept = [t for t in tasks if t.scheme is None and why_kept(t.name, t.meta) == t.reason and len(t.meta.shape) > 1]
+    fused = [t for t in kept if t.reason == FUSED_EXPERTS]
+    others = [t for t in kept if t.reason not in (FUSED_EXPERTS, *EXPECTED)]
+    notes = []
+    if fused:
+        notes.append(
+            f"WARNING: {len(fused)} tensors hold all experts of a layer at once, in a way that is not known here, and "
+            f"are not quantized: {_share(fused, total)}"
+        )
+    if sum(t.numel for t in others) > _MUCH * total:
+        most = max(others, key=lambda t: t.numel)
+        notes.append(
+            f"WARNING: {len(others)} matrices are not known as linears of a decoder block ({most.name}: {most.reason}) "
+            f"and are not quantized: {_share(others, total)}"
+        )
+    return notes
+
+
+def _share(tasks: Sequence[Task], total: int) -> str:
+    share = sum(t.numel for t in tasks) / total
+    return f"{share:.0%} of the model stays at 16 bits ({units.size(sum(t.bytes_out for t in tasks))})"
 
 
 def check_names(plan: Plan, clients: ClientNames) -> None:
@@ -304,7 +330,7 @@ def make_tasks(source: Source, choices: Mapping[str, LayerSpec | Keep], fmt: For
             raise QkitError(f"{place} would stack tensors that differ in shape, type or scheme: {', '.join(names[:3])}")
         if isinstance(choice, LayerSpec):
             metas = fmt.out_metas((meta.shape[0], meta.shape[1]), choice)
-            outputs = tuple((f"{place}.{local}", m) for local, m in metas.items())
+            outputs = tuple((f"{place}{fmt.joint}{local}", m) for local, m in metas.items())
         else:
             outputs = ((place, meta),)
         if len(names) > 1:

@@ -22,10 +22,11 @@ def expand(source: Source) -> Expanded | None:
     Raises QkitError for a method that is not read."""
     from ..formats.expanded import Expanded
     from ..sources.lora import LoraSource
+    from ..sources.types import found_in
 
     if not (source.config.get("quantization_config") or source.config.get("compression_config")):
         return None
-    if isinstance(source, LoraSource):
+    if found_in(source, LoraSource):
         raise QkitError(
             "an adapter is merged into weights that are not quantized",
             "convert the original checkpoint with --lora, or serve the adapter beside the quantized model",
@@ -57,15 +58,18 @@ def notes_of(source: Expanded, choices: Mapping[str, LayerSpec | Keep]) -> list[
     """What becomes of the weights that are quantized already."""
     from ..formats.expanded import same_grid
 
-    done = [n for n, s in source.schemes.items() if isinstance(c := choices.get(n), LayerSpec) and same_grid(s, c)]
-    types = {(source.schemes[n].scale_dtype, choices[n].scale_dtype) for n in done}  # type: ignore[union-attr]
+    made = {n: c for n in source.schemes if isinstance(c := choices.get(n), LayerSpec)}
+    done = [n for n, c in made.items() if same_grid(source.schemes[n], c)]
+    types = {(source.schemes[n].scale_dtype, made[n].scale_dtype) for n in done}
     notes = []
     if done:
         notes.append(f"{len(done)} weights are repacked: their codes stay as they are, none is rounded anew")
     notes += [f"their scales are rounded from {a} to {b}" for a, b in sorted(types) if a != b and b == "BF16"]
-    again = len(source.schemes) - len(done)
+    again, values = len(made) - len(done), len(source.schemes) - len(made)
     if again:
         notes.append(
             f"{again} weights that are quantized already are dequantized and rounded anew: the errors of both add up"
         )
+    if values:
+        notes.append(f"{values} weights that are quantized already are dequantized and stored as values")
     return notes

@@ -14,6 +14,7 @@ from .compressed_tensors import CompressedTensors
 from .fp8 import BlockFp8
 from .gguf import Gguf
 from .gptq import GPTQ
+from .mxfp4 import Mxfp4
 from .plain import Plain
 
 __all__ = [
@@ -28,6 +29,7 @@ FORMATS: dict[str, Format] = {
     "awq": AWQ(),
     "bnb": BitsAndBytes(),
     "gguf": Gguf(),
+    "mxfp4": Mxfp4(),
     "safetensors": Plain(),
     "fp8": BlockFp8(),
 }

@@ -28,6 +28,8 @@ class Format(Protocol):
     kv_caches       what it can say that keys and values are rounded to in a client's cache
     default_scheme  what a user gets who names none
     calibrated      the method of a user who names none, below 8 bits
+    joint           between a module's place and a local name
+    whole_experts   an expert's gate and up are one matrix
     """
 
     read_only: ClassVar[bool] = False
@@ -37,6 +39,8 @@ class Format(Protocol):
     container: ClassVar[str] = "safetensors"
     default_scheme: ClassVar[str] = "w4a16"
     calibrated: ClassVar[str] = "gptq"
+    joint: ClassVar[str] = "."
+    whole_experts: ClassVar[bool] = False
 
     @property
     def name(self) -> str: ...

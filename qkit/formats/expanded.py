@@ -66,13 +66,13 @@ class Expanded(Wrapped):
 
 
 def same_grid(stored: LayerSpec, wanted: LayerSpec) -> bool:
-    """Whether codes of one are codes of the other: integers of as many bits, in the same groups, with or without zero
-    points both."""
+    """Whether codes of one are codes of the other: of one kind and as many bits, in the same groups or blocks, with or
+    without zero points both, with scales of scales alike."""
     a, b = stored, wanted
     return (
-        a.kind == b.kind == "int"
-        and (a.bits, a.group_size, a.symmetric) == (b.bits, b.group_size, b.symmetric)
-        and b.grid.low is None
+        (a.kind, a.bits, a.symmetric, a.scale.block) == (b.kind, b.bits, b.symmetric, b.scale.block)
+        and a.scale.over == b.scale.over
+        and b.grid.low in (None, a.grid.low)
     )
 
 
@@ -84,4 +84,6 @@ def repacked(weight: Weight, wanted: LayerSpec) -> Weight | None:
         return None
     if wanted.min_zero and weight.zero is not None and int(weight.zero.min()) < wanted.min_zero:
         raise QkitError("it has a zero point of 0, which GPTQ v1 has no form for", "use --format gptq_v2")
+    if wanted.kind not in ("int", "fp8"):  # their scales have one type
+        return weight
     return replace(weight, scale=weight.scale.to(torch_dtype(wanted.scale_dtype)))

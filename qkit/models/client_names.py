@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .config import text_config
+
 
 @dataclass(frozen=True)
 class ClientNames:
@@ -30,6 +32,16 @@ def needed(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     return isinstance(config.get("text_config"), Mapping) or any(
         ".experts." in name or "router" in name or name.endswith(".gate") for name in modules
     )
+
+
+def merges_experts(config: Mapping[str, Any]) -> bool:
+    """Whether transformers' own loading makes one tensor of experts that are stored one matrix each."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist
+
+    kinds = {str(part["model_type"]) for part in (config, text_config(config)) if part.get("model_type")}
+    found = [each for kind in kinds for each in get_checkpoint_conversion_mapping(kind) or ()]
+    return any(isinstance(op, MergeModulelist) for each in found for op in getattr(each, "operations", ()))
 
 
 def client_names(config: Mapping[str, Any], modules: Iterable[str]) -> ClientNames | None:

@@ -1,41 +1,67 @@
 """Mixture-of-experts blocks with one `nn.Linear` per expert matrix, named as checkpoints name them.
 
-transformers 5 keeps the experts of a block in two 3-D parameters; checkpoints on disk hold one matrix per
-expert, and that matrix is what a quantizer quantizes and what a packed linear replaces.
+transformers 5 keeps the experts of a block in two 3-D parameters; a quantizer quantizes one matrix of one expert, and
+that is what a packed linear replaces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import nn
 
-# model_type -> names of an expert's gate, up and down matrices, and of the block within a decoder layer.
-EXPERT_NAMES = {
-    "mixtral": (("w1", "w3", "w2"), "block_sparse_moe"),
-    "qwen2_moe": (("gate_proj", "up_proj", "down_proj"), "mlp"),
-    "qwen3_moe": (("gate_proj", "up_proj", "down_proj"), "mlp"),
-}
+from .fused import LAYOUTS, Layout
+
+# Families whose code is unfused here; fused files of others are sliced too, but not run.
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "llama4_text", "gpt_oss")
+
+
+class Gated(nn.Module):
+    """act(gate) * up."""
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act_fn = act
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.act_fn(gate) * up
+        return product
+
+
+class ClampedGate(nn.Module):
+    """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), both clamped to `limit`."""
+
+    def __init__(self, alpha: float, limit: float):
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
 class Expert(nn.Module):
-    """One gated MLP: down(act(gate(x)) * up(x)), children under the checkpoint's names."""
+    """One gated MLP: down(combine(gate(x), up(x))), children under the checkpoint's names."""
 
-    def __init__(self, hidden: int, intermediate: int, act: nn.Module, names: tuple[str, str, str]):
+    def __init__(self, hidden: int, intermediate: int, combine: nn.Module, names: tuple[str, str, str], bias: bool):
         super().__init__()
         gate, up, down = names
         self.names = names
-        self.act_fn = act
-        self.add_module(gate, nn.Linear(hidden, intermediate, bias=False, device="meta"))
-        self.add_module(up, nn.Linear(hidden, intermediate, bias=False, device="meta"))
-        self.add_module(down, nn.Linear(intermediate, hidden, bias=False, device="meta"))
+        self.combine = combine
+        self.add_module(gate, nn.Linear(hidden, intermediate, bias=bias, device="meta"))
+        self.add_module(up, nn.Linear(hidden, intermediate, bias=bias, device="meta"))
+        self.add_module(down, nn.Linear(intermediate, hidden, bias=bias, device="meta"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = (self.get_submodule(name) for name in self.names)
-        return down(self.act_fn(gate(x)) * up(x))
+        result: torch.Tensor = down(self.combine(gate(x), up(x)))
+        return result
 
 
 class Experts(nn.ModuleList):
-    """Drop-in for the fused experts of transformers 5 (`MixtralExperts`, `Qwen3MoeExperts`, ...).
+    """Drop-in for the fused experts of transformers 5 (`MixtralExperts`, `GptOssExperts`, ...).
 
     call_all: call an expert that no token chose too, with an input of no tokens."""
 
@@ -53,25 +79,68 @@ class Experts(nn.ModuleList):
         return out
 
 
-def unfuse(model: nn.Module, model_type: str) -> None:
-    """Swap every fused experts module in `model` for `Experts`, in place; parameters stay on meta.
+class ScaledExperts(Experts):
+    """Llama 4's: every expert has all tokens, times their score for it, which is 0 where it was not chosen."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """hidden_states [experts * tokens, hidden] -> the same shape."""
+        out = torch.zeros_like(hidden_states)
+        tokens = len(hidden_states) // len(self)
+        for index, expert in enumerate(self):
+            rows = index * tokens + hidden_states[index * tokens : (index + 1) * tokens].any(-1).nonzero()[:, 0]
+            if len(rows) or self.call_all:
+                out[rows] = expert(hidden_states[rows])
+        return out
+
+
+class Routed(nn.Module):
+    """A router below the name that it has on disk: Granite's router.layer."""
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.layer = router
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The module that has the decoder blocks as `layers`; Llama 4's get_decoder finds another."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return decoder if hasattr(decoder, "layers") else model.model
+
+
+def unfuse(model: nn.Module, model_type: str, layers: Collection[int] | None = None) -> None:
+    """Swap every fused experts module in `model`, or in those of its `layers`, for `Experts`, in place; parameters
+    stay on meta.
 
     Afterwards parameter names are those of the checkpoint. Mixtral's block is `mlp` to transformers' code and
     `block_sparse_moe` on disk: the block is registered under the second name and reachable as the first.
     """
-    if model_type not in EXPERT_NAMES:
+    if model_type not in FAMILIES:
         return
-    names, block_name = EXPERT_NAMES[model_type]
-    for layer in model.get_decoder().layers:  # type: ignore[operator, union-attr]
-        block = layer.mlp
+    layout = LAYOUTS[model_type]
+    for index, layer in enumerate(decoder_of(model).layers):
+        block = getattr(layer, layout.attribute)
         fused = getattr(block, "experts", None)
-        if fused is None:  # a dense layer among sparse ones
+        if fused is None or (layers is not None and index not in layers):  # dense, or as it is on disk
             continue
-        count, hidden, intermediate = fused.down_proj.shape
-        dtype = fused.down_proj.dtype
-        experts = (Expert(hidden, intermediate, fused.act_fn, names).to(dtype) for _ in range(count))
-        block.experts = Experts(experts)
-        if block_name != "mlp":
-            del layer.mlp
-            layer.add_module(block_name, block)
-            object.__setattr__(layer, "mlp", block)
+        block.experts = _unfused(fused, layout, model_type)
+        if model_type == "granitemoe":
+            block.router = Routed(block.router)
+        if layout.block != layout.attribute:
+            delattr(layer, layout.attribute)
+            layer.add_module(layout.block, block)
+            object.__setattr__(layer, layout.attribute, block)
+
+
+def _unfused(fused: Any, layout: Layout, model_type: str) -> Experts:
+    count, hidden, intermediate = fused.down_proj.shape
+    if layout.transposed:
+        hidden, intermediate = intermediate, hidden
+    combine = ClampedGate(fused.alpha, fused.limit) if model_type == "gpt_oss" else Gated(fused.act_fn)
+    bias = hasattr(fused, "down_proj_bias")
+    kind = ScaledExperts if model_type == "llama4_text" else Experts
+    return kind(
+        Expert(hidden, intermediate, combine, layout.names, bias).to(fused.down_proj.dtype) for _ in range(count)
+    )

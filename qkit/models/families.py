@@ -19,6 +19,8 @@ _ROUTER = re.compile(r"(?:^|\.)(?:gate|shared_expert_gate|[a-z_]*router[a-z_]*)(
 # Of an attention module: what keys and values are divided by before they are rounded to FP8 (`models.kv_cache`).
 KV_SCALES = ("k_scale", "v_scale")
 FUSED_EXPERTS = "fused 3-D experts"  # all experts of a matrix in one tensor
+# Reasons for which matrices stay as they are in any model.
+EXPECTED = ("embedding", "output head", "vision or audio tower", "router")
 
 
 def module_of(name: str) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Tested: logits equal those of transformers' own load, parameter names equal those of the checkpoint.
 ARCHITECTURES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "phi3",
-    "smollm3", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe",
+    "smollm3", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "llama4_text", "gpt_oss",
 )  # fmt: skip
 
 

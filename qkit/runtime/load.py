@@ -52,9 +52,11 @@ def load(
     from ..models import kv_cache
     from ..models.skeleton import build, materialize
     from ..sources import open_source
+    from ..sources.sliced import sliced
     from . import decoder
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
+    opened = sliced(opened) or opened
     target = torch.device(resolve(device).id)
     config = {k: v for k, v in opened.config.items() if k != "quantization_config"}
     name = _dtype_name(dtype if dtype is not None else config.get("dtype") or config.pop("torch_dtype", None))

@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import formats
 from ..errors import QkitError
 from ..models import kv_cache
-from ..models.experts import EXPERT_NAMES, unfuse
+from ..models.experts import FAMILIES, unfuse
 from ..models.families import is_kv_scale
 from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 NAME = "qkit"  # in transformers' tables
 _DOT = "_dot_"
+_ONE_EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")  # a layer whose files hold a matrix for each expert
 _log = logging.getLogger("qkit")
 
 # method -> whether transformers' own loader has the packages that it needs
@@ -167,10 +168,10 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         if not files or not all(f.endswith(".safetensors") for f in files):
             raise QkitError("quantized models are loaded from safetensors files", "pass the folder they are in")
         model_type = model.config.get_text_config().model_type
-        if model_type in EXPERT_NAMES:
-            unfuse(model, model_type)
-            self.unfused = True
         headers: Any = _Headers(files)
+        if model_type in FAMILIES:
+            unfuse(model, model_type, {int(m[1]) for name in headers.names() if (m := _ONE_EXPERT.search(name))})
+            self.unfused = True
         if formats.kv_cache(self.reader):
             _add_cache_scales(model, headers)
         schemes = formats.quantized_modules(self.reader, headers)

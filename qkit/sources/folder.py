@@ -242,3 +242,8 @@ class FolderSource:
         """The tensor in memory of its own; thread-safe. QkitError if the file changed or cannot be read."""
         stored = self._stored[name]
         return self._where[stored].read(stored)
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """`read(name)[index]`; nothing else is read."""
+        stored = self._stored[name]
+        return self._where[stored].read(stored, index)

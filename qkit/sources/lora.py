@@ -211,6 +211,9 @@ class LoraSource:
         a, b = self._file.read(change.a), self._file.read(change.b)
         return merge(weight, a, b, change.scale, change.transposed, magnitude, dtype)
 
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        return self.read(name)[index].clone() if name in self._changes else self._base.read_part(name, index)
+
     def _shape(self, key: str) -> tuple[int, ...]:
         return self._file.meta(key).shape
 

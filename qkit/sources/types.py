@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .. import units
 from ..spec.dtypes import TensorMeta
@@ -13,6 +13,8 @@ from ..storage.store import Store, hash_file, read_file
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class Source(Protocol):
         changed or cannot be read."""
         ...
 
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """`read(name)[index]`, in memory of its own, and without reading the rest where that can be helped."""
+        ...
+
 
 class Wrapped:
     """`Source` over another one, like it in all that a subclass does not say otherwise."""
@@ -132,3 +138,16 @@ class Wrapped:
 
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(name)
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        return self.read(name)[index].clone()
+
+
+def found_in(source: Source, kind: type[T]) -> T | None:
+    """The source, or the one of `kind` that it looks at, through however many; None where there is none."""
+    at: Any = source
+    while not isinstance(at, kind):
+        at = getattr(at, "source", None)
+        if at is None:
+            return None
+    return at

@@ -155,11 +155,15 @@ class SafetensorsFile:
         """dtype and shape; KeyError for an unknown name."""
         return self.entries[name].meta
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own; KeyError for an unknown name, QkitError if the file changed."""
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """The tensor in memory of its own, or one part of it along its first dimension; KeyError for an unknown name,
+        QkitError if the file changed."""
         import torch
 
         meta, offset = self.entries[name]
+        if index is not None:
+            meta = TensorMeta(meta.dtype, meta.shape[1:])
+            offset += index * meta.nbytes
         tensor = empty(meta)
         if meta.numel:
             self.file.read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)

@@ -122,15 +122,29 @@ def test_experts_of_more_than_one_scheme_are_refused(tmp_path):
         qkit.convert(source, tmp_path / "out", method="rtn", recipe=str(tmp_path / "r.yaml"), dry_run=True)
 
 
+LINEARS = {
+    f"model.layers.{i}.mlp.{name}.weight": torch.ones(64, 64, dtype=torch.bfloat16)
+    for i in (0, 1)
+    for name in ("up_proj", "down_proj")
+}
+
+
 def test_fused_experts_are_said_loudly(tmp_path):
-    """Most of such a model stays at 16 bits."""
+    """Most of a model stays at 16 bits whose experts lie in a way that is not known."""
     torch.manual_seed(0)
     config = tf.GraniteMoeConfig(**{k: v for k, v in TEXT.items() if k != "head_dim"}, num_local_experts=4)
     tf.GraniteMoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
     make_tokenizer(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    save_file({name.replace("put_linear", "put_matrices"): t for name, t in load_file(file).items()}, file)
     result = qkit.convert(tmp_path / "source", tmp_path / "out", method="rtn", scheme="w8a16")
     (warning,) = [note for note in result.plan.notes if note.startswith("WARNING")]
     assert "4 tensors hold all experts" in warning and "% of the model stays at 16 bits" in warning
+    # DBRX has them in two dimensions, and without "weight".
+    save_file({n.replace("mlp.down_proj.weight", "mlp.w2"): t for n, t in LINEARS.items()}, file)
+    result = qkit.convert(tmp_path / "source", tmp_path / "dbrx", method="rtn", scheme="w8a16", dry_run=True)
+    (warning,) = [note for note in result.plan.notes if note.startswith("WARNING")]
+    assert "2 matrices are not known as linears" in warning and "mlp.w2: bias or norm" in warning
 
 
 def test_names_of_both_sides(tmp_path):

@@ -10,6 +10,7 @@ made once. A stamp written last says that one is whole; without it the folder is
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -17,8 +18,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 STAMP = ".qkit-complete"
 HERE = Path(__file__).parent
@@ -29,7 +35,7 @@ TORCH = ("torch==2.13.0",)
 @dataclass(frozen=True)
 class Client:
     """install: arguments of one `pip install` each, in order; remove: packages uninstalled after that;
-    env: what its process needs beside the offline switch; script: what runs in it."""
+    env: what pip and its process need beside the offline switch; script: what runs in it."""
 
     script: str
     install: tuple[tuple[str, ...], ...]
@@ -65,6 +71,20 @@ CLIENTS = {
         "client_bitsandbytes.py",
         (TORCH, ("transformers==5.23.0", "accelerate==1.15.0", "bitsandbytes==0.50.2", "numpy==2.4.6")),
     ),
+    # The last auto-gptq and autoawq with the transformers that autoawq was last tested with, and what else they import.
+    # They come without their requirements: with Triton autoawq computes on a GPU alone. auto-gptq's own kernels are for
+    # GPUs too and stay unbuilt.
+    "discontinued": Client(
+        "client_discontinued.py",
+        (
+            TORCH,
+            ("setuptools==84.2.1", "transformers==4.51.3", "accelerate==1.6.0", "numpy==2.4.6"),
+            ("peft==0.15.2", "datasets==3.6.0", "gekko==1.2.1"),
+            ("--no-deps", "--no-build-isolation", "--no-binary=auto-gptq", "auto-gptq==0.7.1", "autoawq==0.2.9"),
+        ),
+        ("triton",),
+        {"BUILD_CUDA_EXT": "0"},
+    ),
     # Compiled from source (some minutes on two cores), without the part that reads pictures.
     "llamacpp": Client(
         "client_llamacpp.py",
@@ -93,7 +113,7 @@ def python_of(name: str) -> Path:
     def make(folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for arguments in client.install:
-            _pip(folder, "install", *arguments)
+            _pip(folder, "install", *arguments, env=client.env)
         if client.remove:
             _pip(folder, "uninstall", "--yes", *client.remove)
 
@@ -140,6 +160,30 @@ def run(name: str, job: dict, folder: Path, script: str | None = None, extra: di
     return done.stdout
 
 
+def once(make: Callable[P, T]) -> Callable[P, T]:
+    """`make`, called once for the same arguments however many tests ask. Where it failed each of them fails, without
+    another try; where no package index can be reached each is skipped."""
+
+    @functools.cache
+    def tried(*args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
+        try:
+            return make(*args, **kwargs), None
+        except Exception as error:
+            return None, error
+
+    def result(*args: P.args, **kwargs: P.kwargs) -> T:
+        import pytest
+
+        made, error = tried(*args, **kwargs)
+        if isinstance(error, NoNetwork):
+            pytest.skip(f"no package index to install from: {str(error)[-200:]}")
+        if error is not None:
+            raise RuntimeError(str(error)) from error
+        return made
+
+    return result
+
+
 def _once(name: str, recipe: object, make) -> Path:
     """The folder that `make` fills for `recipe`, made at most once; processes wait for each other."""
     identity = json.dumps([recipe, platform.python_version(), platform.machine()], sort_keys=True)
@@ -154,9 +198,9 @@ def _once(name: str, recipe: object, make) -> Path:
     return folder
 
 
-def _pip(folder: Path, command: str, *arguments: str) -> None:
+def _pip(folder: Path, command: str, *arguments: str, env: dict[str, str] | None = None) -> None:
     base = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", command, "--quiet"]
-    done = subprocess.run([*base, *arguments], capture_output=True, text=True)
+    done = subprocess.run([*base, *arguments], env={**os.environ, **(env or {})}, capture_output=True, text=True)
     if done.returncode:
         words = done.stderr[-4000:]
         if any(sign in done.stderr for sign in ("name resolution", "NewConnectionError", "Network is unreachable")):

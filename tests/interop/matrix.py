@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from interop import clients, test_bitsandbytes, test_clients, test_gguf
+from interop import clients, test_bitsandbytes, test_clients, test_discontinued, test_experts, test_gguf
+
+from qkit.formats import FORMATS
 
 # The clients as users know them, by the runs of `test_clients.RUNS`.
 RUNS = {
@@ -21,6 +23,12 @@ RUNS = {
     "vllm": "vLLM 0.32, its own CPU kernels",
     "vllm with qkit": "vLLM 0.32 with qkit's kernels",
 }
+DISCONTINUED = {
+    required.partition("==")[0]: required.replace("==", " ")
+    for required in clients.CLIENTS["discontinued"].install[-1]
+    if "==" in required
+}
+EVERY_WEIGHT = "every weight, bit for bit"
 LOGITS, OWN_CODE, SAME_FILES = "logits", "logits, dequantized by the client's code", "the same files, and logits"
 
 
@@ -35,6 +43,12 @@ def rows() -> dict[tuple[str, str], dict[str, str]]:
             dequantized = run.startswith("compressed") and (name in test_clients._FLOATS or scheme.endswith("asym"))
             how = OWN_CODE if dequantized else LOGITS
             found.setdefault((fmt, scheme), {})[RUNS[run]] = how
+    for package, fmt, scheme, _ in test_discontinued.CASES:
+        found.setdefault((fmt, scheme), {})[DISCONTINUED[package]] = EVERY_WEIGHT
+    for scheme in dict.fromkeys("w4a16-asym" if asymmetric else "w4a16" for _, asymmetric in test_experts.CASES):
+        families = [f for f, asymmetric in test_experts.CASES if asymmetric == scheme.endswith("asym")]
+        client = {"vLLM 0.32, its loader and its dequantization": f"every weight of {', '.join(families)}, bit for bit"}
+        found[("compressed-tensors", f"{scheme}, experts out of one tensor")] = client
     for scheme in test_bitsandbytes.SCHEMES:
         how = SAME_FILES if scheme in test_bitsandbytes.SMOL else "the same files"
         found[("bnb", scheme)] = {"transformers + bitsandbytes 0.50": how}
@@ -49,7 +63,8 @@ def rows() -> dict[tuple[str, str], dict[str, str]]:
 
 def table() -> str:
     lines = ["| format | scheme | client | checked |", "|---|---|---|---|"]
-    for (fmt, scheme), by_client in rows().items():
+    found = sorted(rows().items(), key=lambda row: list(FORMATS).index(row[0][0]))
+    for (fmt, scheme), by_client in found:
         by_how: dict[str, list[str]] = {}
         for client, how in by_client.items():
             by_how.setdefault(how, []).append(client)

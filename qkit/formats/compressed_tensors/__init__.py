@@ -114,7 +114,7 @@ class CompressedTensors(Format):
             groups[f"group_{index}"] = {
                 # A class name only where it cannot match a module of another group: readers give the
                 # first match, and would unpack with the wrong width.
-                "targets": ["Linear"] if len(by_kind) == 1 else _targets(modules),
+                "targets": ["Linear", *_heads(modules)] if len(by_kind) == 1 else _targets(modules),
                 "weights": codec(schemes[modules[0]]).arguments(schemes[modules[0]]),
                 "input_activations": _inputs(schemes[modules[0]]),
                 "output_activations": None,
@@ -191,6 +191,11 @@ def _inputs(spec: LayerSpec) -> dict[str, Any] | None:
 
 
 _EXPERTS = "re:.*\\.experts\\..*"
+
+
+def _heads(modules: list[str]) -> list[str]:
+    """Names of heads, which to vLLM are no "Linear"."""
+    return [module for module in modules if module.rpartition(".")[2] == "lm_head"]
 
 
 def _targets(modules: list[str]) -> list[str]:

@@ -85,6 +85,9 @@ class GgufSource:
             tensor = split.transpose(1, 2).reshape(slot.shape).contiguous()
         return tensor
 
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        return self.read(name)[index].clone()
+
     @cached_property
     def sidecars(self) -> tuple[Sidecar, ...]:
         """Tokenizer, chat template and generation defaults; built on first use (a second or two for 262k tokens)."""
