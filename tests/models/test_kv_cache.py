@@ -79,7 +79,8 @@ def test_rounded_as_by_a_cache_that_rounds(model_type):
         out = model(ids[:, :12], use_cache=True)
         for i in range(12, 20):
             out = model(ids[:, i : i + 1], past_key_values=out.past_key_values)
-        torch.testing.assert_close(out.logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+        # Sums in another order may put a value on the other side of the middle between two of e4m3.
+        assert float((out.logits[:, -1] - expected[:, -1]).norm() / expected[:, -1].norm()) < 1e-3
         again = pickle.loads(pickle.dumps(model))
         torch.testing.assert_close(again(ids).logits, expected)
         kv_cache.remove_rounding(model)
