@@ -31,6 +31,7 @@ SEQUENCES, LENGTH = 2, 64
 MIXED = "- {modules: '*.down_proj', scheme: w8a16}\n- {modules: 'model.layers.0.*', scheme: keep}\n"
 # What "w4a16, FP8 KV cache" is: a scheme, and the cache's scales calibrated on a little text.
 CACHE = ", FP8 KV cache"
+HEAD = ", head of 4 bits"
 # name -> (model, format, scheme, group size); 0 is one scale per output channel
 FOLDERS = {
     "smol-ct-w4": ("smol", "compressed-tensors", "w4a16", 64),
@@ -48,6 +49,8 @@ FOLDERS = {
     "smol-gptq-mixed": ("smol", "gptq", "mixed", 64),
     "smol-ct-w4-kv": ("smol", "compressed-tensors", "w4a16" + CACHE, 64),
     "gemma-ct-w4-kv": ("gemma", "compressed-tensors", "w4a16" + CACHE, 128),
+    "smol-ct-w4-head": ("smol", "compressed-tensors", "w4a16" + HEAD, 64),
+    "smol-gptq-w4-head": ("smol", "gptq", "w4a16" + HEAD, 64),
     "smol-ct-w8-lora": ("smol", "compressed-tensors", "w8a16", 0),  # with an adapter while it is served
     "smol-ct-w8a8": ("smol", "compressed-tensors", "w8a8", None),
     "smol-ct-fp8": ("smol", "compressed-tensors", "fp8", None),
@@ -60,19 +63,24 @@ FOLDERS = {
 _FLOATS = ("smol-ct-w8a8", "smol-ct-fp8", "smol-ct-nvfp4", "smol-ct-mxfp4")
 # (client, script or None for its own, folders): one process each, for each model.
 RUNS = {
-    "compressed-tensors": ("compressed-tensors", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-ct-w8", "smol-ct-mixed",
-                                                        "gemma-ct-w4", "smol-ct-w4-kv", "gemma-ct-w4-kv", *_FLOATS)),
-    "compressed-tensors-0.17": ("vllm", "client_transformers.py", ("smol-ct-w4", "smol-ct-w4-asym", "gemma-ct-w4",
-                                                                     "smol-ct-w4-kv", "gemma-ct-w4-kv", *_FLOATS)),
+    "compressed-tensors": (
+        "compressed-tensors", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-ct-w8", "smol-ct-mixed", "smol-ct-w4-head",
+                                     "gemma-ct-w4", "smol-ct-w4-kv", "gemma-ct-w4-kv", *_FLOATS),
+    ),
+    "compressed-tensors-0.17": (
+        "vllm", "client_transformers.py", ("smol-ct-w4", "smol-ct-w4-asym", "gemma-ct-w4", "smol-ct-w4-kv", *_FLOATS),
+    ),
     "gptqmodel": (
         "gptqmodel", None, ("smol-gptq-w4", "smol-gptq2-w4", "smol-gptq2-w4-asym", "smol-gptq-w8", "smol-gptq-w3",
-                            "smol-gptq2-w2-asym", "smol-gptq-mixed", "gemma-gptq-w4", "smol-awq-w4", "gemma-awq-w4"),
+                            "smol-gptq2-w2-asym", "smol-gptq-mixed", "smol-gptq-w4-head", "gemma-gptq-w4",
+                            "smol-awq-w4", "gemma-awq-w4"),
     ),
-    "gptqmodel-in-transformers": ("gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym",
-                                                                              "smol-awq-w4")),
+    "gptqmodel-in-transformers": (
+        "gptqmodel", "client_transformers.py", ("smol-gptq-w4", "smol-gptq2-w4-asym", "smol-awq-w4"),
+    ),
     # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
     "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4",
-                            "smol-ct-w8a8", "smol-awq-w4", "smol-ct-w4-kv", "gemma-ct-w4-kv")),
+                            "smol-ct-w8a8", "smol-awq-w4", "smol-ct-w4-head", "smol-gptq-w4-head", "smol-ct-w4-kv")),
     # The same vLLM with qkit installed: 8 bits too. Eager: with torch.compile a GPTQ folder's engine did not come up.
     "vllm with qkit": ("vllm", None, ("smol-ct-w8", "smol-ct-w8-lora")),
 }  # fmt: skip
@@ -100,7 +108,10 @@ class Bench:
         recipe = self.root / "mixed.yaml" if scheme == "mixed" else None
         if recipe is not None:
             recipe.write_text(MIXED)
-        named = {"recipe": recipe} if recipe is not None else {"scheme": scheme.removesuffix(CACHE)}
+        bare = scheme.removesuffix(CACHE).removesuffix(HEAD)
+        named = {"recipe": recipe} if recipe is not None else {"scheme": bare}
+        if scheme.endswith(HEAD):
+            named["head"] = "4bit"
         if scheme.endswith(CACHE):
             named |= {"kv_cache": "fp8", "calib_samples": 8, "calib_len": 128}
         if group_size is not None:
