@@ -66,6 +66,7 @@ def load() -> ctypes.CDLL | str:
     lib.qk_gptq_feedback.argtypes = [p, p, p, n, p, p, f, f, p, p, n, n, i, i]
     lib.qk_gptq_descend.argtypes = [p, p, n, p, p, f, p, p, n, n, i, i]
     lib.qk_ggml_encode.argtypes = [p, i, p, p, p, p, p, n, n, i, i]
+    lib.qk_crc32.argtypes = [p, n, p]
     lib.qk_use_openmp.argtypes = [ctypes.c_char_p]
     lib.qk_prepacked_bytes.argtypes, lib.qk_prepacked_bytes.restype = [n, n, i], n
     lib.qk_prepack.argtypes = lib.qk_restore.argtypes = [p, p, n, n, i, i]
@@ -135,6 +136,15 @@ def library() -> ctypes.CDLL:
 def _call(function: str, *args: object) -> None:
     if status := getattr(library(), function)(*args):
         _raise(status, function)
+
+
+def crc32(t: torch.Tensor) -> int | None:
+    """zlib's, of the bytes of a contiguous tensor; None where zlib is as fast."""
+    found = ctypes.c_uint32()
+    status = library().qk_crc32(_ptr(t), t.nbytes, ctypes.addressof(found))
+    if status not in (0, 5):
+        _raise(status, "qk_crc32")
+    return None if status else found.value
 
 
 def pack(codes: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:

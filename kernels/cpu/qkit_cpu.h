@@ -45,6 +45,9 @@ QK_API int qk_use_openmp(const char* library);
 // 1 where this build and this machine both have `isa`.
 QK_API int qk_has_isa(int isa);
 
+// zlib's CRC-32 of n bytes. QK_BAD_ISA where the processor has no carry-less products, without which zlib is as fast.
+QK_API int qk_crc32(const uint8_t* data, int64_t n, uint32_t* crc);
+
 // codes uint8 [rows, n] <-> packed.
 QK_API int qk_pack(const uint8_t* codes, uint32_t* packed, int64_t rows, int64_t n, int bits, int isa, int nthreads);
 QK_API int qk_unpack(const uint32_t* packed, uint8_t* codes, int64_t rows, int64_t n, int bits, int isa, int nthreads);
