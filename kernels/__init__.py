@@ -69,7 +69,7 @@ def crc32(t: torch.Tensor) -> int:
     """zlib's, of the tensor's bytes, row-major."""
     t = t.detach().cpu().contiguous()
     found = lib.crc32(t) if _native(t) else None
-    return zlib.crc32(t.view(-1).view(torch.uint8).numpy()) if found is None else found
+    return zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) if found is None else found
 
 
 def _check_bits(bits: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def encode_with_error(w: torch.Tensor, name: str, importance: torch.Tensor | Non
     if name not in GRIDS and plain not in ("F32", "F16", "BF16"):
         raise ValueError(f"blocks of type {name} are not written here, only {', '.join(GRIDS)}")
     check_matrix("w", w, FLOATS)
-    nbytes = GGML[name].row_bytes(w.shape[1])
+    GGML[name].row_bytes(w.shape[1])  # refuses what blocks do not divide
     weight = None if importance is None else _weights(importance, w.shape[1])
     if plain is not None:
         return _floats(w, torch_dtype(plain))
@@ -133,7 +133,7 @@ def blocks(
 ) -> tuple[torch.Tensor, float, float]:
     """The blocks, the sum of squared errors and the sum of squares: in C++ where the library is there, else in torch.
 
-    Raises ScaleOverflowError where a scale does not fit float16, which a weight that is no number may be the reason of."""
+    Raises ScaleOverflowError where a scale does not fit float16, be it for a weight that is no number."""
     out = torch.empty(w.shape[0], GGML[name].row_bytes(w.shape[1]), dtype=torch.uint8)
     if _native(w):
         return out, *lib.ggml_encode(_c_grid(name)[0], w.contiguous(), weight, out, isa)
@@ -155,12 +155,10 @@ def _c_grid(name: str) -> tuple[lib.QkGrid, object]:
     least, most = g.scales or (0, 0)
     pieces = [lib.QkPiece(p.part, p.add, p.shift, p.bits, p.run) for p in LAYOUTS[name]]
     stored = STORED.get(name, ())
-    arrays: list[Any] = [
-        (kind * len(values))(*values)
-        for kind, values in (
-            (ctypes.c_float, g.levels), (ctypes.c_float, g.targets), (ctypes.c_uint8, stored), (lib.QkPiece, pieces),
-        )
+    contents: list[tuple[Any, Sequence[Any]]] = [
+        (ctypes.c_float, g.levels), (ctypes.c_float, g.targets), (ctypes.c_uint8, stored), (lib.QkPiece, pieces),
     ]  # fmt: skip
+    arrays = [(kind * len(values))(*values) for kind, values in contents]
     pointers = [ctypes.addressof(array) if len(array) else None for array in arrays]
     grid = lib.QkGrid(
         g.sub, g.low, g.high, g.affine, g.power, least, most, len(g.levels), len(g.targets), len(pieces), *pointers

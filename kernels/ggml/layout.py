@@ -1,5 +1,5 @@
-"""`Fields` -> the bytes of blocks: the inverse of decode.py (block_q4_0 ... in ggml-common.h). `LAYOUTS` says what a block
-consists of, to `assemble` here and to the C++."""
+"""`Fields` -> the bytes of blocks: the inverse of decode.py (block_q4_0 ... in ggml-common.h). `LAYOUTS` says what a
+block consists of, to `assemble` here and to the C++."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ D, DMIN, CODES, SCALES, SCALE_MIN = range(5)
 class Piece:
     """Some bytes of a block.
 
-    part              D, DMIN: a float16 (D of a power of two: a byte); CODES; SCALES: the integers that scales are, then those of
-                      the minima; SCALE_MIN: these in 6 bits each, see `_scale_min`
-    add, shift, bits  of the last three but one: (byte + add) >> shift, of which `bits` bits are kept
-    run               a byte holds 8 / bits of them, one from each of as many runs: nibbles of run 16 are the first 16 as low
-                      nibbles of 16 bytes, the next 16 as high ones, and so on
+    part              D, DMIN: a float16 (D of a power of two: a byte); CODES; SCALES: the integers that scales are,
+                      then those of the minima; SCALE_MIN: these in 6 bits each, see `_scale_min`
+    add, shift, bits  of CODES and SCALES: (byte + add) >> shift, of which `bits` bits are kept
+    run               a byte holds 8 / bits of them, one from each of as many runs: nibbles of run 16 are the first 16
+                      as low nibbles of 16 bytes, the next 16 as high ones, and so on
     """
 
     part: int
