@@ -136,7 +136,7 @@ def blocks(
     Raises ScaleOverflowError where a scale does not fit float16, be it for a weight that is no number."""
     out = torch.empty(w.shape[0], GGML[name].row_bytes(w.shape[1]), dtype=torch.uint8)
     if _native(w):
-        return out, *lib.ggml_encode(_c_grid(name)[0], w.contiguous(), weight, out, isa)
+        return out, *lib.ggml_encode(_c_grid(name, weight is not None)[0], w.contiguous(), weight, out, isa)
     lost = total = 0.0
     for rows, target in _slabs(w, out):
         fields = reference.fit(GRIDS[name], rows, weight)
@@ -149,18 +149,18 @@ def blocks(
 
 
 @functools.cache
-def _c_grid(name: str) -> tuple[lib.QkGrid, object]:
+def _c_grid(name: str, weighed: bool) -> tuple[lib.QkGrid, object]:
     """The grid for C, and the arrays that it points to."""
-    g = GRIDS[name]
+    g, targets = GRIDS[name], GRIDS[name].tried(weighed)
     least, most = g.scales or (0, 0)
     pieces = [lib.QkPiece(p.part, p.add, p.shift, p.bits, p.run) for p in LAYOUTS[name]]
     stored = STORED.get(name, ())
     contents: list[tuple[Any, Sequence[Any]]] = [
-        (ctypes.c_float, g.levels), (ctypes.c_float, g.targets), (ctypes.c_uint8, stored), (lib.QkPiece, pieces),
+        (ctypes.c_float, g.levels), (ctypes.c_float, targets), (ctypes.c_uint8, stored), (lib.QkPiece, pieces),
     ]  # fmt: skip
     arrays = [(kind * len(values))(*values) for kind, values in contents]
     pointers = [ctypes.addressof(array) if len(array) else None for array in arrays]
     grid = lib.QkGrid(
-        g.sub, g.low, g.high, g.affine, g.power, least, most, len(g.levels), len(g.targets), len(pieces), *pointers
+        g.sub, g.low, g.high, g.affine, g.power, least, most, len(g.levels), len(targets), len(pieces), *pointers
     )
     return grid, arrays
