@@ -165,9 +165,14 @@ struct SubBlock {
     void write(F scale, F minimum, uint8_t (*codes)[LANES], F& lost, F& total) const {
         const F none = splat(0.0f);
         const F inverse = pick(differ(scale, none), splat(1.0f) / scale, none);
+        // Here, because for all that the compiler knows a code is written over the grid.
+        const F least = splat((float)g.low), most = splat((float)g.high);
+        const I first = splat((int)as_bits(MAGIC) + g.low);
+        const float (*const from)[LANES] = x;
+        const int size = g.sub;
         F e2 = none, n2 = none;
-        for (int j = 0; j < g.sub; ++j) {
-            const F x0 = load(x[j]), v = (x0 + minimum) * inverse;
+        for (int j = 0; j < size; ++j) {
+            const F x0 = load(from[j]), v = (x0 + minimum) * inverse;
             F q;
             if constexpr (TABLE) {
                 I code = splat(0);
@@ -179,9 +184,9 @@ struct SubBlock {
                 }
                 store_u8(codes[j], code);
             } else {
-                const F raised = clamp(v, splat((float)g.low), splat((float)g.high)) + splat(MAGIC);
+                const F raised = clamp(v, least, most) + splat(MAGIC);
                 q = raised - splat(MAGIC);
-                store_u8(codes[j], bits_of(raised) - splat((int)as_bits(MAGIC) + g.low));
+                store_u8(codes[j], bits_of(raised) - first);
             }
             const F e = x0 - (scale * q - minimum);
             e2 = e2 + e * e;
@@ -372,8 +377,7 @@ void ggml_rows(const qkit::GgmlArgs& a, const typename W::T* w, uint8_t* out, in
             float lanes[2][LANES];
             store(lanes[0], lost);
             store(lanes[1], total);
-            for (int k = 0; k < 2; ++k)
-                for (int64_t r = 0; r < n; ++r) sums[k] += (double)lanes[k][r];
+            for (int64_t r = 0; r < n; ++r) sums[0] += (double)lanes[0][r], sums[1] += (double)lanes[1][r];
             if (TABLE && g.stored)
                 for (uint8_t* code = codes[0]; code < codes[size]; ++code) *code = g.stored[*code];
             pack_block(g, made, packed + bytes);
