@@ -148,20 +148,33 @@ struct SubBlock {
         minimum = none - m0;
     }
 
+    // The value of a level, and what is rounded to one. Without a minimum: the same, and less to do.
+    template <bool MINIMUM>
+    static F value(F scale, F level, F minimum) { return MINIMUM ? scale * level - minimum : scale * level; }
+    template <bool MINIMUM>
+    static F scaled(F v, F inverse, F minimum) { return MINIMUM ? (v + minimum) * inverse : v * inverse; }
+
     // What is lost with these as they are stored.
-    F loss(F scale, F minimum) const {
+    F loss(F scale, F minimum) const { return g.affine ? lost<true>(scale, minimum) : lost<false>(scale, minimum); }
+    template <bool MINIMUM>
+    F lost(F scale, F minimum) const {
         const F none = splat(0.0f);
         const F inverse = pick(differ(scale, none), splat(1.0f) / scale, none);
         F total = none;
         for (int j = 0; j < g.sub; ++j) {
             const F v = load(x[j]);
-            const F e = v - (scale * level((v + minimum) * inverse) - minimum);
+            const F e = v - value<MINIMUM>(scale, level(scaled<MINIMUM>(v, inverse, minimum)), minimum);
             total = total + weighed(j, e) * e;
         }
         return total;
     }
 
     // The codes; what is lost, and how much there was, is added to `lost` and `total`.
+    void write(F scale, F minimum, uint8_t (*codes)[LANES], F& lost, F& total) const {
+        if (g.affine) write<true>(scale, minimum, codes, lost, total);
+        else write<false>(scale, minimum, codes, lost, total);
+    }
+    template <bool MINIMUM>
     void write(F scale, F minimum, uint8_t (*codes)[LANES], F& lost, F& total) const {
         const F none = splat(0.0f);
         const F inverse = pick(differ(scale, none), splat(1.0f) / scale, none);
@@ -172,7 +185,7 @@ struct SubBlock {
         const int size = g.sub;
         F e2 = none, n2 = none;
         for (int j = 0; j < size; ++j) {
-            const F x0 = load(from[j]), v = (x0 + minimum) * inverse;
+            const F x0 = load(from[j]), v = scaled<MINIMUM>(x0, inverse, minimum);
             F q;
             if constexpr (TABLE) {
                 I code = splat(0);
@@ -188,7 +201,7 @@ struct SubBlock {
                 q = raised - splat(MAGIC);
                 store_u8(codes[j], bits_of(raised) - first);
             }
-            const F e = x0 - (scale * q - minimum);
+            const F e = x0 - value<MINIMUM>(scale, q, minimum);
             e2 = e2 + e * e;
             n2 = n2 + x0 * x0;
         }
