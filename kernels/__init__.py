@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 
 import torch
 
@@ -24,6 +25,7 @@ __all__ = [
     "NonFiniteError",
     "ScaleOverflowError",
     "backend",
+    "crc32",
     "dequantize",
     "pack",
     "pack_transposed",
@@ -61,6 +63,13 @@ def _native(*tensors: torch.Tensor | None) -> bool:
             loaded,
         )
     return False
+
+
+def crc32(t: torch.Tensor) -> int:
+    """zlib's, of the tensor's bytes, row-major."""
+    t = t.detach().cpu().contiguous()
+    found = lib.crc32(t) if _native(t) else None
+    return zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) if found is None else found
 
 
 def _check_bits(bits: int) -> None:

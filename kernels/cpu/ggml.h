@@ -1,7 +1,10 @@
-// Weights -> codes and scales of ggml's block types (kernels/ggml/reference.py, to which this is equal bit for bit). Sixteen
-// rows are sixteen lanes: the same columns, and so the same importances, in every lane, and sums run over the values of
-// a sub-block in order. Products and sums are rounded one by one.
+// Weights -> ggml's blocks (kernels/ggml/reference.py and layout.py, to which this is equal bit for bit). Sixteen rows are
+// sixteen lanes: the same columns, and so the same importances, in every lane, and sums run over the values of a sub-block
+// in order. Products and sums are rounded one by one, or fused where the product is exact.
 #pragma once
+#include <cmath>
+#include <type_traits>
+
 #include "lanes.h"
 #include "quantize.h"
 #include "rows.h"
@@ -15,26 +18,48 @@ QK_INLINE F clamp(F x, F least, F most) { return min(max(x, least), most); }
 
 constexpr int SUPER = 256;
 
-// One sub-block of sixteen rows on a grid. TABLE: levels are those of a codebook.
-template <bool TABLE>
+// One sub-block of sixteen rows on a grid. TABLE: levels are those of a codebook. EXACT: a value times a level has no more
+// bits than a float (weights of 16 bits).
+template <bool TABLE, bool EXACT>
 struct SubBlock {
-    const qkit::BlockGrid& g;
+    const QkGrid& g;
     const float (*x)[LANES];
     const float* w;  // importance of each column; null: all the same
 
     F weighed(int j, F v) const { return w ? splat(w[j]) * v : v; }
+    template <bool LEAST, bool MOST>
     F level(F v) const {
-        if constexpr (!TABLE) return (clamp(v, splat((float)g.low), splat((float)g.high)) + splat(MAGIC)) - splat(MAGIC);
+        if constexpr (!TABLE) {
+            if constexpr (LEAST) v = max(v, splat((float)g.low));
+            if constexpr (MOST) v = min(v, splat((float)g.high));
+            return (v + splat(MAGIC)) - splat(MAGIC);
+        }
         F r = splat(g.levels[0]);
         for (int k = 1; k < g.n_levels; ++k)
             r = r + pick(above(v, splat((g.levels[k] + g.levels[k - 1]) * 0.5f)), splat(g.levels[k] - g.levels[k - 1]),
                          splat(0.0f));
         return r;
     }
+    F level(F v) const { return level<true, true>(v); }
     void range(F& low, F& high) const {
         low = high = load(x[0]);
         for (int j = 1; j < g.sub; ++j) low = min(low, load(x[j])), high = max(high, load(x[j]));
     }
+    // Calls run(weighed, least, most), constants: whether values from `least` to `most` need a clamp at the grid's ends.
+    template <class Run>
+    void bounded(float least, float most, Run run) const {
+        constexpr float ROUNDED = 0.499f;  // half a level, and what rounding may add to the value
+        const std::true_type yes;
+        const std::false_type no;
+        if (w) return run(yes, yes, yes);
+        const bool low = least < (float)g.low - ROUNDED, high = most > (float)g.high + ROUNDED;
+        if (TABLE || (low && high)) run(no, yes, yes);
+        else if (low) run(no, yes, no);
+        else if (high) run(no, no, yes);
+        else run(no, no, no);
+    }
+    // A sum and a product more. Levels are small integers: their product is exact.
+    static F add(F sum, F level, F v) { return EXACT ? fused(level, v, sum) : sum + level * v; }
 
     // The scale, of either sign, of least weighted error.
     F symmetric() const {
@@ -46,12 +71,21 @@ struct SubBlock {
         F scale = none, best = none;
         for (int t = 0; t < g.n_targets; ++t) {
             const F by = inverse * splat(g.targets[t]);
+            const float reach = std::fabs(g.targets[t]);
             F xq = none, qq = none;
-            for (int j = 0; j < g.sub; ++j) {
-                const F v = load(x[j]), q = level(v * by), wq = weighed(j, q);
-                xq = xq + wq * v;
-                qq = qq + wq * q;
-            }
+            bounded(-reach, reach, [&](auto weights, auto least, auto most) {
+                for (int j = 0; j < g.sub; ++j) {
+                    const F v = load(x[j]), q = level<least, most>(v * by);
+                    if constexpr (weights) {
+                        const F wq = weighed(j, q);
+                        xq = xq + wq * v;
+                        qq = qq + wq * q;
+                    } else {
+                        xq = add(xq, q, v);
+                        qq = fused(q, q, qq);
+                    }
+                }
+            });
             const F s = pick(above(qq, none), xq / qq, none), gain = s * xq;
             const I better = above(gain, best);
             best = pick(better, gain, best);
@@ -74,14 +108,23 @@ struct SubBlock {
             sx = sx + weighed(j, v);
         }
         F s0 = none, m0 = low, best = worst;
-        auto attempt = [&](F offset, F by) {
+        auto attempt = [&](F offset, F by, float least, float most) {
             F sq = none, sqq = none, sxq = none;
-            for (int j = 0; j < g.sub; ++j) {
-                const F v = load(x[j]), q = level((v - offset) * by), wq = weighed(j, q);
-                sq = sq + wq;
-                sqq = sqq + wq * q;
-                sxq = sxq + wq * v;
-            }
+            bounded(least, most, [&](auto weights, auto low, auto high) {
+                for (int j = 0; j < g.sub; ++j) {
+                    const F v = load(x[j]), q = level<low, high>((v - offset) * by);
+                    if constexpr (weights) {
+                        const F wq = weighed(j, q);
+                        sq = sq + wq;
+                        sqq = sqq + wq * q;
+                        sxq = sxq + wq * v;
+                    } else {
+                        sq = sq + q;
+                        sqq = fused(q, q, sqq);
+                        sxq = add(sxq, q, v);
+                    }
+                }
+            });
             const F det = sw * sqq - sq * sq;
             const I good = above(det, none);  // else all codes are the same
             F s = pick(good, (sw * sxq - sx * sq) / det, none);
@@ -98,20 +141,29 @@ struct SubBlock {
             m0 = pick(better, m, m0);
         };
         const F inverse = pick(above(span, none), splat(1.0f) / span, none);
-        for (int t = 0; t < g.n_targets; ++t) attempt(low, inverse * splat(g.targets[t]));
-        attempt(m0, pick(above(s0, none), splat(1.0f) / s0, none));
+        for (int t = 0; t < g.n_targets; ++t) attempt(low, inverse * splat(g.targets[t]), 0.0f, g.targets[t]);
+        const float far = __builtin_inff();
+        attempt(m0, pick(above(s0, none), splat(1.0f) / s0, none), -far, far);
         scale = s0;
         minimum = none - m0;
     }
 
+    // The value of a level, and what is rounded to one. Without a minimum: the same, and less to do.
+    template <bool MINIMUM>
+    static F value(F scale, F level, F minimum) { return MINIMUM ? scale * level - minimum : scale * level; }
+    template <bool MINIMUM>
+    static F scaled(F v, F inverse, F minimum) { return MINIMUM ? (v + minimum) * inverse : v * inverse; }
+
     // What is lost with these as they are stored.
-    F loss(F scale, F minimum) const {
+    F loss(F scale, F minimum) const { return g.affine ? lost<true>(scale, minimum) : lost<false>(scale, minimum); }
+    template <bool MINIMUM>
+    F lost(F scale, F minimum) const {
         const F none = splat(0.0f);
         const F inverse = pick(differ(scale, none), splat(1.0f) / scale, none);
         F total = none;
         for (int j = 0; j < g.sub; ++j) {
             const F v = load(x[j]);
-            const F e = v - (scale * level((v + minimum) * inverse) - minimum);
+            const F e = v - value<MINIMUM>(scale, level(scaled<MINIMUM>(v, inverse, minimum)), minimum);
             total = total + weighed(j, e) * e;
         }
         return total;
@@ -119,11 +171,21 @@ struct SubBlock {
 
     // The codes; what is lost, and how much there was, is added to `lost` and `total`.
     void write(F scale, F minimum, uint8_t (*codes)[LANES], F& lost, F& total) const {
+        if (g.affine) write<true>(scale, minimum, codes, lost, total);
+        else write<false>(scale, minimum, codes, lost, total);
+    }
+    template <bool MINIMUM>
+    void write(F scale, F minimum, uint8_t (*codes)[LANES], F& lost, F& total) const {
         const F none = splat(0.0f);
         const F inverse = pick(differ(scale, none), splat(1.0f) / scale, none);
+        // Here, because for all that the compiler knows a code is written over the grid.
+        const F least = splat((float)g.low), most = splat((float)g.high);
+        const I first = splat((int)as_bits(MAGIC) + g.low);
+        const float (*const from)[LANES] = x;
+        const int size = g.sub;
         F e2 = none, n2 = none;
-        for (int j = 0; j < g.sub; ++j) {
-            const F x0 = load(x[j]), v = (x0 + minimum) * inverse;
+        for (int j = 0; j < size; ++j) {
+            const F x0 = load(from[j]), v = scaled<MINIMUM>(x0, inverse, minimum);
             F q;
             if constexpr (TABLE) {
                 I code = splat(0);
@@ -135,11 +197,11 @@ struct SubBlock {
                 }
                 store_u8(codes[j], code);
             } else {
-                const F raised = clamp(v, splat((float)g.low), splat((float)g.high)) + splat(MAGIC);
+                const F raised = clamp(v, least, most) + splat(MAGIC);
                 q = raised - splat(MAGIC);
-                store_u8(codes[j], bits_of(raised) - splat((int)as_bits(MAGIC) + g.low));
+                store_u8(codes[j], bits_of(raised) - first);
             }
-            const F e = x0 - (scale * q - minimum);
+            const F e = x0 - value<MINIMUM>(scale, q, minimum);
             e2 = e2 + e * e;
             n2 = n2 + x0 * x0;
         }
@@ -148,27 +210,26 @@ struct SubBlock {
     }
 };
 
-QK_INLINE F to_half(F x, uint16_t* kept) {
+// What a block holds, before it is packed, a lane a row.
+struct Fitted {
+    uint16_t d[LANES], dmin[LANES];
+    uint8_t (*codes)[LANES];
+    uint8_t scales[2 * SUPER / 16][LANES];  // then the minima
+    I outside = splat(0);                   // scales that left float16: the lowest bit of each lane
+};
+
+QK_INLINE F to_half(F x, uint16_t* kept, I& outside) {
     F16::store16(kept, x);
+    outside = outside | greater(load_u16(kept) & splat(0x7fff), splat(0x7bff));
     return F16::load16(kept);
 }
-QK_INLINE void put(int16_t* at, int64_t step, int64_t n, F x) {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int64_t r = 0; r < n; ++r) at[r * step] = (int16_t)lanes[r];
-}
-QK_INLINE void put(uint16_t* at, int64_t step, int64_t n, const uint16_t* kept) {
-    for (int64_t r = 0; r < n; ++r) at[r * step] = kept[r];
-}
+QK_INLINE void put(uint8_t* to, F whole) { store_u8(to, bits_of(whole + splat(MAGIC)) - splat((int)as_bits(MAGIC))); }
 
 // A block whose scale is a number of its own: one sub-block.
-template <bool TABLE>
-void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t index, int64_t n, uint8_t (*codes)[LANES],
-               F& lost, F& total) {
-    const qkit::BlockGrid& g = a.grid;
-    const int64_t blocks = a.cols / g.sub;
+template <class Sub>
+void fit_alone(const Sub& block, Fitted& made, F& lost, F& total) {
+    const QkGrid& g = block.g;
     const F none = splat(0.0f);
-    uint16_t d[LANES], m[LANES];
     F scale, minimum = none;
     if (g.power) {  // of two, a byte: around the one at which the largest weight is in the upper half of the grid
         F low, high;
@@ -183,14 +244,12 @@ void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t in
             best = pick(better, left, best);
             chosen = pick(better, e, chosen);
         }
-        put((int16_t*)a.d + index, blocks, n, chosen);
+        store_u16(made.d, bits_of(chosen + splat(MAGIC)) - splat((int)as_bits(MAGIC)));
         scale = from_bits(bits_of((chosen - splat(1.0f)) + splat(MAGIC)) << 23);
     } else if (g.affine) {
         block.affine(true, scale, minimum);
-        scale = to_half(scale, d);
-        minimum = none - to_half(none - minimum, m);
-        put(a.d + index, blocks, n, d);
-        put(a.dmin + index, blocks, n, m);
+        scale = to_half(scale, made.d, made.outside);
+        minimum = none - to_half(none - minimum, made.dmin, made.outside);
     } else {
         if (g.n_targets) {
             scale = block.symmetric();
@@ -199,40 +258,33 @@ void fit_alone(const qkit::GgmlArgs& a, const SubBlock<TABLE>& block, int64_t in
             block.range(low, high);
             scale = max(high, none - low) * splat((float)(1.0 / g.high));
         }
-        scale = to_half(scale, d);
-        put(a.d + index, blocks, n, d);
+        scale = to_half(scale, made.d, made.outside);
     }
-    block.write(scale, minimum, codes, lost, total);
+    block.write(scale, minimum, made.codes, lost, total);
 }
 
 // A super-block: the scales of its sub-blocks are integers times a float16.
-template <bool TABLE>
-void fit_super(const qkit::GgmlArgs& a, const float (*x)[LANES], const float* w, int64_t index, int64_t n,
-               uint8_t (*codes)[LANES], F& lost, F& total) {
-    const qkit::BlockGrid& g = a.grid;
+template <class Sub>
+void fit_super(const Sub& block, Fitted& made, F& lost, F& total) {
+    const QkGrid& g = block.g;
     constexpr int MOST_SUBS = 16;
     const int subs = SUPER / g.sub;
-    const int64_t blocks = a.cols / SUPER, all = a.cols / g.sub;
     const F none = splat(0.0f), least = splat((float)g.least), most = splat((float)g.most), one = splat(1.0f);
     F scale[MOST_SUBS], minimum[MOST_SUBS];
     F low = none, high = none, deepest = none;
-    auto part = [&](int k) { return SubBlock<TABLE>{g, x + k * g.sub, w ? w + k * g.sub : nullptr}; };
+    auto part = [&](int k) { return Sub{g, block.x + k * g.sub, block.w ? block.w + k * g.sub : nullptr}; };
     for (int k = 0; k < subs; ++k) {
         minimum[k] = none;
         if (g.affine) part(k).affine(false, scale[k], minimum[k]);
         else scale[k] = part(k).symmetric();
         low = min(low, scale[k]), high = max(high, scale[k]), deepest = max(deepest, minimum[k]);
     }
-    uint16_t kept[LANES];
     F d, dmin = none;
     if (g.affine) {
-        d = to_half(high * splat((float)(1.0 / g.most)), kept);
-        put(a.d + index, blocks, n, kept);
-        dmin = to_half(deepest * splat((float)(1.0 / g.most)), kept);
-        put(a.dmin + index, blocks, n, kept);
+        d = to_half(high * splat((float)(1.0 / g.most)), made.d, made.outside);
+        dmin = to_half(deepest * splat((float)(1.0 / g.most)), made.dmin, made.outside);
     } else {
-        d = to_half(pick(above(none - low, high), low, high) * splat((float)(1.0 / g.least)), kept);
-        put(a.d + index, blocks, n, kept);
+        d = to_half(pick(above(none - low, high), low, high) * splat((float)(1.0 / g.least)), made.d, made.outside);
     }
     const F by = pick(differ(d, none), one / d, none), mby = pick(differ(dmin, none), one / dmin, none);
     auto whole = [](F v) { return (v + splat(MAGIC)) - splat(MAGIC); };
@@ -249,58 +301,132 @@ void fit_super(const qkit::GgmlArgs& a, const float (*x)[LANES], const float* w,
             sc = pick(better, s, sc);
             mn = pick(better, m, mn);
         }
-        put(a.scales + index * subs + k, all, n, sc);
-        if (g.affine) put(a.minima + index * subs + k, all, n, mn);
-        part(k).write(d * sc, dmin * mn, codes + k * g.sub, lost, total);
+        put(made.scales[k], sc);
+        if (g.affine) put(made.scales[subs + k], mn);
+        part(k).write(d * sc, dmin * mn, made.codes + k * g.sub, lost, total);
     }
 }
 
-template <class W, bool TABLE>
-void ggml_rows(const qkit::GgmlArgs& a, const typename W::T* w, uint8_t* codes, int64_t n) {
-    const qkit::BlockGrid& g = a.grid;
-    const bool super = g.most != 0;
-    const int64_t size = super ? SUPER : g.sub;
-    float x[SUPER][LANES];
-    uint8_t found[SUPER][LANES];
-    std::memset(x, 0, sizeof x);
-    double sums[2] = {0.0, 0.0};
-    for (int64_t index = 0; index < a.cols / size; ++index) {
-        const int64_t c = index * size;
-        for (int64_t r = 0; r < n; ++r)
-            for (int64_t j = 0; j < size; j += LANES) {
-                float lanes[LANES];
-                store(lanes, W::load16(w + r * a.cols + c + j));
-                for (int k = 0; k < LANES; ++k) x[j + k][r] = lanes[k];
+// ---- packing: layout.py, of sixteen rows at a time --------------------------------------------------------------
+
+// Of `n` bytes in each lane fields of `bits` bits: of a byte of the result's one from each of as many runs. No shift moves a bit
+// from one byte to another that the mask keeps.
+QK_INLINE void put_fields(const QkPiece& p, const uint8_t (*from)[LANES], int n, uint8_t (*to)[LANES]) {
+    typedef uint32_t Words __attribute__((vector_size(LANES)));
+    const int per = 8 / p.bits;
+    const Words mask = ((1u << p.bits) - 1) * 0x01010101u - Words{};
+    for (int start = 0; start < n; start += p.run * per)
+        for (int i = start; i < start + p.run; ++i, ++to) {
+            Words all{};
+            for (int k = 0; k < per; ++k) {
+                Bytes one;
+                std::memcpy(&one, from[i + k * p.run], sizeof one);
+                all |= (((Words)(one + (uint8_t)p.add) >> p.shift) & mask) << (p.bits * k);
             }
-        const float* weight = a.weight ? a.weight + c : nullptr;
-        F lost = splat(0.0f), total = splat(0.0f);
-        if (super) fit_super<TABLE>(a, x, weight, index, n, found, lost, total);
-        else fit_alone<TABLE>(a, SubBlock<TABLE>{g, x, weight}, index, n, found, lost, total);
-        float lanes[2][LANES];
-        store(lanes[0], lost);
-        store(lanes[1], total);
-        for (int k = 0; k < 2; ++k)
-            for (int64_t r = 0; r < n; ++r) sums[k] += (double)lanes[k][r];
-        for (int64_t r = 0; r < n; ++r)
-            for (int64_t j = 0; j < size; ++j) codes[r * a.cols + c + j] = found[j][r];
+            std::memcpy(*to, &all, sizeof all);
+        }
+}
+
+// Eight 6-bit scales and minima in 12 bytes: layout._scale_min.
+QK_INLINE void put_scale_min(const uint8_t (*s)[LANES], uint8_t (*to)[LANES]) {
+    const uint8_t (*m)[LANES] = s + 8;
+    for (int k = 0; k < 4; ++k)
+        for (int r = 0; r < LANES; ++r) {
+            to[k][r] = (uint8_t)((s[k][r] & 63) | (s[k + 4][r] >> 4) << 6);
+            to[k + 4][r] = (uint8_t)((m[k][r] & 63) | (m[k + 4][r] >> 4) << 6);
+            to[k + 8][r] = (uint8_t)((s[k + 4][r] & 15) | (m[k + 4][r] & 15) << 4);
+        }
+}
+
+// The bytes of a block.
+void pack_block(const QkGrid& g, const Fitted& made, uint8_t (*to)[LANES]) {
+    const int size = g.most ? SUPER : g.sub, subs = size / g.sub;
+    for (const QkPiece* p = g.pieces; p < g.pieces + g.n_pieces; ++p) {
+        int bytes = 12;
+        if (p->part == QK_D || p->part == QK_DMIN) {
+            const uint16_t* half = p->part == QK_D ? made.d : made.dmin;
+            bytes = p->part == QK_D && g.power ? 1 : 2;
+            for (int k = 0; k < bytes; ++k)
+                for (int r = 0; r < LANES; ++r) to[k][r] = (uint8_t)(half[r] >> (8 * k));
+        } else if (p->part == QK_SCALE_MIN) {
+            put_scale_min(made.scales, to);
+        } else {
+            const bool codes = p->part == QK_CODES;
+            const int n = codes ? size : g.affine ? 2 * subs : subs;
+            put_fields(*p, codes ? made.codes : made.scales, n, to);
+            bytes = n * p->bits / 8;
+        }
+        to += bytes;
     }
+}
+
+// n <= 16 rows; `a` points to where the first one's results go. A slab of columns is turned, so that rows are lanes, its blocks
+// are fitted and packed there, and their bytes are turned back.
+template <class W, bool TABLE>
+void ggml_rows(const qkit::GgmlArgs& a, const typename W::T* w, uint8_t* out, int64_t n) {
+    typedef SubBlock<TABLE, sizeof(typename W::T) == 2> Sub;
+    const QkGrid& g = a.grid;
+    const int size = g.most ? SUPER : g.sub;
+    const int64_t row_bytes = a.cols / size * a.block_bytes;
+    float x[SUPER][LANES];
+    uint8_t codes[SUPER][LANES], packed[2 * SUPER][LANES];
+    Fitted made;
+    made.codes = codes;
+    double sums[2] = {0.0, 0.0};
+    for (int64_t c = 0; c < a.cols; c += SUPER) {
+        const int columns = a.cols - c < SUPER ? (int)(a.cols - c) : SUPER;
+        for (int j = 0; j < columns; j += LANES) {
+            F tile[LANES];
+            for (int r = 0; r < LANES; ++r) tile[r] = r < n ? W::load16(w + r * a.cols + c + j) : splat(0.0f);
+            transpose(tile);
+            for (int k = 0; k < LANES; ++k) store(x[j + k], tile[k]);
+        }
+        int bytes = 0;
+        for (int j = 0; j < columns; j += size, bytes += a.block_bytes) {
+            const Sub block{g, x + j, a.weight ? a.weight + c + j : nullptr};
+            F lost = splat(0.0f), total = splat(0.0f);
+            if (g.most) fit_super(block, made, lost, total);
+            else fit_alone(block, made, lost, total);
+            float lanes[2][LANES];
+            store(lanes[0], lost);
+            store(lanes[1], total);
+            for (int64_t r = 0; r < n; ++r) sums[0] += (double)lanes[0][r], sums[1] += (double)lanes[1][r];
+            if (TABLE && g.stored)
+                for (uint8_t* code = codes[0]; code < codes[size]; ++code) *code = g.stored[*code];
+            pack_block(g, made, packed + bytes);
+        }
+        uint8_t* to = out + c / size * a.block_bytes;
+        for (int b = 0; b < bytes; b += LANES) {
+            Bytes tile[LANES];
+            std::memcpy(tile, packed[b], sizeof tile);  // beyond `bytes` it is anything, and not written
+            transpose(tile);
+            const size_t count = (size_t)(bytes - b < LANES ? bytes - b : LANES);
+            for (int64_t r = 0; r < n; ++r) {
+                if (count == LANES) std::memcpy(to + r * row_bytes + b, &tile[r], LANES);
+                else std::memcpy(to + r * row_bytes + b, &tile[r], count);
+            }
+        }
+    }
+    uint32_t outside[LANES];
+    store(outside, made.outside);
     a.stats[0] = sums[0];
     a.stats[1] = sums[1];
+    a.stats[2] = 0.0;
+    for (const uint32_t lane : outside) a.stats[2] += (double)(lane & 1);
 }
 
-// n <= 16 rows; `a` points to where the first one's results go.
-void ggml(const qkit::GgmlArgs& a, const void* w, uint8_t* codes, int64_t n) {
+void ggml(const qkit::GgmlArgs& a, const void* w, uint8_t* out, int64_t n) {
     const bool table = a.grid.n_levels != 0;
     switch (a.w_dtype) {
         case QK_F32:
-            return table ? ggml_rows<F32, true>(a, (const float*)w, codes, n)
-                         : ggml_rows<F32, false>(a, (const float*)w, codes, n);
+            return table ? ggml_rows<F32, true>(a, (const float*)w, out, n)
+                         : ggml_rows<F32, false>(a, (const float*)w, out, n);
         case QK_F16:
-            return table ? ggml_rows<F16, true>(a, (const uint16_t*)w, codes, n)
-                         : ggml_rows<F16, false>(a, (const uint16_t*)w, codes, n);
+            return table ? ggml_rows<F16, true>(a, (const uint16_t*)w, out, n)
+                         : ggml_rows<F16, false>(a, (const uint16_t*)w, out, n);
         default:
-            return table ? ggml_rows<BF16, true>(a, (const uint16_t*)w, codes, n)
-                         : ggml_rows<BF16, false>(a, (const uint16_t*)w, codes, n);
+            return table ? ggml_rows<BF16, true>(a, (const uint16_t*)w, out, n)
+                         : ggml_rows<BF16, false>(a, (const uint16_t*)w, out, n);
     }
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import NonFiniteError, ScaleOverflowError
 
-ABI = 5
+ABI = 6
 # position = QkIsa; of those a machine has, a later one is faster
 ISAS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "dotprod", "i8mm")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype
@@ -65,7 +65,8 @@ def load() -> ctypes.CDLL | str:
     lib.qk_gptq_search.argtypes = [p, i, p, p, i, p, n, n, n, i, i, p, i, i, i]
     lib.qk_gptq_feedback.argtypes = [p, p, p, n, p, p, f, f, p, p, n, n, i, i]
     lib.qk_gptq_descend.argtypes = [p, p, n, p, p, f, p, p, n, n, i, i]
-    lib.qk_ggml_fit.argtypes = [p, i, p, p, p, p, p, p, p, p, p, n, n, i, i]
+    lib.qk_ggml_encode.argtypes = [p, i, p, p, p, p, p, n, n, i, i]
+    lib.qk_crc32.argtypes = [p, n, p]
     lib.qk_use_openmp.argtypes = [ctypes.c_char_p]
     lib.qk_prepacked_bytes.argtypes, lib.qk_prepacked_bytes.restype = [n, n, i], n
     lib.qk_prepack.argtypes = lib.qk_restore.argtypes = [p, p, n, n, i, i]
@@ -135,6 +136,15 @@ def library() -> ctypes.CDLL:
 def _call(function: str, *args: object) -> None:
     if status := getattr(library(), function)(*args):
         _raise(status, function)
+
+
+def crc32(t: torch.Tensor) -> int | None:
+    """zlib's, of the bytes of a contiguous tensor; None where zlib is as fast."""
+    found = ctypes.c_uint32()
+    status = library().qk_crc32(_ptr(t), t.nbytes, ctypes.addressof(found))
+    if status not in (0, 5):
+        _raise(status, "qk_crc32")
+    return None if status else found.value
 
 
 def pack(codes: torch.Tensor, bits: int, isa: str | None = None) -> torch.Tensor:
@@ -267,33 +277,30 @@ def gptq_search(
     return scale, zero
 
 
+class QkPiece(ctypes.Structure):
+    """`QkPiece` of qkit_cpu.h."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("part", "add", "shift", "bits", "run"))
+
+
 class QkGrid(ctypes.Structure):
     """A block type of ggml, as qkit_cpu.h has it."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("sub", "low", "high", "affine", "power", "least", "most")),
-        ("n_levels", ctypes.c_int32), ("n_targets", ctypes.c_int32), ("levels", ctypes.c_void_p),
-        ("targets", ctypes.c_void_p),
-    )  # fmt: skip
+        *((name, ctypes.c_int32) for name in ("n_levels", "n_targets", "n_pieces")),
+        *((name, ctypes.c_void_p) for name in ("levels", "targets", "stored", "pieces")),
+    )
 
 
-def ggml_fit(
-    grid: QkGrid,
-    w: torch.Tensor,
-    weight: torch.Tensor | None,
-    codes: torch.Tensor,
-    d: torch.Tensor,
-    dmin: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    minima: torch.Tensor | None,
-    isa: str | None = None,
+def ggml_encode(
+    grid: QkGrid, w: torch.Tensor, weight: torch.Tensor | None, out: torch.Tensor, isa: str | None = None
 ) -> tuple[float, float]:
-    """Fills codes uint8 [rows, cols], d, dmin [rows, blocks] of 16 bits, scales, minima int16 [rows, sub-blocks].
-    Returns the sum of squared errors and the sum of squares."""
-    stats, totals = torch.empty(2 * -(-w.shape[0] // 16), dtype=torch.float64), (ctypes.c_double * 2)()
+    """Fills out, uint8 [rows, bytes of a row]. Returns the sum of squared errors and the sum of squares."""
+    stats, totals = torch.empty(3 * -(-w.shape[0] // 16), dtype=torch.float64), (ctypes.c_double * 2)()
     _call(
-        "qk_ggml_fit", _ptr(w), DTYPES[w.dtype], _ptr(weight), ctypes.addressof(grid), _ptr(codes), _ptr(d), _ptr(dmin),
-        _ptr(scales), _ptr(minima), _ptr(stats), ctypes.addressof(totals), *w.shape, _isa(isa), _threads(),
+        "qk_ggml_encode", _ptr(w), DTYPES[w.dtype], _ptr(weight), ctypes.addressof(grid), _ptr(out), _ptr(stats),
+        ctypes.addressof(totals), *w.shape, _isa(isa), _threads(),
     )  # fmt: skip
     return totals[0], totals[1]
 

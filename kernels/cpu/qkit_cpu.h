@@ -45,6 +45,9 @@ QK_API int qk_use_openmp(const char* library);
 // 1 where this build and this machine both have `isa`.
 QK_API int qk_has_isa(int isa);
 
+// zlib's CRC-32 of n bytes. QK_BAD_ISA where the processor has no carry-less products, without which zlib is as fast.
+QK_API int qk_crc32(const uint8_t* data, int64_t n, uint32_t* crc);
+
 // codes uint8 [rows, n] <-> packed.
 QK_API int qk_pack(const uint8_t* codes, uint32_t* packed, int64_t rows, int64_t n, int bits, int isa, int nthreads);
 QK_API int qk_unpack(const uint32_t* packed, uint8_t* codes, int64_t rows, int64_t n, int bits, int isa, int nthreads);
@@ -112,18 +115,23 @@ QK_API int qk_gptq_descend(const float* gradient, const float* h, int64_t stride
                            const float* scale, float top, float* codes, float* steps, int64_t columns, int64_t out,
                            int isa, int nthreads);
 
-// A block type of ggml as codes and scales (kernels/ggml/grids.py): levels low .. high, or those of `levels`, ascending;
-// sub-blocks of `sub` inputs. Scales: integers least .. most times a float16 of each 256 inputs, or, with most 0, a float16
-// each, or, with `power`, a byte each, a power of two. affine: a minimum beside each scale. targets: what the largest
-// weight is tried at; none: at `high`.
+// A block type of ggml (kernels/ggml/grids.py): levels low .. high, or those of `levels`, ascending; sub-blocks of `sub` inputs.
+// Scales: integers least .. most times a float16 of each 256 inputs, or, with most 0, a float16 each, or, with `power`, a byte
+// each, a power of two. affine: a minimum beside each scale. targets: what the largest weight is tried at; none: at `high`.
+// pieces: what a block holds, in order. stored: of `levels`, the code of each; null: its position.
+enum QkPart { QK_D = 0, QK_DMIN = 1, QK_CODES = 2, QK_SCALES = 3, QK_SCALE_MIN = 4 };
+struct QkPiece {
+    int32_t part, add, shift, bits, run;  // kernels/ggml/layout.py
+};
 struct QkGrid {
-    int32_t sub, low, high, affine, power, least, most, n_levels, n_targets;
+    int32_t sub, low, high, affine, power, least, most, n_levels, n_targets, n_pieces;
     const float *levels, *targets;
+    const uint8_t* stored;
+    const QkPiece* pieces;
 };
 
-// w [rows, cols] -> codes uint8 [rows, cols]; d, dmin uint16 [rows, cols / 256 or sub]; scales, minima int16
-// [rows, cols / sub]; those that the grid has not may be null. weight [cols] or null: what an error in each column costs.
-// stats: scratch, 2 * ceil(rows / 16); totals[2]: the sum of squared errors, unweighed, and the sum of squares.
-QK_API int qk_ggml_fit(const void* w, int w_dtype, const float* weight, const QkGrid* grid, uint8_t* codes, uint16_t* d,
-                       uint16_t* dmin, int16_t* scales, int16_t* minima, double* stats, double* totals, int64_t rows,
-                       int64_t cols, int isa, int nthreads);
+// w [rows, cols] -> out uint8 [rows, bytes of a row's blocks]. weight [cols] or null: what an error in each column costs.
+// stats: scratch, 3 * ceil(rows / 16); totals[2]: the sum of squared errors, unweighed, and the sum of squares, which is NaN
+// where a weight is. Where a scale does not fit float16, everything is written all the same.
+QK_API int qk_ggml_encode(const void* w, int w_dtype, const float* weight, const QkGrid* grid, uint8_t* out, double* stats,
+                          double* totals, int64_t rows, int64_t cols, int isa, int nthreads);

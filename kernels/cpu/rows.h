@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "matmul_types.h"
+#include "qkit_cpu.h"
 
 namespace qkit {
 
@@ -31,21 +32,13 @@ struct ColumnArgs {
     int64_t columns, out, stride;
 };
 
-// What a block type of ggml can hold: kernels/ggml/grids.py. Scales of sub-blocks are integers least .. most (most 0: a
-// float16 each, or with `power` the exponent of two in a byte).
-struct BlockGrid {
-    int sub, low, high, affine, power, least, most;
-    int n_levels, n_targets;
-    const float *levels, *targets;
-};
 struct GgmlArgs {
-    BlockGrid grid;
+    const QkGrid& grid;
+    int block_bytes;
     int w_dtype;
     int64_t cols;
     const float* weight;
-    uint16_t *d, *dmin;
-    int16_t *scales, *minima;
-    double* stats;  // squared errors and squares, of all rows
+    double* stats;  // of all rows: squared errors, squares, and how many scales left float16
 };
 
 struct RowKernels {
@@ -57,7 +50,7 @@ struct RowKernels {
     int (*search)(const QuantizeArgs&, const void* w, const float* cost, void* scale, uint8_t* zero);
     void (*feedback)(const ColumnArgs&, int64_t begin, int64_t n);
     void (*descend)(const ColumnArgs&, int64_t begin, int64_t n);
-    void (*ggml)(const GgmlArgs&, const void* w, uint8_t* codes, int64_t n);
+    void (*ggml)(const GgmlArgs&, const void* w, uint8_t* out, int64_t n);
     // The matmul's ends: row `row` of a tile of activations, and y[0 .. n) = total + bias, rounded once; n <= 32.
     void (*prepare)(const PrepareArgs&, const void* x, int x_dtype, int64_t row);
     void (*finish)(const float* total, const void* bias, void* y, int dtype, int64_t n);

@@ -1,11 +1,13 @@
-"""ggml's block types: bytes <-> floats. Decoders in decode.py, encoders in C++ (cpu/ggml.h) and reference.py; sizes in
-`qkit.spec.ggml`."""
+"""ggml's block types: bytes <-> floats. Decoders in decode.py, encoders in C++ (cpu/ggml.h) and in reference.py with
+layout.py; sizes in `qkit.spec.ggml`."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -19,12 +21,10 @@ from ..weight import FLOATS, check_matrix
 from . import reference
 from .decode import DECODERS
 from .grids import GRIDS
-from .layout import assemble
-from .reference import Fields
+from .layout import LAYOUTS, STORED, assemble
 
 # Values per pass: the float32 scratch of one pass (4 MiB) stays in a core's share of the cache.
 CHUNK = 1 << 20
-_LANES = 16  # rows that the C++ takes at a time
 _SLAB = 1 << 22  # values at a time: bounds what is held beside the result
 _MOST = 1e9  # larger weights overflow the scales of every type
 
@@ -78,33 +78,43 @@ def encode_with_error(w: torch.Tensor, name: str, importance: torch.Tensor | Non
     if name not in GRIDS and plain not in ("F32", "F16", "BF16"):
         raise ValueError(f"blocks of type {name} are not written here, only {', '.join(GRIDS)}")
     check_matrix("w", w, FLOATS)
-    nbytes = GGML[name].row_bytes(w.shape[1])
+    GGML[name].row_bytes(w.shape[1])  # refuses what blocks do not divide
     weight = None if importance is None else _weights(importance, w.shape[1])
+    if plain is not None:
+        return _floats(w, torch_dtype(plain))
+    try:
+        out, lost, total = blocks(name, w, weight)
+    except ScaleOverflowError:
+        _check_range(w, _MOST)
+        raise
+    if not total < _MOST**2 / 2:  # NaN is not
+        _check_range(w, _MOST)
+    return out, math.sqrt(lost / total) if total else 0.0
+
+
+def _floats(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    _check_range(w, torch.finfo(dtype).max)
+    kept = w.to(dtype).contiguous()
+    lost = total = 0.0
+    for x, y in _slabs(w, kept):
+        x = x.double()
+        lost, total = lost + float((x - y.double()).square_().sum()), total + float(x.square_().sum())
+    return kept.view(torch.uint8), math.sqrt(lost / total) if total else 0.0
+
+
+def _slabs(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Some rows of each at a time."""
+    step = max(1, _SLAB // max(1, matrices[0].shape[1]))
+    return zip(*(m.split(step) for m in matrices), strict=True)
+
+
+def _check_range(w: torch.Tensor, most: float) -> None:
     if w.numel():
         low, high = (float(v) for v in torch.aminmax(w))
         if not math.isfinite(low) or not math.isfinite(high):
             raise NonFiniteError("the weight contains NaN or infinity")
-        if max(-low, high) > (_MOST if plain is None else torch.finfo(torch_dtype(plain)).max):
+        if max(-low, high) > most:
             raise ScaleOverflowError("a scale overflows float16")
-    step = max(_LANES, _SLAB // max(1, w.shape[1]) // _LANES * _LANES)
-    if plain is not None:
-        kept = w.to(torch_dtype(plain)).contiguous()
-        lost = total = 0.0
-        for a in range(0, w.shape[0], step):
-            x, y = w[a : a + step].double(), kept[a : a + step].double()
-            lost, total = lost + float((x - y).square_().sum()), total + float(x.square_().sum())
-        return kept.view(torch.uint8), math.sqrt(lost / total) if total else 0.0
-    out = torch.empty(w.shape[0], nbytes, dtype=torch.uint8)
-    lost = total = 0.0
-    for a in range(0, w.shape[0], step):
-        fields = fit(name, w[a : a + step], weight)
-        lost, total = lost + fields.lost, total + fields.total
-        if not GRIDS[name].power:
-            parts = [fields.d] if fields.dmin is None else [fields.d, fields.dmin]
-            if not all(bool(torch.isfinite(part).all()) for part in parts):
-                raise ScaleOverflowError("a scale overflows float16")
-        out[a : a + step] = assemble(name, fields)
-    return out, math.sqrt(lost / total) if total else 0.0
 
 
 def _weights(importance: torch.Tensor, n: int) -> torch.Tensor:
@@ -118,31 +128,39 @@ def _weights(importance: torch.Tensor, n: int) -> torch.Tensor:
     return (weight / mean).clamp(1e-4, 1e6).contiguous()
 
 
-def fit(name: str, w: torch.Tensor, weight: torch.Tensor | None, isa: str | None = None) -> Fields:
-    """What the blocks hold: in C++ where the library is there, else in torch."""
-    grid = GRIDS[name]
-    if not _native(w):
-        return reference.fit(grid, w, weight)
-    rows, n = w.shape
-    blocks, subs = n // (grid.sub * grid.per_scale), n // grid.sub
-    codes = torch.empty(rows, n, dtype=torch.uint8)
-    d = torch.empty(rows, blocks, dtype=torch.int16 if grid.power else torch.float16)
-    dmin = torch.empty(rows, blocks, dtype=torch.float16) if grid.affine else None
-    scales = torch.empty(rows, subs, dtype=torch.int16) if grid.scales else None
-    minima = torch.empty(rows, subs, dtype=torch.int16) if grid.scales and grid.affine else None
-    sums = lib.ggml_fit(_c_grid(name)[0], w.contiguous(), weight, codes, d, dmin, scales, minima, isa)
-    return Fields(codes, d, dmin, scales, minima, *sums)
+def blocks(
+    name: str, w: torch.Tensor, weight: torch.Tensor | None, isa: str | None = None
+) -> tuple[torch.Tensor, float, float]:
+    """The blocks, the sum of squared errors and the sum of squares: in C++ where the library is there, else in torch.
+
+    Raises ScaleOverflowError where a scale does not fit float16, be it for a weight that is no number."""
+    out = torch.empty(w.shape[0], GGML[name].row_bytes(w.shape[1]), dtype=torch.uint8)
+    if _native(w):
+        return out, *lib.ggml_encode(_c_grid(name, weight is not None)[0], w.contiguous(), weight, out, isa)
+    lost = total = 0.0
+    for rows, target in _slabs(w, out):
+        fields = reference.fit(GRIDS[name], rows, weight)
+        halves = [] if GRIDS[name].power else [part for part in (fields.d, fields.dmin) if part is not None]
+        if not all(bool(torch.isfinite(part).all()) for part in halves):
+            raise ScaleOverflowError("a scale overflows float16")
+        target.copy_(assemble(name, fields))
+        lost, total = lost + fields.lost, total + fields.total
+    return out, lost, total
 
 
 @functools.cache
-def _c_grid(name: str) -> tuple[lib.QkGrid, object, object]:
+def _c_grid(name: str, weighed: bool) -> tuple[lib.QkGrid, object]:
     """The grid for C, and the arrays that it points to."""
-    g = GRIDS[name]
-    levels = (ctypes.c_float * len(g.levels))(*g.levels)
-    targets = (ctypes.c_float * len(g.targets))(*g.targets)
+    g, targets = GRIDS[name], GRIDS[name].tried(weighed)
     least, most = g.scales or (0, 0)
+    pieces = [lib.QkPiece(p.part, p.add, p.shift, p.bits, p.run) for p in LAYOUTS[name]]
+    stored = STORED.get(name, ())
+    contents: list[tuple[Any, Sequence[Any]]] = [
+        (ctypes.c_float, g.levels), (ctypes.c_float, targets), (ctypes.c_uint8, stored), (lib.QkPiece, pieces),
+    ]  # fmt: skip
+    arrays = [(kind * len(values))(*values) for kind, values in contents]
+    pointers = [ctypes.addressof(array) if len(array) else None for array in arrays]
     grid = lib.QkGrid(
-        g.sub, g.low, g.high, g.affine, g.power, least, most, len(g.levels), len(g.targets),
-        ctypes.addressof(levels), ctypes.addressof(targets),
-    )  # fmt: skip
-    return grid, levels, targets
+        g.sub, g.low, g.high, g.affine, g.power, least, most, len(g.levels), len(targets), len(pieces), *pointers
+    )
+    return grid, arrays

@@ -22,6 +22,7 @@ class BlockGrid:
                to `most`, times another. None: a float16 of its own
     power      the scale is a power of two, in a byte
     targets    levels that a sub-block's largest weight is tried at (affine: what its range is tried as); none: `high`
+    unweighed  these where an error costs the same everywhere, if others
     """
 
     name: str
@@ -33,6 +34,10 @@ class BlockGrid:
     power: bool = False
     levels: tuple[int, ...] = ()
     targets: tuple[float, ...] = ()
+    unweighed: tuple[float, ...] = ()
+
+    def tried(self, weighed: bool) -> tuple[float, ...]:
+        return self.targets if weighed or not self.unweighed else self.unweighed
 
     @property
     def per_scale(self) -> int:
@@ -54,7 +59,10 @@ _E2M1 = tuple(sorted(set(E2M1_VALUES)))
 GRIDS: dict[str, BlockGrid] = {
     g.name: g
     for g in (
-        BlockGrid("Q4_0", 32, -8, 7, targets=_either_end(-8, 7, 0.8, 0.4)),
+        # Without importances six at the end that has one level more lose what ten at both do.
+        BlockGrid(
+            "Q4_0", 32, -8, 7, targets=_either_end(-8, 7, 0.8, 0.4), unweighed=(-8.8, -8.44, -8.08, -7.72, -7.36, -7.0)
+        ),
         BlockGrid("Q4_1", 32, 0, 15, affine=True, targets=_around(15, 1, 0.2)),
         BlockGrid("Q5_0", 32, -16, 15, targets=_either_end(-16, 15, 0.8, 0.4)),
         BlockGrid("Q5_1", 32, 0, 31, affine=True, targets=_around(31, 1, 0.2)),

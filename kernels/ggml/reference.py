@@ -76,6 +76,7 @@ class _Rows:
         self.rows, self.n = x.shape
         self.x = x.view(self.rows, -1, grid.sub).permute(2, 0, 1).contiguous()
         self.w = torch.ones_like(self.x) if weight is None else weight.view(-1, grid.sub).T[:, None].expand_as(self.x)
+        self.targets = grid.tried(weight is not None)
         self.levels = torch.tensor(grid.levels, dtype=torch.float32)
         self.between = (self.levels[1:] + self.levels[:-1]) / 2
 
@@ -89,7 +90,7 @@ class _Rows:
         extreme = _largest(self.x.amin(0), self.x.amax(0))
         inverse = _inverse(extreme)
         scale, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
-        for target in self.grid.targets:
+        for target in self.targets:
             q = self.level(self.x * (inverse * target))
             wq = self.w * q
             xq, qq = _sum(wq * self.x), _sum(wq * q)
@@ -110,7 +111,7 @@ class _Rows:
         sw, sx = _sum(w), _sum(w * x)
         scale, offset, best = torch.zeros_like(low), low, torch.full_like(low, -float("inf"))
         inverse = torch.where(span > 0, 1.0 / span, 0.0)
-        for target in (*self.grid.targets, None):  # None: once more, from the best
+        for target in (*self.targets, None):  # None: once more, from the best
             start = low if target is not None else offset
             by = inverse * target if target is not None else torch.where(scale > 0, 1.0 / scale, 0.0)
             q = self.level((x - start) * by)
@@ -156,7 +157,7 @@ class _Rows:
             scale, minimum = self.affine(with_sign=True)
             d, dmin = scale.half(), (0.0 - minimum).half()
             return Fields(self.codes(d.float(), 0.0 - dmin.float()), d, dmin)
-        d = self.symmetric() if self.grid.targets else self.x.abs().amax(0) * (1.0 / self.grid.high)
+        d = self.symmetric() if self.targets else self.x.abs().amax(0) * (1.0 / self.grid.high)
         return Fields(self.codes(d.half().float(), 0.0), d.half())
 
     def _power(self) -> Fields:

@@ -86,18 +86,17 @@ def mxfp4(w: torch.Tensor) -> Weight:
     import torch
 
     from ..kernels import pack
-    from ..kernels.ggml import GRIDS, fit
+    from ..kernels.ggml import blocks
+    from ..kernels.ggml.decode import nibbles
 
-    levels = torch.tensor(GRIDS["MXFP4"].levels) / 2
     out, in_ = w.shape
-    order = torch.tensor([TABLES["mxfp4"].index(float(v)) for v in levels], dtype=torch.uint8)
     scales = torch.empty(out, in_ // 32, dtype=torch.uint8)
     packed = torch.empty(out, -(-in_ // 8), dtype=torch.int32)
     step = max(16, _SLAB // in_ // 16 * 16)
     for a in range(0, out, step):
-        fields = fit("MXFP4", w[a : a + step], None)
-        packed[a : a + step] = pack(order[fields.codes.int()], 4)
-        scales[a : a + step] = fields.d.to(torch.uint8)
+        made = blocks("MXFP4", w[a : a + step], None)[0].view(-1, in_ // 32, 17)  # the power of two, then codes
+        packed[a : a + step] = pack(nibbles(made[..., 1:].reshape(-1, 16), 16).view(-1, in_), 4)
+        scales[a : a + step] = made[..., 0]
     return Weight(packed, scales, None, 4, in_, "mxfp4")
 
 

@@ -1,7 +1,7 @@
 """A folder as a `Store`: files that are either whole under their final name or not there at all.
 
 Everything goes to a hidden temporary in the same folder, which is fsynced and then renamed; the SHA-256 is
-computed on the way, in a thread beside the writing one.
+computed on the way, and what was written is sent to the disk, in threads beside the writing one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,9 @@ TEMPORARY_SUFFIX = ".qkit-tmp"
 # Large enough to hide the hand-over between the two threads, small enough that the bytes are still in the
 # cache when the second of them gets there.
 _CHUNK = 4 << 20
+# Sent to the disk at a time. Left to itself the system begins after seconds, or when much of its memory is waiting,
+# and the fsync at the end waits for all that.
+_SYNC = 32 << 20
 _MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB per call
 
 
@@ -131,6 +134,8 @@ class _Output:
         self.temporary = temporary
         self._hash = hashlib.sha256()
         self.nbytes = 0
+        self._synced = 0
+        self._syncing: Future[None] | None = None
 
     def write(self, data: memoryview) -> None:
         """Append `data`; the caller may change it once this returns."""
@@ -145,7 +150,24 @@ class _Output:
                     self._write_all(chunk)
                 finally:
                     hashed.result()
-        self.nbytes += len(data)
+            self.nbytes += len(chunk)
+            self._sync()
+
+    def _sync(self) -> None:
+        """Begin to send what there is to the disk, if that is much and the last such is done."""
+        if self.nbytes - self._synced < _SYNC or not hasattr(os, "fdatasync"):
+            return
+        if self._syncing is None or self._syncing.done():
+            self.check()
+            self._synced, self._syncing = self.nbytes, self._pool.submit(os.fdatasync, self._fd)
+
+    def check(self) -> None:
+        """Raises QkitError where the last sending failed: the system says so once, and not at the end again."""
+        if self._syncing is not None:
+            try:
+                self._syncing.result()
+            except OSError as error:
+                raise os_error("write", self._path, error) from error
 
     def _write_all(self, chunk: memoryview) -> None:
         try:
@@ -181,8 +203,10 @@ def _replacing(path: Path) -> Iterator[_Output]:
         raise os_error("write", path, error) from error
     try:
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
-                yield _Output(path, temporary, fd, pool)
+            with ThreadPoolExecutor(2, thread_name_prefix="output") as pool:
+                output = _Output(path, temporary, fd, pool)
+                yield output
+                output.check()
             try:
                 os.fsync(fd)
             except OSError as error:

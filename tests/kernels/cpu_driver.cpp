@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -247,40 +248,57 @@ void blocks(int64_t rows, int64_t cols, int dtype, bool weighed) {
     const float targets[] = {-8.0f, -7.4f, 7.0f, 7.6f}, spans[] = {14.6f, 15.0f, 15.4f};
     const float levels_of[] = {-127.0f, -65.0f, -22.0f, 1.0f, 38.0f, 113.0f}, ends[] = {-127.0f, -111.0f, 113.0f};
     const float halves[] = {-4.0f, -2.0f, -1.0f, 0.0f, 1.0f, 2.0f, 4.0f};
+    const uint8_t stored[] = {7, 6, 5, 0, 1, 2, 3};
+    const QkPiece alone[] = {{QK_D, 0, 0, 0, 0}, {QK_CODES, 0, 4, 1, 1}, {QK_CODES, 0, 0, 4, 16}};
+    const QkPiece bytes[] = {{QK_D, 0, 0, 0, 0}, {QK_CODES, -127, 0, 8, 1}};
+    const QkPiece both[] = {{QK_D, 0, 0, 0, 0}, {QK_DMIN, 0, 0, 0, 0}, {QK_CODES, 0, 0, 4, 16}};
+    const QkPiece wide[] = {{QK_SCALES, 0, 0, 4, 16}, {QK_CODES, 0, 0, 2, 32}, {QK_D, 0, 0, 0, 0}, {QK_DMIN, 0, 0, 0, 0}};
+    const QkPiece six[] = {{QK_D, 0, 0, 0, 0}, {QK_DMIN, 0, 0, 0, 0}, {QK_SCALE_MIN, 0, 0, 0, 0}, {QK_CODES, 0, 0, 4, 32}};
+    const QkPiece split[] = {{QK_CODES, 0, 2, 1, 32}, {QK_SCALES, 32, 4, 2, 4}, {QK_D, 0, 0, 0, 0}};
+    const QkPiece eight[] = {{QK_D, 0, 0, 0, 0}, {QK_SCALES, 32, 0, 4, 1}, {QK_CODES, 0, 0, 8, 1}};
     const QkGrid grids[] = {
-        {32, -8, 7, 0, 0, 0, 0, 0, 4, nullptr, targets},        // a scale of its own
-        {32, -127, 127, 0, 0, 0, 0, 0, 0, nullptr, nullptr},    // at the largest weight
-        {32, 0, 15, 1, 0, 0, 0, 0, 3, nullptr, spans},          // and a minimum
-        {16, 0, 15, 1, 0, 0, 63, 0, 3, nullptr, spans},         // of a super-block
-        {16, -8, 7, 0, 0, -32, 31, 0, 4, nullptr, targets},
-        {32, -127, 113, 0, 0, -32, 31, 6, 3, levels_of, ends},
-        {32, -4, 4, 0, 1, 0, 0, 7, 0, halves, nullptr},
+        {32, -8, 7, 0, 0, 0, 0, 0, 4, 3, nullptr, targets, nullptr, alone},      // a scale of its own
+        {32, -127, 127, 0, 0, 0, 0, 0, 0, 2, nullptr, nullptr, nullptr, bytes},  // at the largest weight
+        {32, 0, 15, 1, 0, 0, 0, 0, 3, 3, nullptr, spans, nullptr, both},         // and a minimum
+        {16, 0, 15, 1, 0, 0, 15, 0, 3, 4, nullptr, spans, nullptr, wide},        // of a super-block
+        {32, 0, 15, 1, 0, 0, 63, 0, 3, 4, nullptr, spans, nullptr, six},
+        {16, -8, 7, 0, 0, -32, 31, 0, 4, 3, nullptr, targets, nullptr, split},
+        {32, -127, 113, 0, 0, -32, 31, 6, 3, 3, levels_of, ends, nullptr, eight},
+        {32, -4, 4, 0, 1, 0, 0, 7, 0, 3, halves, nullptr, stored, alone},
     };
+    const int64_t sizes[] = {22, 34, 20, 84, 144, 38, 262, 21};  // bytes of a block
     Buffer w(rows * cols, dtype);
     Array<float> weight(cols);
     for (int64_t i = 0; i < rows * cols; ++i) w.set(i, 0.05f * uniform());
     for (int64_t i = 0; i < cols; ++i) weight[i] = uniform() + 1.5f;
-    for (const QkGrid& g : grids) {
+    for (size_t i = 0; i < std::size(grids); ++i) {
+        const QkGrid& g = grids[i];
         const int64_t size = g.most ? 256 : g.sub;
         if (cols % size) continue;
-        const int64_t n = rows * (cols / size), subs = rows * (cols / g.sub);
-        std::vector<Array<uint8_t>> first;
+        Array<uint8_t> first(0);
         for (const int isa : levels) {
-            Array<uint8_t> codes(rows * cols);
-            Array<uint16_t> d(n), dmin(n);
-            Array<int16_t> scales(subs), minima(subs);
-            Array<double> stats(2 * ((rows + 15) / 16));
+            Array<uint8_t> out(rows * (cols / size) * sizes[i]);
+            Array<double> stats(3 * ((rows + 15) / 16));
             double totals[2];
-            CHECK(!qk_ggml_fit(w.data(), dtype, weighed ? weight.data() : nullptr, &g, codes.data(), d.data(),
-                               g.affine ? dmin.data() : nullptr, g.most ? scales.data() : nullptr,
-                               g.most && g.affine ? minima.data() : nullptr, stats.data(), totals, rows, cols, isa, 2), isa);
-            std::vector<Array<uint8_t>> found = {bytes_of(codes), bytes_of(d)};
-            if (g.affine) found.push_back(bytes_of(dmin));
-            if (g.most) found.push_back(bytes_of(scales));
-            if (first.empty()) first = found;
-            CHECK(found == first, isa);
+            CHECK(!qk_ggml_encode(w.data(), dtype, weighed ? weight.data() : nullptr, &g, out.data(), stats.data(), totals,
+                                  rows, cols, isa, 2), isa);
+            if (isa == levels[0]) first = bytes_of(out);
+            CHECK(bytes_of(out) == first, isa);
         }
     }
+}
+
+// Against a bit at a time.
+void crc(int64_t n) {
+    Array<uint8_t> data(n);
+    uint32_t expected = ~0u, found = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        data[i] = (uint8_t)(100.0f * uniform());
+        expected ^= data[i];
+        for (int k = 0; k < 8; ++k) expected = expected >> 1 ^ (expected & 1 ? 0xedb88320u : 0u);
+    }
+    const int status = qk_crc32(data.data(), n, &found);
+    CHECK(status == QK_BAD_ISA || (!status && found == ~expected), 0);
 }
 
 void bad_arguments() {
@@ -303,18 +321,31 @@ void bad_arguments() {
     w.groups = 3;
     CHECK(qk_matmul(&w, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_BAD_SHAPE, 0);
     CHECK(qk_matmul(nullptr, p, QK_F32, nullptr, p, 1, 0, 0, 1) == QK_NULL, 0);
-    QkGrid g = {32, -8, 7, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
-    uint8_t* codes = (uint8_t*)p;
-    uint16_t* d = (uint16_t*)p;
-    double s = 0.0;
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 33, 0, 1) == QK_BAD_SHAPE, 0);
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, nullptr, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_NULL, 0);
-    CHECK(qk_ggml_fit(p, 9, nullptr, &g, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_BAD_DTYPE, 0);
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, nullptr, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_NULL, 0);
-    g.affine = 1;
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, nullptr, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_NULL, 0);
+    const QkPiece piece[] = {{QK_D, 0, 0, 0, 0}, {QK_CODES, 0, 0, 4, 16}}, odd[] = {{QK_CODES, 0, 0, 3, 16}},
+                  long_run[] = {{QK_CODES, 0, 0, 4, 32}}, no_scales[] = {{QK_SCALES, 0, 0, 8, 1}};
+    QkGrid g = {32, -8, 7, 0, 0, 0, 0, 0, 0, 2, nullptr, nullptr, nullptr, piece};
+    uint8_t* out = (uint8_t*)p;
+    double s = 0.0, totals[2];
+    auto encode = [&](int dtype, const QkGrid* grid, uint8_t* to, int64_t cols) {
+        return qk_ggml_encode(p, dtype, nullptr, grid, to, &s, totals, 1, cols, 0, 1);
+    };
+    CHECK(encode(QK_F32, &g, out, 33) == QK_BAD_SHAPE, 0);
+    CHECK(encode(QK_F32, nullptr, out, 32) == QK_NULL, 0);
+    CHECK(encode(9, &g, out, 32) == QK_BAD_DTYPE, 0);
+    CHECK(encode(QK_F32, &g, nullptr, 32) == QK_NULL, 0);
+    g.n_pieces = 1;
+    for (const QkPiece* bad : {odd, long_run, no_scales}) {
+        g.pieces = bad;
+        CHECK(encode(QK_F32, &g, out, 32) == QK_BAD_SHAPE, 0);
+    }
+    g.pieces = nullptr;
+    CHECK(encode(QK_F32, &g, out, 32) == QK_BAD_SHAPE, 0);
+    g.pieces = piece;
     g.sub = 24;
-    CHECK(qk_ggml_fit(p, QK_F32, nullptr, &g, codes, d, d, nullptr, nullptr, &s, &s, 1, 32, 0, 1) == QK_BAD_SHAPE, 0);
+    CHECK(encode(QK_F32, &g, out, 32) == QK_BAD_SHAPE, 0);
+    uint32_t sum;
+    CHECK(qk_crc32(out, -1, &sum) == QK_BAD_SHAPE, 0);
+    CHECK(qk_crc32(nullptr, 1, &sum) == QK_NULL, 0);
 }
 
 }  // namespace
@@ -348,5 +379,6 @@ int main() {
             blocks(33, 512, dtype, weighed);
             blocks(3, 96, dtype, weighed);
         }
+    for (const int64_t n : {0, 1, 63, 64, 65, 1000}) crc(n);
     std::printf("ok\n");
 }

@@ -114,10 +114,23 @@ def test_every_instruction_set_equals_the_reference(name, weight):
         x = matrix().to(dtype)
         expected = reference.fit(GRIDS[name], x, weight)
         for isa in lib.isas():
-            found = ggml.fit(name, x, weight, isa)
-            for field in ("codes", "d", "dmin", "scales", "minima"):
-                a, b = getattr(expected, field), getattr(found, field)
-                assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), (isa, dtype, field)
+            found, lost, total = ggml.blocks(name, x, weight, isa)
+            assert torch.equal(found, assemble(name, expected)), (isa, dtype)
+            assert (lost, total) == pytest.approx((expected.lost, expected.total), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("rows, blocks", [(1, 1), (16, 3), (33, 11)])
+@pytest.mark.skipif(not lib.isas(), reason="no CPU library")
+def test_blocks_of_every_size_on_every_number_of_threads(name, rows, blocks):
+    x = torch.randn(rows, blocks * GGML[name].block_size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected, before = assemble(name, reference.fit(GRIDS[name], x, None)), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(ggml.blocks(name, x, None)[0], expected), threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_fields(name: str, rows: int, columns: int) -> reference.Fields:
@@ -206,6 +219,15 @@ def test_constant_and_empty_rows_are_kept(name):
 def test_bad_input_is_refused():
     with pytest.raises(NonFiniteError):
         encode(torch.full((2, 32), float("nan")), "Q4_0")
+    for value in (float("nan"), float("inf")):  # in one of many
+        x = torch.ones(40, 512)
+        x[37, 300] = value
+        for name in GRIDS:
+            with pytest.raises(NonFiniteError):
+                encode(x, name)
+    for name in GRIDS:
+        with pytest.raises(ScaleOverflowError):
+            encode(torch.full((2, 256), 1.1e9), name)
     with pytest.raises(ScaleOverflowError):
         encode(torch.full((2, 32), 3e38), "Q4_0")
     with pytest.raises(ScaleOverflowError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def test_one_answer_from_both_back_ends(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("QKIT_REFERENCE", "1")
     assert kernels.backend() == "torch reference (QKIT_REFERENCE=1)"
     assert all(torch.equal(a, b) for a, b in zip(native, everything(), strict=True))
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 63, 64, 65, 127, 128, 1000, 1 << 16, (1 << 16) + 7])
+def test_crc32_is_zlibs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.randint(0, 256, (n,), dtype=torch.uint8)
+    for forced in ("0", "1"):
+        monkeypatch.setenv("QKIT_REFERENCE", forced)
+        assert kernels.crc32(data) == zlib.crc32(data.numpy())
+        assert kernels.crc32(data.view(-1, 1).expand(n, 3)) == zlib.crc32(data.repeat_interleave(3).numpy())
 
 
 def test_a_missing_library_is_said_once(no_library: None, caplog: pytest.LogCaptureFixture) -> None:

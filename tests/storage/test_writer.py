@@ -185,7 +185,7 @@ def test_read_only_folder(tmp_path: Path) -> None:
         (errno.EACCES, "permissions"),
     ],
 )
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["write", "fdatasync", "fsync", "replace"])
 def test_system_errors_carry_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, hint: str
 ) -> None:
@@ -193,6 +193,7 @@ def test_system_errors_carry_a_hint(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(local.os, call, refuse)
+    monkeypatch.setattr(local, "_SYNC", 1 << 16)
     with pytest.raises(QkitError) as caught:
         write_file(tmp_path / "a", b"x" * 100_000)
     monkeypatch.undo()
