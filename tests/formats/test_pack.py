@@ -215,4 +215,4 @@ def test_what_formats_dictate():
         formats.get("safetensors").scheme_for(asymmetric, "BF16")
     with pytest.raises(QkitError) as caught:
         formats.get("exl2")
-    assert "compressed-tensors, gptq, gptq_v2, awq, bnb, gguf, safetensors" in str(caught.value)
+    assert "compressed-tensors, gptq, gptq_v2, awq, bnb, gguf, mxfp4, safetensors" in str(caught.value)
