@@ -24,10 +24,8 @@ CALIBRATED = {
     "gptq": ("w4a16", "w3a16"),
     "gptq_v2": ("w4a16-asym", "w2a16-asym"),
     "awq": ("w4a16-asym",),
-    "gguf": (
-        "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k_m", "q2_k",
-    ),
-}  # fmt: skip
+    "gguf": ("q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k_m", "q2_k"),
+}
 ROUNDED = {
     "compressed-tensors": ("w8a16", "w8a8", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16"),
     "gptq": ("w8a16",),
@@ -37,7 +35,6 @@ ROUNDED = {
 MORE = (
     ("compressed-tensors", "w4a16", ("--head", "8bit")),
     ("compressed-tensors", "w4a16", ("--head", "4bit")),
-    ("gptq", "w4a16", ("--head", "4bit")),
     ("compressed-tensors", "fp8", ("--kv-cache", "fp8")),
 )
 
@@ -46,16 +43,16 @@ def rows(calib: Path) -> dict[str, list[str]]:
     """Row -> options of `qkit convert`."""
     text = ["--calib", str(calib)]
     found = {}
-    for table, more in ((CALIBRATED, text), (ROUNDED, ["--method", "rtn"])):
+    for table in (CALIBRATED, ROUNDED):
         for fmt, schemes in table.items():
+            method = "rtn" if table is ROUNDED else "imatrix" if fmt == "gguf" else "gptq"
+            more = ["--method", method, *(text if table is CALIBRATED else ())]
             for scheme in schemes:
-                how = "rounding" if table is ROUNDED else "imatrix" if fmt == "gguf" else "GPTQ"
-                found[f"{fmt} | {scheme} | {how}"] = ["--format", fmt, "--scheme", scheme, *more]
+                found[f"{fmt} | {scheme} | {method}"] = ["--format", fmt, "--scheme", scheme, *more]
     for fmt, scheme, options in MORE:
-        how = "rounding" if scheme == "fp8" else "GPTQ"
-        method = ["--method", "rtn"] if scheme == "fp8" else []
-        found[f"{fmt} | {scheme} {' '.join(options)} | {how}"] = [
-            "--format", fmt, "--scheme", scheme, *method, *text, *options,
+        method = "rtn" if scheme == "fp8" else "gptq"
+        found[f"{fmt} | {scheme} {' '.join(options)} | {method}"] = [
+            "--format", fmt, "--scheme", scheme, "--method", method, *text, *options,
         ]  # fmt: skip
     return found
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...errors import QkitError
+from ...models.families import TOWERS
 from ...sources.gguf.slots import ROPE_FREQS, Slot, slots
 from ...sources.types import Source, Wrapped
 from ...spec.dtypes import TensorMeta
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 _HEAD = "lm_head.weight"
 # Computed from the config by whoever runs the model.
 _BUFFERS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
-_TOWERS = ("vision", "visual", "multi_modal", "mm_", "audio", "image")
 
 
 class GgufView(Wrapped):
@@ -54,7 +54,7 @@ class GgufView(Wrapped):
             )
         unused = sorted(names - self._slots.keys(), key=natural_key)
         self.left_out = [name for name in unused if not name.endswith(_BUFFERS)]
-        strange = [n for n in self.left_out if not any(t in n for t in _TOWERS)]
+        strange = [n for n in self.left_out if not TOWERS.search(n)]
         if strange:
             raise QkitError(
                 f"{self.label}: {len(strange)} tensors have no place in a GGUF file: {first_few(strange)}",
