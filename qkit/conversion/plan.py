@@ -15,7 +15,7 @@ from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
 from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, EXPECTED, FUSED_EXPERTS, module_of, why_kept
+from ..models.families import BLOCK, EXPECTED, FUSED_EXPERTS, TOWERS, module_of, why_kept
 from ..models.skeleton import check_architecture
 from ..sources.sliced import sliced
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
@@ -277,6 +277,7 @@ def _of_what_stays(tasks: Sequence[Task]) -> list[str]:
         return []
     total = max(1, sum(t.numel for t in tasks))
     kept = [t for t in tasks if t.scheme is None and why_kept(t.name, t.meta) == t.reason and len(t.meta.shape) > 1]
+    kept = [t for t in kept if not TOWERS.search(t.name)]
     fused = [t for t in kept if t.reason == FUSED_EXPERTS]
     others = [t for t in kept if t.reason not in (FUSED_EXPERTS, *EXPECTED)]
     notes = []

@@ -101,7 +101,9 @@ def test_the_client_loads_it_and_computes_the_same(build, mixed, tmp_path):
         more = {"recipe": str(tmp_path / "r.yaml"), "skip": ("*layers.0.self_attn.o_proj",)}
         if build in (phimoe, mixtral):
             (tmp_path / "r.yaml").write_text("- {modules: '*.experts.*', scheme: w4a16, group_size: 32}\n")
-    out = qkit.convert(folder, tmp_path / "out", method="rtn", scheme="w8a16", group_size=32, **more).out
+    result = qkit.convert(folder, tmp_path / "out", method="rtn", scheme="w8a16", group_size=32, **more)
+    assert not any(note.startswith("WARNING") for note in result.plan.notes)
+    out = result.out
     loaded = type(model).from_pretrained(out, dtype=torch.bfloat16)
     plain = type(model).from_pretrained(dequantized(folder, out), dtype=torch.bfloat16)
     ids = torch.arange(10, 60)[None]
