@@ -31,8 +31,7 @@ def join_kept(
         return view, choices
     reasons = {stem: c for name, c in choices.items() if isinstance(c, Keep) and (stem := _stem(name)) in kept}
     joined = Joined(view, slices, kept)
-    weights = {fused.name.removesuffix("_blocks"): fused.stem for fused in slices.fused.values()}
-    return joined, {n: choices[n] if n in choices else reasons[weights[n]] for n in joined.names()}
+    return joined, {n: reasons[joined.joined[n].stem] if n in joined.joined else choices[n] for n in joined.names()}
 
 
 def notes_of(

@@ -11,8 +11,7 @@ from ..models.config import model_dtype
 from ..models.families import KV_SCALES, is_kv_scale
 from ..models.skeleton import check_architecture
 from ..sources.types import Source, Wrapped
-from ..spec.dtypes import TensorMeta, torch_dtype
-from ..storage.files import natural_key
+from ..spec.dtypes import E4M3_MAX, TensorMeta, torch_dtype
 from .options import AS_STORED, Options
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
     from ..formats.base import Format
     from ..formats.expanded import Expanded
-
-_E4M3_MAX = 448.0
 
 
 class CacheScales(Wrapped):
@@ -36,23 +33,21 @@ class CacheScales(Wrapped):
         dtype = model_dtype(source.config)
         self._meta = TensorMeta(dtype if dtype in ("BF16", "F16", "F32") else "BF16", (1,))
         self.scales = [f"{module}.{local}" for module in attentions for local in KV_SCALES]
+        self._own = frozenset(self.scales)
         self.largest: Mapping[str, float] = {}
-
-    def names(self) -> list[str]:
-        kept = [name for name in self.source.names() if not is_kv_scale(name)]
-        return sorted([*kept, *self.scales], key=natural_key)
+        self._holds([*(name for name in source.names() if not is_kv_scale(name)), *self.scales])
 
     def meta(self, name: str) -> TensorMeta:
-        return self._meta if name in self.scales else self.source.meta(name)
+        return self._meta if name in self._own else self.source.meta(name)
 
     def read(self, name: str) -> torch.Tensor:
-        if name not in self.scales:
+        if name not in self._own:
             return self.source.read(name)
         import torch
 
         dtype = torch_dtype(self._meta.dtype)
         # 1 where nothing was ever seen but zeros; never 0, by which clients would divide.
-        scale = max(self.largest[name] / _E4M3_MAX, torch.finfo(dtype).tiny) if self.largest[name] else 1.0
+        scale = max(self.largest[name] / E4M3_MAX, torch.finfo(dtype).tiny) if self.largest[name] else 1.0
         return torch.tensor([scale], dtype=dtype)
 
 

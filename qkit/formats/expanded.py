@@ -41,12 +41,7 @@ class Expanded(Wrapped):
         for module, scheme in self._modules.items():
             inside |= {f"{module}.{local}" for local in local_names(found, source, module, scheme)}
             self._shapes[f"{module}.weight"] = found.format.shape(source, module, scheme)
-        self._names = [n for n in source.names() if n not in inside]
-
-    def names(self) -> list[str]:
-        from ..storage.files import natural_key
-
-        return sorted([*self._names, *self._shapes], key=natural_key)
+        self._holds([*(n for n in source.names() if n not in inside), *self._shapes])
 
     def meta(self, name: str) -> TensorMeta:
         shape = self._shapes.get(name)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from ..kernels.weight import TABLES, Weight
 from ..spec import LayerSpec
-from ..spec.dtypes import torch_dtype
+from ..spec.dtypes import E4M3_MAX, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
 _SLAB = 1 << 22  # weights at a time: bounds what is held beside the result
-_FP8_MAX, _FP4_MAX = 448.0, 6.0
+_FP4_MAX = 6.0
 # NVFP4: engines load fused layers with one global scale. A power of two changes no rounding, and as long as weights are
 # not above 2.6 all layers have the same.
 _MOST_GLOBAL = 1024.0
@@ -33,10 +33,10 @@ def fp8(w: torch.Tensor, spec: LayerSpec) -> Weight:
     for a in range(0, out, step):
         part = w[a : a + step].float()
         blocks = torch.nn.functional.pad(part, (0, 0, 0, -len(part) % rows)).view(-1, rows, in_ // columns, columns)
-        scale = (blocks.abs().amax((1, 3)) / _FP8_MAX).to(dtype)
+        scale = (blocks.abs().amax((1, 3)) / E4M3_MAX).to(dtype)
         scale = torch.where(scale.float() > 0, scale, torch.ones((), dtype=dtype))
         scales[a // rows : a // rows + len(scale)] = scale
-        scaled = (blocks / scale.float()[:, None, :, None]).clamp_(-_FP8_MAX, _FP8_MAX)
+        scaled = (blocks / scale.float()[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
         codes = scaled.view(-1, in_)[: len(part)].to(torch.float8_e4m3fn).view(torch.uint8)
         packed[a : a + step] = pack(codes.contiguous(), 8)
     return Weight(packed, scales, None, 8, in_, "fp8", scale_rows=rows)
@@ -53,16 +53,16 @@ def nvfp4(w: torch.Tensor) -> Weight:
     out, in_ = w.shape
     largest = float(w.abs().max()) if w.numel() else 0.0
     above = 1.0
-    while largest > 0 and above < _MOST_GLOBAL and 2 * above * largest <= _FP8_MAX * _FP4_MAX:
+    while largest > 0 and above < _MOST_GLOBAL and 2 * above * largest <= E4M3_MAX * _FP4_MAX:
         above *= 2
-    while above * largest > _FP8_MAX * _FP4_MAX:
+    while above * largest > E4M3_MAX * _FP4_MAX:
         above /= 2
     scales = torch.empty(out, in_ // 16, dtype=torch.float8_e4m3fn)
     packed = torch.empty(out, -(-in_ // 8), dtype=torch.int32)
     step = max(1, _SLAB // in_)
     for a in range(0, out, step):
         x = w[a : a + step].float().view(-1, in_ // 16, 16)
-        span = (x.abs().amax(-1) / _FP4_MAX * above).clamp(max=_FP8_MAX).to(torch.float8_e4m3fn)
+        span = (x.abs().amax(-1) / _FP4_MAX * above).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
         bits = span.view(torch.uint8).int()
         best = None
         for move in (0, -1, 1):

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from ..errors import QkitError
+from ..spec.dtypes import E4M3_MAX
+from .experts import decoder_of
 from .families import KV_SCALES
 
-E4M3_MAX = 448.0
 # (attention, keys, values), both [batch, heads, tokens, head_dim] -> what takes the place of the two
 Change = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attentions(model: Any) -> dict[str, nn.Module]:
     """Name -> attention module of each decoder block. Raises QkitError where there are none."""
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in decoder_of(model).modules()}
     found = {n: m for n, m in model.named_modules() if n.endswith("self_attn") and id(m) in inside}
     if not found:
         raise QkitError(f"{type(model).__name__} has no attention whose KV cache could be rounded")

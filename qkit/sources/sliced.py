@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ..models.fused import Fused, Part, canonical, find_fused
 from ..spec.dtypes import TensorMeta, torch_dtype
-from ..storage.files import natural_key
 from .types import Source, Wrapped
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 class Sliced(Wrapped):
     """`types.Source`. A part is read without the rest of its tensor.
 
-    fused: the tensors that are sliced, by name; part_of: name of each part -> the tensor that it is of"""
+    fused: the tensors that are sliced, by name"""
 
     def __init__(self, source: Source, fused: Iterable[Fused]):
         super().__init__(source)
@@ -27,10 +26,7 @@ class Sliced(Wrapped):
         }
         layout = next(iter(self.fused.values())).layout
         self._stored = {canonical(name, layout): name for name in source.names() if name not in self.fused}
-        self.part_of: Mapping[str, str] = {name: each.name for name, (each, _) in self._parts.items()}
-
-    def names(self) -> list[str]:
-        return sorted([*self._stored, *self._parts], key=natural_key)
+        self._holds([*self._stored, *self._parts])
 
     def meta(self, name: str) -> TensorMeta:
         if name not in self._parts:
@@ -48,28 +44,27 @@ class Sliced(Wrapped):
 
 class Joined(Wrapped):
     """`types.Source` over one that has the names of a `Sliced` one: the experts below `stems` are in one tensor again,
-    named and laid out as transformers has them at 16 bits."""
+    named and laid out as transformers has them at 16 bits.
+
+    joined: these tensors, by that name"""
 
     def __init__(self, source: Source, sliced: Sliced, stems: Collection[str]):
         super().__init__(source)
         self._plain = sliced.source
-        self._joined: dict[str, Fused] = {}
+        self.joined: dict[str, Fused] = {}
         inside: set[str] = set()
         for each in sliced.fused.values():
             if each.stem not in stems:
                 continue
             inside |= {_value(part.name) for part in each.parts()}
             if each.local != "scales":
-                self._joined[each.name.removesuffix("_blocks")] = each
-        self._rest = [name for name in source.names() if name not in inside]
-
-    def names(self) -> list[str]:
-        return sorted([*self._rest, *self._joined], key=natural_key)
+                self.joined[each.name.removesuffix("_blocks")] = each
+        self._holds([*(name for name in source.names() if name not in inside), *self.joined])
 
     def meta(self, name: str) -> TensorMeta:
-        if name not in self._joined:
+        if name not in self.joined:
             return self.source.meta(name)
-        fused = self._joined[name]
+        fused = self.joined[name]
         part = self.source.meta(_value(next(fused.parts()).name))
         shape = (fused.rows, *part.shape[1:])
         return TensorMeta(part.dtype, (fused.meta.shape[0], *(shape[::-1] if _transposed(fused) else shape)))
@@ -77,9 +72,9 @@ class Joined(Wrapped):
     def read(self, name: str) -> torch.Tensor:
         import torch
 
-        if name not in self._joined:
+        if name not in self.joined:
             return self.source.read(name)
-        fused = self._joined[name]
+        fused = self.joined[name]
         if name == fused.name:
             return self._plain.read(name)
         meta = self.meta(name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .. import units
 from ..spec.dtypes import TensorMeta
+from ..storage.files import natural_key
 from ..storage.store import Store, hash_file, read_file
 
 if TYPE_CHECKING:
@@ -117,6 +119,11 @@ class Wrapped:
         self.label, self.base_model, self.config = source.label, source.base_model, source.config
         self.stored: Stored = source.stored
         self.folder: Path | None = source.folder
+        self._names: list[str] | None = None
+
+    def _holds(self, names: Iterable[str]) -> None:
+        """Its tensors, where they are others than the source's."""
+        self._names = sorted(names, key=natural_key)
 
     @property
     def fingerprint(self) -> str:
@@ -131,7 +138,7 @@ class Wrapped:
         return self.source.sidecars
 
     def names(self) -> list[str]:
-        return self.source.names()
+        return self.source.names() if self._names is None else list(self._names)
 
     def meta(self, name: str) -> TensorMeta:
         return self.source.meta(name)

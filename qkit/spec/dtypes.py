@@ -24,6 +24,7 @@ _TORCH = {
 }  # fmt: skip
 _NAMED = {"float32": "F32", "fp32": "F32", "bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
+E4M3_MAX = 448.0  # the largest number of F8_E4M3
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ CASES = [*((family, False) for family in FAMILIES), ("qwen3_moe", True)]
 
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory):
-    """Name -> (our folder, what vLLM has of its experts)."""
-    root = tmp_path_factory.mktemp("experts")
+    """() -> name -> (our folder, what vLLM has of its experts)."""
+    return clients.once(lambda: _loaded(tmp_path_factory.mktemp("experts")))
+
+
+def _loaded(root):
     folders = {}
     for family, asymmetric in CASES:
         source = root / f"{family}-source"
@@ -31,16 +34,13 @@ def loaded(tmp_path_factory):
         scheme = "w4a16-asym" if asymmetric else "w4a16"
         folders[name] = qkit.convert(source, root / name, scheme=scheme, method="rtn", group_size=128).out
     job = {"folders": {name: str(folder) for name, folder in folders.items()}, "out": str(root)}
-    try:
-        clients.run("vllm", job, root, "client_vllm_experts.py")
-    except clients.NoNetwork as error:
-        pytest.skip(f"no package index to install vllm from: {str(error)[-200:]}")
+    clients.run("vllm", job, root, "client_vllm_experts.py")
     return {name: (folder, load_file(root / f"{name}.safetensors")) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize(("family", "asymmetric"), CASES)
 def test_experts_in_vllm(family: str, asymmetric: bool, loaded) -> None:
-    folder, theirs = loaded[f"{family}{'-asym' if asymmetric else ''}"]
+    folder, theirs = loaded()[f"{family}{'-asym' if asymmetric else ''}"]
     source = FolderSource(folder)
     reader = formats.reader(source.config)
     schemes = formats.quantized_modules(reader, source)

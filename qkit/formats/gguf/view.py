@@ -65,6 +65,7 @@ class GgufView(Wrapped):
             self._slots["rope_freqs.weight"] = Slot(ROPE_FREQS, (len(self._factors),))
         for name in self._slots:
             self._check_shape(name)
+        self._holds(self._slots)
 
     def _find(self, name: str, names: set[str]) -> str | None:
         """A tensor's name in the checkpoint: multimodal ones have the text model one level deeper."""
@@ -93,9 +94,6 @@ class GgufView(Wrapped):
     def places(self) -> Mapping[str, str]:
         """Tensor name -> its name in the file; experts of a matrix have one."""
         return {name: slot.gguf for name, slot in self._slots.items()}
-
-    def names(self) -> list[str]:
-        return sorted(self._slots, key=natural_key)
 
     def meta(self, name: str) -> TensorMeta:
         slot = self._slots[name]
