@@ -1,0 +1,71 @@
+"""`Family`: what sets the models of one `model_type` apart from Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from . import kinds
+from .attention import grouped
+from .keys import Keys
+from .mlp import Moe
+from .part import Part
+
+Flag = bool | str  # a constant, or the key of a config that says so
+Mixer = Callable[[Keys, "Family", str, str], Part]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Llama, but for what is given.
+
+    embedding, layers, head  modules in files
+    attention, qkv, out      the attention's module and its linears; one name in qkv: they are one matrix
+    qkv_bias, out_bias       None: as qkv_bias
+    qk_norm                  "head": a weight for each dim of a head; "heads": of all heads; "": none. qk_norm_if: whether
+    sinks                    one value for each head; gated_queries: q_proj makes a gate too; own_values: `v_head_dim`
+    mlp, ffn, gated          the MLP's module and its linears, the last one down; gated: of two, the first makes gate and up
+    four_times               an MLP without a width is four times as wide as the model
+    norms, norm              of each layer; "rms" has a weight, "layer" a bias too, "": neither. norm_bias: a key
+    rule                     what layers attend to where the config does not say
+    mixers                   what takes the place of attention, by kind of layer
+    moe                      experts, where there are some
+    extra                    anything else of a layer
+    tied                     where neither config nor class says
+    head_bias                of the head
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    qkv_bias: Flag = "attention_bias"
+    out_bias: Flag | None = None
+    qk_norm: str = ""
+    qk_norm_if: Flag = True
+    qk_norm_bias: bool = False
+    sinks: bool = False
+    gated_queries: bool = False
+    own_values: bool = False
+    mlp: str = "mlp"
+    ffn: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    gated: bool = True
+    mlp_bias: Flag = "mlp_bias"
+    four_times: bool = False
+    norms: int = 2
+    norm: str = "rms"
+    norm_bias: Flag = True
+    rule: kinds.Kinds = kinds.uniform
+    mixers: Mapping[str, Mixer] = field(default_factory=dict)
+    mixer: Mixer = grouped
+    moe: Moe | None = None
+    tied: bool = False
+    head_bias: Flag = False
+
+    def norm_values(self, k: Keys, width: int) -> int:
+        """Values of one norm."""
+        if not self.norm:
+            return 0
+        return width * (2 if self.norm == "layer" and k.flag(self.norm_bias) else 1)

@@ -1,0 +1,137 @@
+"""What a layer has beside its attention: an MLP, or experts with their router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ...errors import QkitError
+from .keys import Keys
+from .part import Part, linears
+from .types import Matrix
+
+if TYPE_CHECKING:
+    from .family import Family
+
+Sparse = Callable[[Keys, int], bool]
+
+
+def after_first(k: Keys, index: int) -> bool:
+    """DeepSeek's: the first layers are dense, then each of a frequency is sparse."""
+    types = k.get("mlp_layer_types")
+    if types is not None:
+        return _typed(k, index)
+    return index >= k.size("first_k_dense_replace", 0, least=0)
+
+
+def stepwise(k: Keys, index: int) -> bool:
+    """Qwen's: every step-th layer, but for those that are listed."""
+    listed = k.listed("mlp_only_layers") or []
+    return index not in listed and (index + 1) % k.size("decoder_sparse_step", 1) == 0
+
+
+def interleaved(k: Keys, index: int) -> bool:
+    """Llama 4's: those that are listed, or every step-th."""
+    listed = k.listed("moe_layers")
+    return index in listed if listed is not None else (index + 1) % k.size("interleave_moe_layer_step", 1) == 0
+
+
+def between(k: Keys, index: int) -> bool:
+    """ERNIE's: every interval-th layer from a first to a last; -1: the last of all."""
+    types = k.get("mlp_layer_types")
+    if types is not None:
+        return _typed(k, index)
+    layers = k.size("num_hidden_layers")
+    last = k.get("moe_layer_end_index")
+    if last is None or last == -1:
+        last = layers - 1
+    first, step = k.size("moe_layer_start_index", 0, least=0), k.size("moe_layer_interval", 1)
+    if not isinstance(last, int):
+        raise QkitError(f"moe_layer_end_index in config.json is {last!r}, not a whole number", "check config.json")
+    return (index + 1) % step == 0 and first <= index <= last
+
+
+def periodic(k: Keys, index: int) -> bool:
+    """Jamba's."""
+    return index % k.size("expert_layer_period", 1) == k.size("expert_layer_offset", 0, least=0)
+
+
+def _typed(k: Keys, index: int) -> bool:
+    types = k.listed("mlp_layer_types", k.size("num_hidden_layers")) or []
+    return bool(types[index] == "sparse")
+
+
+def every(k: Keys, index: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Moe:
+    """How a family has its experts.
+
+    block     within the layer; names: of an expert's matrices; router: within the block
+    sparse    which layers have them
+    width     keys of an expert's width, the first that is there
+    shared    module of what every token passes beside them; "": none. shared_width: the key of its width, or "": that
+              of an expert times `n_shared_experts`
+    named     of the shared module's matrices, where they differ; shared_gate: a router of one output decides how much
+    bias      router and experts have biases; correction: the router has one value per expert to balance them
+    """
+
+    block: str = "mlp"
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    router: str = "gate"
+    sparse: Sparse = every
+    width: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    shared: str = ""
+    shared_width: str = ""
+    shared_names: tuple[str, ...] = ()
+    shared_gate: bool = False
+    bias: bool = False
+    correction: bool = False
+
+
+def dense(k: Keys, f: Family, stem: str, width: int | None = None, role: str = "mlp") -> Part:
+    """An MLP: gate and up apart (three names), together or no gate (two)."""
+    hidden = k.size("hidden_size")
+    width = k.size("intermediate_size", 4 * hidden if f.four_times else None) if width is None else width
+    return _matrices(stem, role, f.ffn, hidden, width, f.gated, k.flag(f.mlp_bias))
+
+
+def _matrices(stem: str, role: str, names: tuple[str, ...], hidden: int, width: int, gated: bool, bias: bool) -> Part:
+    if len(names) == 3:
+        ups = tuple((name, width, hidden) for name in names[:2])
+    else:
+        ups = ((names[0], 2 * width if gated else width, hidden),)
+    return replace(linears(stem, role, *ups, (names[-1], hidden, width), bias=bias), wide=width)
+
+
+def mixture(k: Keys, f: Family, moe: Moe, stem: str) -> Part:
+    """Router, experts and what is shared, of one layer. stem: the layer."""
+    hidden = k.size("hidden_size")
+    count = k.size("num_experts", most=1 << 16)
+    chosen = k.size("num_experts_per_tok", most=1 << 16)
+    if chosen > count:
+        raise QkitError(f"config.json says {chosen} experts per token, of {count}", "check config.json")
+    width = next((k.size(key) for key in moe.width if k.get(key) is not None), None) or k.size(moe.width[0])
+    block = f"{stem}.{moe.block}"
+    one = _matrices(f"{block}.experts.*", "expert", moe.names, hidden, width, f.gated, moe.bias)
+    experts = tuple(replace(m, count=count, active=chosen) for m in one.matrices)
+    small = one.vectors * count
+    router = Matrix(f"{block}.{moe.router}", count, hidden, "router")
+    part = Part((router, *experts), small, expert_vectors=small, wide=chosen * width)
+    part += Part((), (count if moe.bias else 0) + (count if moe.correction else 0))
+    if moe.shared:
+        own = k.size(moe.shared_width, 0, least=0) if moe.shared_width else 0
+        own = own if moe.shared_width else width * k.size("n_shared_experts", 0, least=0)
+        if own:
+            names = moe.shared_names or moe.names
+            gated = f.gated
+            name = moe.shared if moe.shared.startswith(".") else f"{moe.block}.{moe.shared}"
+            both = _matrices(f"{stem}.{name.lstrip('.')}", "shared", names, hidden, own, gated, False)
+            part += replace(both, wide=0)
+            part = replace(part, wide=part.wide + own)
+            if moe.shared_gate:
+                part += Part((Matrix(f"{block}.shared_expert_gate", 1, hidden, "router"),))
+    return part
