@@ -34,7 +34,7 @@ def describe(result: Devices) -> str:
     lines += ["", "catalogue (peak figures, dense; `qkit devices --json` says where each was read)"]
     lines.append(f"  {'id':<18} {'name':<42} {'GiB':>7} {'GB/s':>7} {'bf16 TFLOP/s':>13} {'int8 TOP/s':>11} {'W':>6}")
     for d in result.catalogue:
-        cells = (d.memory_gib, d.bandwidth_gbs, d.bf16_tflops_dense, d.int8_tops_dense, d.tdp_w)
+        cells = (d.memory_gib, d.bandwidth_gbs, d.bf16_tflops, d.int8_tops, d.tdp_w)
         a, b, c, e, f = ("-" if v is None else f"{v:g}" for v in cells)
         lines.append(f"  {d.id:<18} {d.name:<42} {a:>7} {b:>7} {c:>13} {e:>11} {f:>6}")
     return "\n".join(lines)
