@@ -22,9 +22,9 @@ class Family:
     embedding, layers, head  modules in files
     attention, qkv, out      the attention's module and its linears; one name in qkv: they are one matrix
     qkv_bias, out_bias       None: as qkv_bias
-    qk_norm                  "head": a weight for each dim of a head; "heads": of all heads; "": none. qk_norm_if: whether
+    qk_norm                  "head": a weight for each dim of a head; "heads": of all heads; "": none; qk_norm_if: a key
     sinks                    one value for each head; gated_queries: q_proj makes a gate too; own_values: `v_head_dim`
-    mlp, ffn, gated          the MLP's module and its linears, the last one down; gated: of two, the first makes gate and up
+    mlp, ffn, gated          the MLP's module and its linears, the last one down; gated: two may stand for three
     four_times               an MLP without a width is four times as wide as the model
     norms, norm              of each layer; "rms" has a weight, "layer" a bias too, "": neither. norm_bias: a key
     rule                     what layers attend to where the config does not say

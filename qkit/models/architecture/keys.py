@@ -39,7 +39,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def defaults(model_type: str) -> Mapping[str, Any]:
-    """What transformers' config class of this type has where config.json says nothing; {} for one that is not listed."""
+    """What transformers' config class of this type has where config.json says nothing; {} for one not listed."""
     return _table().get(model_type, {})
 
 

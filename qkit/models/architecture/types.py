@@ -17,8 +17,8 @@ class Matrix:
             "model.layers.0.mlp.experts.*.up_proj"
     out     outputs; inp: inputs, of one
     role    "attention" (and what takes its place: mamba, linear attention, convolutions), "mlp", "expert", "shared",
-            "router", "embedding" (only looked up), "head", "tower" (vision, audio, their projectors), "mtp" (layers that
-            predict further tokens), "other" (inside or outside of the blocks, never quantized)
+            "router", "embedding" (only looked up), "head", "tower" (vision, audio, their projectors, encoders), "mtp"
+            (layers that predict further tokens), "other" (wherever it is, never quantized)
     count   how many there are; active: how many of them one token is multiplied with (0: a table)
     """
 
@@ -51,7 +51,7 @@ class Cache:
                  encoder of its full length
     fixed_wide   the same in transformers' cache, whose convolutions keep one column more
     fixed_dtype  the type of a state that is not held in the model's ("F32")
-    kv_heads     what tensor parallelism divides, and replicates where there are too few; 0: nothing to divide (a latent)
+    kv_heads     what tensor parallelism divides, and replicates where there are too few; 0: a latent or a state
     head_dim     of keys
     """
 
@@ -72,8 +72,8 @@ class Layer:
 
     vectors         values of norms, biases and other small parameters, those of experts included
     expert_vectors  of them, those that belong to experts (gpt-oss' biases)
-    caches          none where a layer keeps nothing (a bare MLP, keys shared with an earlier layer); two where attention
-                    stands beside a state or beside cross-attention
+    caches          none where a layer keeps nothing (a bare MLP, keys shared with an earlier layer); several where
+                    attention stands beside a state or cross-attention, or a state has parts of different types
     attention_heads, head_dim (of queries and keys), v_dim (of values); 0 where nothing attends
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ...storage.files import first_few, natural_key
 from ..types import CARD_KEYS, Sidecar, Stored
 from . import tokenizer as gguf_tokenizer
 from .config import Arch, Keys, build_config, find_arch
-from .file import GgufFile
+from .file import GgufFile, TensorInfo
 from .rope import rope_config
 from .slots import ROPE_FREQS, slots
 
@@ -54,6 +55,11 @@ class GgufSource:
         types = Counter(info.type.name for info in infos)
         quantized = any(info.type.plain is None for info in infos)
         self.stored = Stored(sum(info.nbytes for info in infos), dict(types), quantized)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What lies in the file, under its names."""
+        return self._file.tensors
 
     @cached_property
     def fingerprint(self) -> str:
