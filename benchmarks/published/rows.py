@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from qkit.errors import QkitError
 from qkit.estimate import engines
+from qkit.estimate.parts import Part, Weights
 from qkit.estimate.rates import Setting
 from qkit.estimate.speed import Load
 from qkit.estimate.traffic import Traffic, traffic
@@ -104,10 +104,12 @@ def _traffic(
     else:
         head_bits = bits if engine.head == "weights" else 16.0
 
-    def nbytes(matrix: Any) -> float:
-        return float(matrix.numel * scale * (head_bits if matrix.role in ("head", "embedding") else bits) / 8)
-
-    return traffic(arch, nbytes, cache_bytes=cache_bits / 8, latent=engine.name != "transformers")
+    parts = []
+    for m in arch.matrices:
+        stored = head_bits if m.role in ("head", "embedding") else bits
+        active = 0.0 if m.role == "embedding" and not arch.tied else m.active or float(m is arch.embedding)
+        parts.append(Part(m.role, round(m.numel * scale * stored / 8), 0, m.count, active))
+    return traffic(arch, Weights.of(parts), cache_bytes=cache_bits / 8, latent=engine.name != "transformers")
 
 
 @cache

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..models.architecture import Architecture, Matrix
-
-_STATES = ("state",)
+from ..models.architecture import Architecture
+from .parts import Weights
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,7 @@ class Traffic:
     hidden                        width of a token between layers
     cache                         (bytes that a token keeps, window or None) of layers that are alike
     state_bytes                   what a sequence keeps whatever its length
-    attention                     operations of one query with one key, over all layers
-    attention_windows             the same as (operations, window or None) of layers that are alike
+    attending                     (operations of one query with one key, window or None) of layers that are alike
     groups                        query heads that share a key and value head
     """
 
@@ -38,7 +35,7 @@ class Traffic:
     hidden: int
     cache: tuple[tuple[float, int | None], ...]
     state_bytes: float
-    attention_windows: tuple[tuple[float, int | None], ...]
+    attending: tuple[tuple[float, int | None], ...]
     groups: float
 
     def weight_bytes(self, tokens: float) -> float:
@@ -63,52 +60,48 @@ class Traffic:
 
     def attention(self, queries: float, context: float) -> float:
         """Operations of `queries` queries that each look at `context` keys."""
-        return queries * sum(ops * min(context, window or context) for ops, window in self.attention_windows)
+        return queries * sum(ops * min(context, window or context) for ops, window in self.attending)
 
 
-def traffic(
-    arch: Architecture, nbytes: Callable[[Matrix], float], *, cache_bytes: float = 2.0, latent: bool = True
-) -> Traffic:
-    """The traffic of an architecture.
+def traffic(arch: Architecture, weights: Weights, *, cache_bytes: float = 2.0, latent: bool = True) -> Traffic:
+    """The traffic of an architecture whose weights take these bytes.
 
-    nbytes       bytes of a matrix, or of all in one place, as the engine reads it; of the head too
     cache_bytes  of a value in the cache
     latent       whether the engine keeps MLA's latent, and not the keys and values made of it
     """
-    dense = [m for layer in arch.layers for m in layer.matrices if m.role != "expert"]
-    experts = [m for layer in arch.layers for m in layer.matrices if m.role == "expert"]
+    matrices = [m for layer in arch.layers for m in layer.matrices]
+    experts = next((p for p in weights.parts if p.role == "expert"), None)
     head = arch.head or arch.embedding
+    heads = weights.of_class("head") or sum(p.nbytes for p in weights.parts if p.role == "embedding" and p.active)
+    read = sum(p.nbytes for p in weights.parts if p.active and p.role not in ("expert", "head", "embedding"))
     attention: dict[int | None, float] = {}
     cache: dict[int | None, float] = {}
-    states = 0.0
-    heads = kv_heads = 0
+    states, queries, keys = 0.0, 0, 0
     for layer in arch.layers:
         for kept in layer.caches:
             states += kept.fixed * cache_bytes
-            tokens = kept.per_token if latent else kept.expanded
+            tokens = kept.per_token if latent else kept.expanded or kept.per_token
             if tokens:
                 cache[kept.window] = cache.get(kept.window, 0.0) + tokens * cache_bytes
-        attending = [kept for kept in layer.caches if kept.kind not in _STATES]
+        attending = next((kept for kept in layer.caches if kept.kind != "state"), None)
         if attending and layer.attention_heads:
-            window = attending[0].window
             ops = 2.0 * layer.attention_heads * (layer.head_dim + layer.v_dim)
-            attention[window] = attention.get(window, 0.0) + ops
-            heads += layer.attention_heads
-            kv_heads += attending[0].kv_heads or layer.attention_heads
-    first = experts[0] if experts else None
+            attention[attending.window] = attention.get(attending.window, 0.0) + ops
+            queries += layer.attention_heads
+            keys += attending.kv_heads or layer.attention_heads
     return Traffic(
         layers=len(arch.layers),
-        dense_bytes=sum(map(nbytes, dense)),
-        dense_values=sum(m.numel_active for m in dense),
-        expert_bytes=sum(map(nbytes, experts)),
-        expert_values=sum(m.numel for m in experts),
-        experts=first.count if first else 0,
-        chosen=first.active if first else 0.0,
-        head_bytes=nbytes(head),
+        dense_bytes=read,
+        dense_values=sum(m.numel_active for m in matrices if m.role != "expert"),
+        expert_bytes=weights.of_class("expert"),
+        expert_values=sum(m.numel for m in matrices if m.role == "expert"),
+        experts=experts.count if experts else 0,
+        chosen=experts.active if experts else 0.0,
+        head_bytes=heads,
         head_values=head.numel,
         hidden=arch.hidden,
         cache=tuple((size, window) for window, size in cache.items()),
         state_bytes=states,
-        attention_windows=tuple((ops, window) for window, ops in attention.items()),
-        groups=heads / kv_heads if kv_heads else 1.0,
+        attending=tuple((ops, window) for window, ops in attention.items()),
+        groups=queries / keys if keys else 1.0,
     )
