@@ -34,6 +34,11 @@ def open_source(spec: str, lora: str | None = None) -> Source:
     return LoraSource(source, os.path.expanduser(lora))
 
 
+def is_hub_id(spec: str) -> bool:
+    """Whether a name that is nothing here can be a model's on the Hub."""
+    return bool(_HUB_SPEC.fullmatch(spec)) and not spec.endswith((".gguf", ".safetensors"))
+
+
 def _open(spec: str) -> Source:
     if not spec:  # would otherwise mean the current folder
         raise QkitError("no source was named", _HINT)
@@ -57,7 +62,7 @@ def _open(spec: str) -> Source:
         return FolderSource(path, label=spec)
     if is_file:
         return _open_file(path)
-    if _HUB_SPEC.fullmatch(spec) and not spec.endswith((".gguf", ".safetensors")):
+    if is_hub_id(spec):
         from .hub import open_hub
 
         return open_hub(spec)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..errors import QkitError
-from ..storage.files import os_error
+from ..spec.dtypes import TensorMeta
+from ..storage.files import os_error, read_json
+from ..storage.local import at
+from .described import Described
 from .folder import PICKLE_HINT, FolderSource
+from .types import Source
 
 # No pickles, no other framework's weights, no second copy in a subfolder ("*" also matches "/" here).
 _ALLOW = ["*.safetensors", "*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -30,16 +37,56 @@ def open_hub(spec: str) -> FolderSource:
 
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
-    # The client's own base class, for connections that break in mid-transfer; it depends on the release.
-    http_error = getattr(errors, "HTTPError", errors.HfHubHTTPError)
-    try:
+    with _asking(repo, revision):
         return Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE, etag_timeout=5
             )
         )
+
+
+def describe_hub(spec: str) -> Source:
+    """The model's config and headers: config.json, the index and the first bytes of each shard are asked for, no tensor
+    is. Without a network, a copy in the cache.
+
+    Raises QkitError as `open_hub`."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = spec.partition("@")
+    try:
+        with _asking(repo, revision or None):
+            files = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None).files_metadata
+            place = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None, etag_timeout=5)
+    except _Unreachable:
+        return open_hub(spec)
+    except errors.NotASafetensorsRepoError as error:
+        raise QkitError(f"{repo} has no safetensors weights on the Hub", PICKLE_HINT) from error
+    except errors.SafetensorsParsingError as error:
+        raise QkitError(f"{repo}: a header on the Hub is none: {error}", "check the model's origin") from error
+    metas = {
+        name: TensorMeta(str(info.dtype), tuple(info.shape))
+        for file in files.values()
+        for name, info in file.tensors.items()
+    }
+    config = read_json(at(Path(place).parent), "config.json", "fetch config.json again")
+    return Described(spec, repo, config, metas)
+
+
+class _Unreachable(QkitError):
+    """There is no network, or no Hub in it."""
+
+
+@contextmanager
+def _asking(repo: str, revision: str | None) -> Iterator[None]:
+    """What the Hub's client raises, as users should read it."""
+    from huggingface_hub import errors
+
+    # The client's own base class, for connections that break in mid-transfer; it depends on the release.
+    http_error = getattr(errors, "HTTPError", errors.HfHubHTTPError)
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise QkitError(
             f"{repo} is gated on the Hub",
@@ -65,7 +112,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _offline(repo: str) -> QkitError:
-    return QkitError(
+    return _Unreachable(
         f"cannot reach the Hub for {repo}, and no copy of it is cached here",
         f"go online once, or download it elsewhere (hf download {repo} --local-dir DIR) and name the folder; "
         "if you meant a local folder: there is none of that name",
