@@ -57,8 +57,9 @@ def describe_hub(spec: str) -> Source:
     repo, _, revision = spec.partition("@")
     try:
         with _asking(repo, revision or None):
-            files = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None).files_metadata
+            # First what says that there is no such model: the other would say that it has no weights.
             place = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None, etag_timeout=5)
+            files = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None).files_metadata
     except _Unreachable:
         return open_hub(spec)
     except errors.NotASafetensorsRepoError as error:
