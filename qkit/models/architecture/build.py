@@ -11,7 +11,7 @@ from .family import Family
 from .keys import Keys
 from .kinds import layer_kinds
 from .mlp import dense, mixture
-from .part import Part
+from .part import Part, Place
 from .types import FAMILY, USUAL, Architecture, Matrix
 
 
@@ -30,20 +30,21 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 def decoder(k: Keys) -> Architecture:
     """A decoder alone, from its own part of the config."""
     family = FAMILIES.get(k.model_type)
-    basis = FAMILY if family else USUAL
     f = family or Family()
     hidden, vocab = k.size("hidden_size"), k.size("vocab_size")
     layers, wide = [], 0
     for index, kind in enumerate(layer_kinds(k, f.rule)):
-        part = block(k, f, index, kind)
+        part = block(k, f, Place(f"{f.layers}.{index}", index, kind))
         layers.append(part.layer())
         wide = max(wide, part.wide)
-    embedding = Matrix(f.embedding, vocab, hidden, "embedding", active=0)
-    tied = k.flag("tie_word_embeddings", f.tied)
-    head = None if tied else Matrix(f.head, vocab, hidden, "head")
+    narrow = k.size(f.embedding_width, hidden)
+    embedding = Matrix(f.embedding, vocab, narrow, "embedding", active=0)
+    head = None if k.flag("tie_word_embeddings", f.tied) else Matrix(f.head, vocab, narrow, "head")
+    others, small = f.outside(k, f) if f.outside else ((), 0)
+    small += f.norm_values(k, hidden) if f.final_norm else 0
     return Architecture(
         k.model_type,
-        basis,
+        FAMILY if family else USUAL,
         tuple(layers),
         hidden,
         wide,
@@ -51,15 +52,20 @@ def decoder(k: Keys) -> Architecture:
         k.size("max_position_embeddings", 0, least=0) or None,
         embedding,
         head,
-        vectors=f.norm_values(k, hidden) + (vocab if k.flag(f.head_bias) else 0),
+        others,
+        vectors=small + (vocab if k.flag(f.head_bias) else 0),
     )
 
 
-def block(k: Keys, f: Family, index: int, kind: str) -> Part:
-    stem = f"{f.layers}.{index}"
-    mixer = f.mixers.get(kind, f.mixer)
-    part = mixer(k, f, f"{stem}.{f.attention}", kind)
-    part += Part((), f.norms * f.norm_values(k, k.size("hidden_size")))
-    if f.moe is not None and f.moe.sparse(k, index):
-        return part + mixture(k, f, f.moe, stem)
-    return part + dense(k, f, f"{stem}.{f.mlp}")
+def block(k: Keys, f: Family, at: Place) -> Part:
+    """One layer: what mixes tokens, an MLP or experts, norms."""
+    part = f.mixers.get(at.kind, f.mixer)(k, f, at)
+    norm = f.norm_values(k, k.size("hidden_size"))
+    if at.kind in f.single:
+        return part + Part((), norm)
+    part += Part((), f.norm_count(k) * norm)
+    if f.extra is not None:
+        part += f.extra(k, f, at)
+    if f.moe is not None and f.moe.sparse(k, at.index):
+        return part + mixture(k, f, f.moe, at)
+    return part + dense(k, f, at)

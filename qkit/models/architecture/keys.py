@@ -25,7 +25,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_experts_per_tok": ("num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     "moe_intermediate_size": ("expert_ffn_hidden_size",),
     "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts"),
+    "first_k_dense_replace": ("num_dense_layers",),
+    "mamba_d_state": ("state_size", "ssm_state_size"),
+    "mamba_d_conv": ("conv_kernel",),
+    "mamba_expand": ("expand",),
+    "mamba_dt_rank": ("time_step_rank",),
+    "mamba_conv_bias": ("use_conv_bias",),
+    "mamba_proj_bias": ("use_bias", "add_bias_linear"),
+    "mamba_n_heads": ("mamba_num_heads", "n_mamba_heads", "num_heads"),
+    "mamba_d_head": ("mamba_head_dim", "mamba_headdim", "head_dim"),
+    "mamba_n_groups": ("n_groups", "mamba_ngroups"),
 }  # fmt: skip
+# Names on the Hub of what transformers calls something else.
+_SAME = {"kimi_k2": "deepseek_v3", "qwen2_vl_text": "qwen2_vl_text"}
 MOST_LAYERS = 1 << 12
 MOST = 1 << 32  # of any other number
 _HINT = "check config.json, or its origin"
@@ -40,7 +52,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 def defaults(model_type: str) -> Mapping[str, Any]:
     """What transformers' config class of this type has where config.json says nothing; {} for one not listed."""
-    return _table().get(model_type, {})
+    return _table().get(_SAME.get(model_type, model_type), {})
 
 
 class Keys:
@@ -78,6 +90,14 @@ class Keys:
                 _HINT,
             )
         return value
+
+    def at(self, name: str, index: int, default: int | None = None, least: int = 1) -> int:
+        """The same, where a list has one for each layer."""
+        value = self.get(name)
+        if isinstance(value, list):
+            own = (self.listed(name, index + 1) or [])[index]
+            return Keys({name: own}, "", self.where).size(name, default, least)
+        return self.size(name, default, least)
 
     def number(self, name: str, default: float) -> float:
         """A finite number from 0 up."""
