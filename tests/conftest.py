@@ -12,6 +12,15 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # `from models import make_model` in any test folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--speed-figures",
+        default=os.environ.get("QKIT_SPEED_FIGURES"),
+        metavar="FILE",
+        help="published tokens/s, which are no part of the project: what benchmarks/speed_fit.py takes",
+    )
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint; tests only read it."""

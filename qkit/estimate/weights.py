@@ -49,7 +49,7 @@ def of_architecture(
     parts = []
     for m in arch.matrices:
         choice = choices.get(m.name)
-        active = _active(arch, m)
+        active = read_of(arch, m)
         if choice is None:
             parts.append(Part(m.role, m.numel * ITEMSIZE[dtype], 0, m.count, active))
             continue
@@ -60,17 +60,17 @@ def of_architecture(
             made[key] = codes, sum(meta.nbytes for meta in metas.values()) - codes
         codes, scales = made[key]
         parts.append(Part(m.role, codes * m.count, scales * m.count, m.count, active, quantized=True))
-    return Weights.of([*parts, *_small(arch, ITEMSIZE[dtype])])
+    return Weights.of([*parts, *small(arch, ITEMSIZE[dtype])])
 
 
-def _active(arch: Architecture, m: Matrix) -> float:
+def read_of(arch: Architecture, m: Matrix) -> float:
     """Matrices of a place that one token reads: none of a table, nor of what runs once a prompt or not at all."""
     if m.role == "embedding" and arch.tied and m is arch.embedding:
         return 1
     return 0 if m.role in ("embedding", "tower", "mtp", "encoder") else m.active
 
 
-def _small(arch: Architecture, itemsize: int) -> Iterable[Part]:
+def small(arch: Architecture, itemsize: int) -> Iterable[Part]:
     """Norms and biases."""
     experts = sum(layer.expert_vectors for layer in arch.layers)
     yield Part("norm", (arch.vectors + sum(layer.vectors for layer in arch.layers) - experts) * itemsize)
@@ -110,6 +110,6 @@ def _in_gguf(arch: Architecture, scheme: str | LayerSpec | None, dtype: str) -> 
         raise QkitError(f"GGUF does not hold {spec.describe()}", "use a mix such as q4_k_m")
     parts = []
     for m, nbytes, quantized in gguf.tensors(arch, spec.grid.block if spec else None, dtype):
-        parts.append(Part(m.role, nbytes, 0, m.count, _active(arch, m), quantized))
+        parts.append(Part(m.role, nbytes, 0, m.count, read_of(arch, m), quantized))
     left = replace(arch, towers_vectors=0, mtp_vectors=0)  # files for llama.cpp hold the text model alone
-    return Weights.of([*parts, *_small(left, ITEMSIZE["F32"])])
+    return Weights.of([*parts, *small(left, ITEMSIZE["F32"])])
