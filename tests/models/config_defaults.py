@@ -27,9 +27,12 @@ def words() -> set[str]:
 def kinds() -> list[str]:
     from transformers import CONFIG_MAPPING
 
+    from qkit.models.architecture.encoders import ENCODERS
     from qkit.models.architecture.families import FAMILIES
+    from qkit.models.architecture.multimodal import KINDS
+    from qkit.models.architecture.towers import TOWERS
 
-    return sorted(kind for kind in FAMILIES if kind in CONFIG_MAPPING)
+    return sorted(kind for kind in {*FAMILIES, *ENCODERS, *KINDS, *TOWERS} if kind in CONFIG_MAPPING)
 
 
 def extract() -> dict[str, Any]:

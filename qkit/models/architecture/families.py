@@ -151,7 +151,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mllama_text_model": replace(_PLAIN, mixers={"cross_attention": oddities.mllama}, rule=oddities.mllama_layers,
                                  embedding="language_model.model.embed_tokens", layers="language_model.model.layers",
-                                 head="language_model.lm_head"),
+                                 head="language_model.lm_head", more_rows=8),
     "minimax": replace(
         _PLAIN, rule=kinds.alternating, mixers={kinds.LINEAR: states.lightning}, moe=_MIXTRAL, state_dtype="F32"
     ),

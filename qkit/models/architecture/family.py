@@ -21,7 +21,7 @@ Outside = Callable[[Keys, "Family"], tuple[tuple[Matrix, ...], int]]
 class Family:
     """Llama, but for what is given.
 
-    embedding, layers, head  modules in files
+    embedding, layers, head  modules in files; more_rows: of the embedding, beyond the vocabulary
     attention, qkv, out      the attention's module and its linears; one name in qkv: they are one matrix
     qkv_bias, out_bias       None: as qkv_bias
     qk_norm                  "head": a weight for each dim of a head; "heads": of all heads; "": none; qk_norm_if: a key
@@ -72,6 +72,7 @@ class Family:
     moe: Moe | None = None
     width: str | Callable[[Keys, Place], int] = "intermediate_size"
     embedding_width: str = "hidden_size"
+    more_rows: int = 0
     extra: Mixer | None = None
     outside: Outside | None = None
     tied: bool = False

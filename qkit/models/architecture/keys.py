@@ -6,17 +6,17 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, NoReturn
 
 from ...errors import QkitError
 
 # What families call the same thing; the first is the name used here.
 ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"),
     "max_position_embeddings": (
         "n_positions", "max_seq_len", "seq_length", "n_ctx", "context_length", "model_max_length",
         "max_target_positions", "max_sequence_length",
@@ -70,9 +70,9 @@ class Keys:
         """The value, under whatever name; None where it is absent or null."""
         names = (name, *ALIASES.get(name, ()))
         for values in (self.config, self.defaults):
-            given = [key for key in names if key in values]
+            given = [values[key] for key in names if key in values]
             if given:
-                return next((values[key] for key in given if values[key] is not None), None)
+                return next((value for value in given if value is not None), None)
         return None
 
     def size(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
@@ -80,7 +80,7 @@ class Keys:
         value = self.get(name)
         if value is None:
             if default is None:
-                raise QkitError(f"{self._called(name)} is missing in config.json", _HINT)
+                self.missing(name)
             return default
         if isinstance(value, float) and value.is_integer() and abs(value) < MOST:
             value = int(value)
@@ -146,6 +146,9 @@ class Keys:
                 f"{self._called(name)} {whole} in config.json is no multiple of {self._called(by)} {parts}", _HINT
             )
         return whole // parts
+
+    def missing(self, name: str) -> NoReturn:
+        raise QkitError(f"{self._called(name)} is missing in config.json", _HINT)
 
     def _called(self, name: str) -> str:
         """The name as this config, or its class, has it."""

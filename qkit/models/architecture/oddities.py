@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import QkitError
 from . import kinds
-from .attention import grouped, head_dim, heads, kept
+from .attention import grouped, head_dim, heads
 from .keys import Keys
 from .mlp import dense, mixture
 from .part import Part, Place, linears
