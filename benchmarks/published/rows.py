@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from qkit.estimate.rates import Setting
 from qkit.estimate.speed import Load
 from qkit.estimate.traffic import Traffic, traffic
 from qkit.hardware.catalogue import find
+from qkit.hardware.device import Device
 from qkit.models.architecture import Architecture, architecture
 
 _OVERHEAD = 1.5e9  # bytes a device: context, activations
@@ -64,9 +65,10 @@ def _row(p: dict[str, str]) -> Row:
     engine = engines.named(p["engine"])
     bits = float(p["bits"])
     kernel = engines.kernel_named(p["format"], bits)
-    device, count = find(p["gpu"]), int(p["n_gpus"] or 1)
-    setting = Setting(engine, p["engine"], kernel, engines.library(p["engine"], p["format"]), device, count, p["phase"])
-    work = _traffic(p["model"], float(p["params_b"] or 0), bits, engine, kernel, _cache_bits(p["format"]))
+    device, count = _device(p["gpu"]), int(p["n_gpus"] or 1)
+    work = _traffic(p["model"], float(p["params_b"] or 0), bits, engine, _cache_bits(p["format"]))
+    library = engines.library(p["engine"], p["format"])
+    setting = Setting(engine, p["engine"], kernel, library, device, count, p["phase"], work.experts > 0)
     weights = work.dense_bytes + work.expert_bytes + 2 * work.head_bytes
     room = count * ((device.memory_bytes or 0) * _LOADED - _OVERHEAD) - weights
     threads = re.search(r"(\d+)T\b", p["gpu"])
@@ -74,6 +76,18 @@ def _row(p: dict[str, str]) -> Row:
         p, work, setting, _load(p, engine), max(room, 0.0), int(threads[1]) if threads else None,
         float(p["tokens_per_s"]),
     )  # fmt: skip
+
+
+def _device(name: str) -> Device:
+    try:
+        found = find(name)
+    except QkitError:
+        if not re.match(r"CPU:(AVX|x86)", name):
+            raise
+        return find("desktop-ddr5-5600")  # a CPU of which no more is told
+    if name.startswith("CPU:") and found.kind != "cpu":  # the cores of a chip that has a GPU, too
+        return replace(found, kind="cpu", fp32_tflops=None, capability="arm" if found.vendor == "Apple" else "x86")
+    return found
 
 
 def _load(p: dict[str, str], engine: engines.Engine) -> Load:
@@ -95,9 +109,7 @@ def _cache_bits(text: str) -> float:
     return 16.0 if not found else 4.0 if found[1] else 8.0
 
 
-def _traffic(
-    model: str, params_b: float, bits: float, engine: engines.Engine, kernel: str, cache_bits: float
-) -> Traffic:
+def _traffic(model: str, params_b: float, bits: float, engine: engines.Engine, cache_bits: float) -> Traffic:
     arch, scale = _architecture(model, params_b)
     if engine.head == "gguf":  # Q6_K unless the file is one of more bits
         head_bits = bits if bits > 8 else max(6.6, bits)

@@ -27,7 +27,7 @@ Term = tuple[str, str, str]  # quantity, level, key
 @dataclass(frozen=True)
 class Setting:
     """What rates hang on. release: the engine as it was named; library: the kernels' name where an engine has several;
-    phase: "decode" or "prefill"."""
+    phase: "decode" or "prefill"; experts: whether the model has some, which kernels pass less well."""
 
     engine: Engine
     release: str
@@ -36,12 +36,13 @@ class Setting:
     device: Device
     count: int
     phase: str
+    experts: bool = False
 
     @property
     def generation(self) -> str:
-        """Devices whose kernels are alike: "NVIDIA 8.6", "Apple", "AMD CDNA3", "cpu"."""
+        """Devices whose kernels are alike: "NVIDIA 8.6", "Apple", "AMD CDNA3", "CPU x86"."""
         if self.device.kind == "cpu":
-            return "cpu"
+            return "CPU " + self.device.capability[:3]  # x86, arm
         if self.device.vendor == "Apple":
             return "Apple"
         known = self.device.capability if self.device.vendor == "NVIDIA" else self.device.arch
@@ -65,10 +66,12 @@ class Setting:
                 "kernel": kernel,
                 "engine": engine,
                 "engine, kernel": f"{engine}, {own}",
+                "vendor": self.device.vendor,
                 "generation": generation,
                 "device": device,
                 "kernel, generation": f"{kernel}, {generation}",
                 "release": self.release,
+                **({"experts": engine} if self.experts else {}),
             },
             "compute": {
                 "all": "",
@@ -77,11 +80,13 @@ class Setting:
                 "engine": engine,
                 "engine, kernel": f"{engine}, {own}",
                 "engine, kernel, phase": f"{engine}, {own}, {self.phase}",
+                "vendor": self.device.vendor,
                 "generation": generation,
                 "device": device,
                 "engine, device": f"{engine}, {device}",
                 "library, device": f"{self.library}, {device}" if self.library else "",
                 "release": self.release,
+                **({"experts": f"{engine}, {self.phase}"} if self.experts else {}),
             },
             "attention": {"all": "", "engine": engine},
             "cache": {"family": self.engine.family, "engine": engine, "release": self.release},

@@ -16,8 +16,8 @@ from .traffic import Traffic
 Z = 1.645  # standard deviations on both sides: nine in ten
 _STEP = 1e-4
 _SHORT = 64  # tokens of a prompt, and of an answer, whose length is not told
-# A thread of a CPU: bytes/s that it can ask memory for, and operations/s of its vector units.
-_THREAD_BANDWIDTH, _THREAD_PEAK = 22e9, 0.26e12
+# A thread of a CPU: bytes/s that it can ask memory for, and float32 operations/s of its vector units.
+_THREAD_BANDWIDTH, _THREAD_PEAK = 22e9, 0.15e12
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,14 @@ def ceilings(device: Device, count: int, kernel: str, engine: Engine, threads: i
         return None
     bandwidth = device.bandwidth_gbs * 1e9
     if device.kind == "cpu":
-        threads = threads or max(1, round(bandwidth / _THREAD_BANDWIDTH))
-        peak = threads * _THREAD_PEAK
-        return Ceilings(min(bandwidth, threads * _THREAD_BANDWIDTH), peak, peak, count)
-    plain = device.fp16_tflops or device.bf16_tflops or device.fp32_tflops
-    if plain is None:
+        if threads:
+            bandwidth = min(bandwidth, threads * _THREAD_BANDWIDTH)
+        peak = device.fp32_tflops * 1e12 if device.fp32_tflops else bandwidth / _THREAD_BANDWIDTH * _THREAD_PEAK
+        peak = min(peak, threads * _THREAD_PEAK) if threads else peak
+        return Ceilings(bandwidth, peak, peak, count)
+    # A card whose 16-bit rate is a token one (GTX 10, P40) computes in float32.
+    plain = max(device.fp16_tflops or device.bf16_tflops or 0.0, device.fp32_tflops or 0.0)
+    if not plain:
         return None
     fast = {
         "w8a8": device.int8_tops,
