@@ -46,7 +46,7 @@ def read_all(folder: Path) -> tuple[Device, ...]:
 
 
 def read_card(path: Path) -> Device:
-    """A device that a user describes in a JSON file: name, memory_gib, bandwidth_gbs, and any other field of the schema.
+    """A device that a user describes in a JSON file: name, memory_gib, bandwidth_gbs, any other field of the schema.
 
     Raises QkitError naming the file and the field.
     """
