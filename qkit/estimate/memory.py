@@ -50,12 +50,12 @@ class Sizes:
         return self.weights.nbytes + self.kv_cache(context, batch) + sum(term.nbytes for term in more)
 
     def memory(self, target: Target, context: int, batch: int, serving: Serving) -> Memory:
-        words = f"formula: {batch} x {self.sequence.nbytes(context):,} bytes of a sequence of {context:,} tokens in "
-        words += self.kv_dtype + (f", {self.split:.0%} of the layers" if self.split < 1 else "")
+        text = "formula: {} x {:,} bytes of a sequence of {:,} tokens in {}" + (", {:.0%} of the layers" if self.split < 1 else "")
+        words = (batch, self.sequence.nbytes(context), context, self.kv_dtype, self.split)
         return Memory(
             (
-                Term("weights", self.weights.nbytes, f"formula: {self.weights.words}"),
-                Term("KV cache", self.kv_cache(context, batch), words),
+                Term("weights", self.weights.nbytes, "formula: {}", (self.weights.words,)),
+                Term("KV cache", self.kv_cache(context, batch), text, words),
                 *overhead(self.shape, target, self.engine, context, batch, serving),
             )
         )

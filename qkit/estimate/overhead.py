@@ -19,14 +19,37 @@ CONTEXT = 450 * _MIB
 _HOST = 300 * _MIB
 _SMALL = 2  # bytes of a value in 16 bits
 
+_SAMPLED = (
+    "formula: what {:,} sequences x {:,} tokens of the vocabulary x {} bytes take beyond the activations, when vLLM tries "
+    "its sampler"
+)
+_GRAPHS = "published logs: 0.43 GiB at 28 layers, 0.64 at 40 (vLLM 0.11-0.26): 16 MiB a layer"
+_BESIDE = (
+    "published logs: 0.01-0.35 GiB beside torch's allocator on one device, 0.20-0.30 on several (vLLM 0.6-0.9); the "
+    "driver's context and NCCL lie in the share that is left free"
+)
+_BATCH = "formula: {} tokens of a physical batch x {:,} values x 4 bytes, and a mask"
+_OUTPUTS = "formula: what {} x {:,} tokens of the vocabulary x 4 bytes take beyond that (builds since 2026 hold fewer)"
+_PROMPT = "formula: a prompt of {:,} tokens x {:,.0f} values x 2 bytes"
+_LAST = "formula: the last position of {} sequences x {:,} tokens of the vocabulary x 10 bytes: in 16 bits, twice in 32"
+_CONTEXT = "assumed: the driver's context and libraries"
+_PROCESS = "assumed: a process with torch"
+
 
 @dataclass(frozen=True)
 class Term:
-    """name: "weights", "KV cache", "activations", "logits", "CUDA graphs", "runtime"; basis: where the bytes come from."""
+    """name: "weights", "KV cache", "activations", "logits", "CUDA graphs", "runtime". text, values: the basis, put together
+    when it is read, because thousands of these are made and summed."""
 
     name: str
     nbytes: int
-    basis: str
+    text: str
+    values: tuple[object, ...] = ()
+
+    @property
+    def basis(self) -> str:
+        """Where the bytes come from: "formula: ...", "published logs: ...", "assumed: ..."."""
+        return self.text.format(*self.values)
 
 
 @dataclass(frozen=True)
@@ -75,27 +98,14 @@ def _vllm(shape: Shape, target: Target, context: int, batch: int, s: Serving) ->
     activations = math.ceil(tokens * wide * _SMALL)
     sampled = sequences * shape.vocab * s.sampler_bytes + tokens * shape.hidden * _SMALL
     parts = [
-        Term(
-            "activations", activations, f"formula: {tokens:,} tokens of a step x {wide:,.0f} values x {_SMALL} bytes"
-        ),
-        Term(
-            "logits", max(0, sampled - activations),
-            f"formula: what {sequences:,} sequences x {shape.vocab:,} tokens x {s.sampler_bytes} bytes take beyond the "
-            "activations, when vLLM tries its sampler",
-        ),
-    ]  # fmt: skip
+        Term("activations", activations, "formula: {:,} tokens of a step x {:,.0f} values x 2 bytes", (tokens, wide)),
+        Term("logits", max(0, sampled - activations), _SAMPLED, (sequences, shape.vocab, s.sampler_bytes)),
+    ]
     if target.device.kind == "cpu":
-        return (*parts, Term("runtime", _HOST, "assumed: a process with torch"))
+        return (*parts, Term("runtime", _HOST, _PROCESS))
     if s.graphs:
-        parts.append(
-            Term(
-                "CUDA graphs", shape.layers * GRAPH_LAYER,
-                "published logs: 0.43 GiB at 28 layers, 0.64 at 40 (vLLM 0.11-0.26): 16 MiB a layer",
-            )
-        )  # fmt: skip
-    own = VLLM_OWN + (VLLM_RANKS if tp > 1 else 0)
-    basis = "published logs: 0.01-0.35 GiB beside torch's allocator on one device, 0.20-0.30 on several (vLLM 0.6-0.9)"
-    parts.append(Term("runtime", own, basis + "; the driver's context and NCCL lie in the share that is left free"))
+        parts.append(Term("CUDA graphs", shape.layers * GRAPH_LAYER, _GRAPHS))
+    parts.append(Term("runtime", VLLM_OWN + (VLLM_RANKS if tp > 1 else 0), _BESIDE))
     return tuple(parts)
 
 
@@ -104,21 +114,18 @@ def _llama_cpp(shape: Shape, target: Target, context: int, batch: int, s: Servin
     cells = -(-context // 256) * 256
     logits = tokens * shape.vocab * 4
     wide = tokens * (2 * shape.mlp + 2 * shape.hidden) * 4
-    words = f"{tokens} tokens of a physical batch x {2 * shape.mlp + 2 * shape.hidden:,} values x 4 bytes"
     mask = tokens * cells * _SMALL
+    text, values = _BATCH, (tokens, 2 * shape.mlp + 2 * shape.hidden)
     if not s.flash_attention:
         wide += shape.heads * tokens * cells * 4
-        words += f", and the scores of {shape.heads} heads with {cells:,} cells x 4 bytes"
-    parts = [
-        Term("activations", wide + mask, f"formula: {words}, and a mask"),
-        Term(
-            "logits", max(0, logits + tokens * shape.hidden * 4 - wide),
-            f"formula: what {tokens} x {shape.vocab:,} tokens x 4 bytes take beyond that (builds since 2026 hold fewer)",
-        ),
-    ]  # fmt: skip
+        text, values = _BATCH + ", and the scores of {} heads with {:,} cells x 4 bytes", (*values, shape.heads, cells)
     own = 0 if target.device.kind == "cpu" or target.device.vendor == "Apple" else CONTEXT
     basis = "assumed: the driver's context, kernels and cuBLAS" if own else "none beside the process"
-    return (*parts, Term("runtime", own, basis))
+    return (
+        Term("activations", wide + mask, text, values),
+        Term("logits", max(0, logits + tokens * shape.hidden * 4 - wide), _OUTPUTS, (tokens, shape.vocab)),
+        Term("runtime", own, basis),
+    )
 
 
 def _torch(shape: Shape, target: Target, context: int, batch: int) -> tuple[Term, ...]:
@@ -128,14 +135,7 @@ def _torch(shape: Shape, target: Target, context: int, batch: int) -> tuple[Term
     logits = batch * shape.vocab * (_SMALL + 8)
     cuda = target.device.kind == "gpu"
     return (
-        Term("activations", activations, f"formula: a prompt of {tokens:,} tokens x {wide:,.0f} values x {_SMALL} bytes"),
-        Term(
-            "logits", logits,
-            f"formula: the last position of {batch} sequences x {shape.vocab:,} tokens x 10 bytes: once in 16 bits and "
-            "twice in 32",
-        ),
-        Term(
-            "runtime", CONTEXT if cuda else _HOST,
-            "assumed: the driver's context and libraries" if cuda else "assumed: a process with torch",
-        ),
-    )  # fmt: skip
+        Term("activations", activations, _PROMPT, (tokens, wide)),
+        Term("logits", logits, _LAST, (batch, shape.vocab)),
+        Term("runtime", CONTEXT, _CONTEXT) if cuda else Term("runtime", _HOST, _PROCESS),
+    )
