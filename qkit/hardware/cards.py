@@ -46,13 +46,16 @@ def read_all(folder: Path) -> tuple[Device, ...]:
 
 
 def read_card(path: Path) -> Device:
-    """A device that a user describes, in a JSON file with the fields of `$defs/card`: name, memory_gib, bandwidth_gbs and
-    any other. Raises QkitError naming the file and the field."""
+    """A device that a user describes in a JSON file: name, memory_gib, bandwidth_gbs, and any other field of the schema.
+
+    Raises QkitError naming the file and the field.
+    """
     schema = _card_schema()
     card = _parse(path, of_the_user=True)
     wrong = list(problems(card, schema["$defs"]["card"], schema))
     if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        others = len({problem.partition(": ")[0] for problem in wrong}) - 1
+        more = f" (and {others} more)" if others else ""
         raise QkitError(f"{path}: {wrong[0]}{more}", "a card needs name, memory_gib and bandwidth_gbs; " + _HOW)
     known = {"id": _slug(card["name"]), "kind": "gpu", "vendor": "", "arch": "", "aliases": [], **card}
     if card.get("usable_gib") is None:
@@ -95,12 +98,12 @@ def _no_constant(text: str) -> Any:
 
 def _named(problem: str, document: Any) -> str:
     """The problem with the entry's id in place of its index, where it has one."""
-    found = re.match(r"devices\[(\d+)\]\.?", problem)
+    found = re.match(r"devices\[(\d+)\](?:\.|: )", problem)
     if not found:
         return problem
     entry = document["devices"][int(found[1])]
     name = entry.get("id") if isinstance(entry, dict) else None
-    return f"{name if isinstance(name, str) else found[0].rstrip('.')}: {problem[found.end() :]}"
+    return f"{name if isinstance(name, str) else found[0].rstrip('.: ')}: {problem[found.end() :]}"
 
 
 def _device(entry: dict[str, Any], texts: dict[str, str], file: str) -> Device:
@@ -113,6 +116,10 @@ def _device(entry: dict[str, Any], texts: dict[str, str], file: str) -> Device:
             if source is None:
                 raise QkitError(f"{file}: {entry['id']}: {name}: has no source")
             sources[name] = texts.get(source, source)
+    for i, price in enumerate(entry.get("prices", ())):
+        amount, other = ("usd_per_hour", "usd") if price["what"] == "rent" else ("usd", "usd_per_hour")
+        if amount not in price or other in price:
+            raise QkitError(f"{file}: {entry['id']}: prices[{i}]: a {price['what']} has {amount}, and not {other}")
     unknown = set(given) - set(FIGURES) - {"*"}
     if unknown:
         raise QkitError(f"{file}: {entry['id']}: sources.{min(unknown)}: is no figure of a device")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from ..errors import QkitError
 from . import names
 from .cards import FOLDER, profile_path, read_all, read_card
 from .device import GIB, Device, Price, Target
+from .fast import fast_formats
 
-__all__ = ["GIB", "Device", "Price", "Target", "catalogue", "find", "match", "parse", "profile_path"]
+__all__ = ["GIB", "Device", "Price", "Target", "catalogue", "fast_formats", "find", "match", "parse", "profile_path"]
 
 MOST = 64  # devices of one kind that a target may have
 _NEAR = 0.1  # the memory that a name states, or a driver reports, is that of a device where it differs by less
@@ -36,13 +37,15 @@ def parse(spec: str | Sequence[str]) -> tuple[Target, ...]:
     return tuple(dict.fromkeys(target for one in specs for target in _targets(one.strip())))
 
 
-def _targets(spec: str) -> Iterable[Target]:
-    if spec.lower() == "all":
-        return [Target(device) for device in catalogue()]
-    counted = re.fullmatch(r"(.+):(-?\d+)", spec)
-    name, count = (counted[1], int(counted[2])) if counted else (spec, 1)
+def _targets(spec: str) -> list[Target]:
+    counted = re.fullmatch(r"([^:]+|.+\.json):(-?\d+)", spec, re.IGNORECASE)
+    name, count = (counted[1].strip(), int(counted[2])) if counted else (spec, 1)
     if not 1 <= count <= MOST:
         raise QkitError(f"--device {spec}: the number of devices must be 1 to {MOST}, is {count}")
+    if name.lower() == "all":
+        return [Target(device, count) for device in catalogue()]
+    if name.endswith(":"):
+        raise QkitError(f"unknown device {spec!r}", "two of them are written like h100-sxm:2")
     return [Target(read_card(Path(name).expanduser()) if _is_path(name) else find(name), count)]
 
 
@@ -65,16 +68,13 @@ def find(name: str) -> Device:
     meant = _named(asked)
     if not meant:
         raise QkitError(f"unknown device {name!r}", _closest(name, asked))
-    fits = [(device, sized) for device in meant if (sized := _sized(device, asked.gib))]
+    fits = [sized for device in meant if (sized := _sized(device, asked.gib))]
     if not fits:
-        sizes = ", ".join(sorted({_sizes(device) for device in meant}))
-        raise QkitError(
-            f"{meant[0].name} has {sizes}, not {asked.gib:g} GB",
-            "a card with other memory can be described in a JSON file: --device my-card.json",
-        )
+        sizes = " or ".join(dict.fromkeys(_sizes(device) for device in meant))
+        raise QkitError(f"{name!r} is known with {sizes} GB, not with {asked.gib:g}", _OTHER)
     if len(fits) > 1:
-        raise QkitError(f"{name!r} can be {', '.join(d.id for d, _ in fits)}", "say which of them")
-    return fits[0][1]
+        raise QkitError(f"{name!r} can be {', '.join(device.id for device in fits)}", "say which of them")
+    return fits[0]
 
 
 def match(name: str, memory_bytes: int | None, capability: str | None) -> str | None:
@@ -94,14 +94,17 @@ def match(name: str, memory_bytes: int | None, capability: str | None) -> str | 
 
 
 @cache
-def _index() -> dict[str, tuple[tuple[Device, str, bool], ...]]:
-    """Key -> (device, name, whether the name states no memory) of every name of every device."""
+def _index() -> dict[str, tuple[tuple[Device, names.Name], ...]]:
+    """Key and cores -> (device, name) of every name of every device."""
     found: dict[str, list[tuple[Device, names.Name]]] = {}
     for device in catalogue():
-        for text in dict.fromkeys([device.id, device.name, *device.aliases]):
-            name = names.read(text)
+        for name in dict.fromkeys(map(names.read, _names(device))):
             found.setdefault(name.key + name.cores, []).append((device, name))
     return {key: tuple(entries) for key, entries in found.items()}
+
+
+def _names(device: Device) -> tuple[str, ...]:
+    return (device.id, device.name, *device.aliases)
 
 
 def _entries(asked: names.Name) -> tuple[tuple[Device, names.Name], ...]:
@@ -115,18 +118,17 @@ def _called(asked: names.Name) -> list[Device]:
 
 
 def _named(asked: names.Name) -> list[Device]:
-    """Those that a name can mean: with the same memory stated; else those whose name states none; else any."""
-    entries = _entries(asked)
-    for wanted in (asked.gib, None):
-        exact = list(dict.fromkeys(device for device, name in entries if name.gib == wanted))
-        if exact and (wanted is not None or asked.gib is None or any(_sized(d, asked.gib) for d in exact)):
-            return exact
+    """Those that a name can mean: whose own name states the same memory, else none; else any that is so called."""
+    for stated in (asked.gib, None):
+        meant = [device for device, name in _entries(asked) if name.gib == stated and _sized(device, asked.gib)]
+        if meant:
+            return list(dict.fromkeys(meant))
     return _called(asked)
 
 
 def _sized(device: Device, gib: float | None) -> Device | None:
     """The device with this much memory; None where it is not to be had so."""
-    if gib is None or any(names.read(a).gib == gib for a in (device.id, device.name, *device.aliases)):
+    if gib is None or any(names.read(name).gib == gib for name in _names(device)):
         return device
     if gib in device.memory_options_gib or (device.kind == "cpu" and device.memory_gib is None):
         return device if gib == device.memory_gib else device.with_memory(gib)
@@ -134,13 +136,15 @@ def _sized(device: Device, gib: float | None) -> Device | None:
 
 
 def _sizes(device: Device) -> str:
-    return " or ".join(f"{g:g}" for g in device.memory_options_gib or (device.memory_gib or 0,)) + " GB"
+    return ", ".join(f"{gib:g}" for gib in device.memory_options_gib or (device.memory_gib or 0,))
+
+
+_OTHER = "a JSON file can describe any other: --device my-card.json"
 
 
 def _closest(name: str, asked: names.Name) -> str:
     keys = {key: entries[0][0].id for key, entries in _index().items()}
-    near = difflib.get_close_matches(asked.key + asked.cores, keys, 5, 0.55)
-    near_ids = difflib.get_close_matches(name.strip().lower(), [d.id for d in catalogue()], 3, 0.5)
-    ids = list(dict.fromkeys([*(keys[key] for key in near), *near_ids]))[:4]
-    closest = f"the closest are {', '.join(ids)}; " if ids else ""
-    return closest + "`qkit devices` lists all, and a JSON file can describe any other: --device my-card.json"
+    near = difflib.get_close_matches(asked.key + asked.cores, keys, 5, 0.65)
+    alike = difflib.get_close_matches(name.strip().lower(), [d.id for d in catalogue()], 3, 0.6)
+    ids = list(dict.fromkeys([*(keys[key] for key in near), *alike]))[:4]
+    return (f"the closest are {', '.join(ids)}; " if ids else "") + f"`qkit devices` lists all; {_OTHER}"

@@ -18,7 +18,8 @@ _USABLE = {"gpu": 0.97, "unified": 0.9, "cpu": 1.0}
 
 @dataclass(frozen=True)
 class Price:
-    """What one device cost: `usd_per_hour` to rent, or `usd` to buy; market: where; date: when (YYYY-MM or YYYY-MM-DD)."""
+    """What one device cost: `usd_per_hour` to rent, or `usd` to buy (`what`: "rent", "purchase"); where (market) and
+    when (date: a year, a month or a day)."""
 
     what: str
     market: str
@@ -30,18 +31,18 @@ class Price:
 
 @dataclass(frozen=True)
 class Device:
-    """A device of the catalogue, or a card of the user's. Peak figures, None where unknown or where the hardware has none.
+    """A device of the catalogue, or a user's card. Peak figures, None where unknown or where the hardware has none.
 
     kind                "gpu", "cpu", or "unified": CPU and GPU share one memory
     memory_gib          nominal, GiB; None for a CPU whose memory was not said
     memory_options_gib  the sizes it is sold with, where there are several
     usable_gib          what an allocator can have of it: the total that the driver reports; of unified memory, the part
                         that the GPU gets by default
-    bandwidth_gbs       of its memory, 10^9 bytes/s
+    bandwidth_gbs       of its memory, GB/s (10^9 bytes)
     *_tflops, *_tops    dense, 10^12 operations/s. fp32: vector units. fp16: matrix units with sums in fp32, as engines
                         use them; int8: matrix units, or dot-product instructions where there are none
     capability          NVIDIA: compute capability; AMD: gfx target; Apple: "metal"; CPU: instruction sets
-    link, link_gbs      the fastest way to a second one, and what one device sends over it in one direction, 10^9 bytes/s
+    link, link_gbs      the fastest way to a second one, and what one device sends over it in one direction, GB/s
     sources             where each figure was read; "unverified ..." and "derived ..." say so
     """
 

@@ -1,7 +1,7 @@
 """What people, drivers and benchmarks call a device, made comparable.
 
-A name becomes a key (lower case, no vendor, no spaces), the memory that it states, and the cores; "NVIDIA A100-SXM4-80GB"
-and "A100 80GB SXM" are both ("a100sxm", 80).
+A name becomes a key (lower case, no vendor, no spaces), the memory that it states, and the cores:
+"NVIDIA A100-SXM4-80GB" and "A100 80GB SXM" are both ("a100sxm", 80).
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import re
 from dataclasses import dataclass
 
 # Words that tell no two devices apart: vendors and brands, kinds of memory, what a driver or a benchmark puts around.
-_NOISE = set(
-    "nvidia geforce tesla quadro amd ati radeon instinct intel apple gpu cpu graphics card accelerator processor with w "
-    "oam hbm2 hbm2e hbm3 hbm3e gddr6 gddr6x gddr7 generation gen".split()
-)
+_NOISE = {
+    "nvidia", "geforce", "tesla", "quadro", "amd", "ati", "radeon", "instinct", "intel", "apple", "gpu", "cpu",
+    "graphics", "card", "accelerator", "processor", "with", "w", "oam", "hbm2", "hbm2e", "hbm3", "hbm3e", "gddr6",
+    "gddr6x", "gddr7", "generation", "gen",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

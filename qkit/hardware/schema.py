@@ -19,7 +19,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "array": lambda v: isinstance(v, list),
     "string": lambda v: isinstance(v, str),
     "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
-    "integer": lambda v: not isinstance(v, bool) and (isinstance(v, int) or isinstance(v, float) and v.is_integer()),
+    "integer": lambda v: not isinstance(v, bool) and (isinstance(v, int) or (isinstance(v, float) and v.is_integer())),
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
 }
@@ -61,7 +61,7 @@ def _show(value: Any) -> str:
 
 def _type(value: Any, types: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
     types = [types] if isinstance(types, str) else types
-    if not _is(value, *types) or isinstance(value, float) and not math.isfinite(value):
+    if not _is(value, *types) or (isinstance(value, float) and not math.isfinite(value)):
         yield _say(at, f"must be {' or '.join(_WORDS[t] for t in types)}, is {_show(value)}")
 
 

@@ -25,6 +25,17 @@ def test_json_and_text():
     assert parsed["present"][-1]["id"] == "cpu" and len(parsed["catalogue"]) == len(catalogue())
     shown = devices.describe(both)
     assert all(d.id in shown for d in both.catalogue) and "cpu" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    row = next(d for d in parsed["catalogue"] if d["id"] == "h100-sxm")
+    assert row["prices"][0]["usd_per_hour"] > 0 and row["sources"]["bandwidth_gbs"] and "fp8" in row["fast"]
+
+
+def test_the_text_groups_by_vendor_and_marks_what_is_unverified():
+    shown = devices.describe(devices.Devices((), catalogue()))
+    titles = [line.split()[0] for line in shown.splitlines() if line.endswith(" W")]
+    assert titles == ["AMD", "Apple", "Intel", "NVIDIA", "CPUs"]
+    row = next(line for line in shown.splitlines() if line.startswith("  rtx-2000-ada "))
+    assert row.split() == ["rtx-2000-ada", "RTX", "2000", "Ada", "16", "15.52", "224?", "48", "96", "96", "-", "70"]
 
 
 @pytest.fixture
