@@ -2,54 +2,55 @@
 
     python tests/models/config_defaults.py        writes the file anew
 
-Class defaults, not those of an instance: an instance has filled in what depends on other keys.
+Class defaults, not those of an instance: an instance has filled in what depends on other keys. Of each class the keys
+that qkit.models.architecture names anywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parents[2] / "qkit" / "models" / "data" / "config_defaults.json"
-# What qkit.models.architecture reads.
-KEYS = (
-    "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads",
-    "n_head", "n_heads", "num_heads", "num_key_value_heads", "num_kv_heads", "head_dim", "intermediate_size", "n_inner",
-    "ffn_dim", "ffn_hidden_size", "d_ff", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "n_positions",
-    "max_seq_len", "seq_length", "n_ctx", "context_length", "model_max_length", "attention_bias", "mlp_bias",
-    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern",
-    "attention_chunk_size", "no_rope_layer_interval", "num_experts", "num_local_experts", "n_routed_experts",
-    "moe_num_experts", "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts",
-    "moe_intermediate_size", "expert_ffn_hidden_size", "n_shared_experts", "num_shared_experts",
-    "moe_num_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size", "qkv_bias",
-    "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "moe_layers", "interleave_moe_layer_step",
-    "intermediate_size_mlp", "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "use_bias",
-    "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "use_qk_norm",
-    "num_nextn_predict_layers",
-)  # fmt: skip
+MODELS = Path(__file__).parents[2] / "qkit" / "models"
+FILE = MODELS / "data" / "config_defaults.json"
+
+
+def words() -> set[str]:
+    """Everything that stands in quotes in the package's code, which is more than keys of configs."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (MODELS / "architecture").glob("*.py"))
+    return set(re.findall(r'"(\w+)"', code))
+
+
+def kinds() -> list[str]:
+    from transformers import CONFIG_MAPPING
+
+    from qkit.models.architecture.encoders import ENCODERS
+    from qkit.models.architecture.families import FAMILIES
+    from qkit.models.architecture.multimodal import KINDS
+    from qkit.models.architecture.towers import TOWERS
+
+    return sorted(kind for kind in {*FAMILIES, *ENCODERS, *KINDS, *TOWERS} if kind in CONFIG_MAPPING)
 
 
 def extract() -> dict[str, Any]:
     import transformers
     from transformers import CONFIG_MAPPING
 
-    from qkit.models.architecture.families import FAMILIES
-
+    known = words()
     found = {}
-    for kind in sorted(FAMILIES):
-        fields = {f.name: f for f in dataclasses.fields(CONFIG_MAPPING[kind])}
+    for kind in kinds():
         values = {}
-        for key in KEYS:
-            field = fields.get(key)
-            if field is None:
-                continue
+        for field in dataclasses.fields(CONFIG_MAPPING[kind]):
             value = field.default
-            if value is dataclasses.MISSING:
-                value = None if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if value is not None:
-                values[key] = list(value) if isinstance(value, tuple) else value
+            if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+                value = field.default_factory()
+            if isinstance(value, tuple):
+                value = list(value)
+            if field.name in known and isinstance(value, (bool, int, float, str, list)):
+                values[field.name] = value
         found[kind] = values
     return {"transformers": transformers.__version__, "defaults": found}
 

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from ...errors import QkitError
 from .keys import Keys
-from .part import Part, linears
+from .part import Part, Place, linears
 from .types import Cache
 
 if TYPE_CHECKING:
     from .family import Family
 
 
-def heads(k: Keys) -> tuple[int, int]:
+def heads(k: Keys, f: Family) -> tuple[int, int]:
     """(heads of queries, heads of keys and values)."""
     queries = k.size("num_attention_heads", most=1 << 20)
-    kv = k.size("num_key_value_heads", queries, most=1 << 20)
+    kv = f.kv_heads(k) if f.kv_heads else k.size("num_key_value_heads", queries, most=1 << 20)
     if queries % kv:
         raise QkitError(
             f"{queries} attention heads in config.json do not divide into {kv} key/value heads", "check config.json"
@@ -45,9 +45,10 @@ def kept(k: Keys, kind: str, values: int, kv_heads: int, dim: int, expanded: int
     return Cache(name, values, expanded, window, kv_heads=kv_heads, head_dim=dim)
 
 
-def grouped(k: Keys, f: Family, stem: str, kind: str) -> Part:
+def grouped(k: Keys, f: Family, at: Place) -> Part:
     """Queries, keys and values in heads, of which groups share keys and values: most models."""
-    queries, kv = heads(k)
+    stem = f"{at.layer}.{f.attention}"
+    queries, kv = heads(k, f)
     dim = head_dim(k)
     v_dim = k.size("v_head_dim", dim) if f.own_values else dim
     hidden = k.size("hidden_size")
@@ -63,12 +64,13 @@ def grouped(k: Keys, f: Family, stem: str, kind: str) -> Part:
     small = queries if f.sinks else 0
     if f.qk_norm and k.flag(f.qk_norm_if):
         small += {"head": 2 * dim, "heads": (queries + kv) * dim}[f.qk_norm] * (2 if f.qk_norm_bias else 1)
-    cache = kept(k, kind, kv * (dim + v_dim), kv, dim)
+    cache = kept(k, at.kind, kv * (dim + v_dim), kv, dim)
     return part + Part((), small, (cache,), queries, dim, v_dim)
 
 
-def latent(k: Keys, f: Family, stem: str, kind: str) -> Part:
+def latent(k: Keys, f: Family, at: Place) -> Part:
     """Multi-head latent attention: keys and values of all heads are made of one latent, which is what is kept."""
+    stem = f"{at.layer}.{f.attention}"
     queries = k.size("num_attention_heads", most=1 << 20)
     hidden, rank = k.size("hidden_size"), k.size("kv_lora_rank")
     rope, nope, v_dim = k.size("qk_rope_head_dim"), k.size("qk_nope_head_dim"), k.size("v_head_dim")

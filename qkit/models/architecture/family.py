@@ -9,17 +9,19 @@ from . import kinds
 from .attention import grouped
 from .keys import Keys
 from .mlp import Moe
-from .part import Part
+from .part import Part, Place
+from .types import Matrix
 
 Flag = bool | str  # a constant, or the key of a config that says so
-Mixer = Callable[[Keys, "Family", str, str], Part]
+Mixer = Callable[[Keys, "Family", Place], Part]
+Outside = Callable[[Keys, "Family"], tuple[tuple[Matrix, ...], int]]
 
 
 @dataclass(frozen=True)
 class Family:
     """Llama, but for what is given.
 
-    embedding, layers, head  modules in files
+    embedding, layers, head  modules in files; more_rows: of the embedding, beyond the vocabulary
     attention, qkv, out      the attention's module and its linears; one name in qkv: they are one matrix
     qkv_bias, out_bias       None: as qkv_bias
     qk_norm                  "head": a weight for each dim of a head; "heads": of all heads; "": none; qk_norm_if: a key
@@ -28,11 +30,15 @@ class Family:
     four_times               an MLP without a width is four times as wide as the model
     norms, norm              of each layer; "rms" has a weight, "layer" a bias too, "": neither. norm_bias: a key
     rule                     what layers attend to where the config does not say
-    mixers                   what takes the place of attention, by kind of layer
+    kv_heads                 where `num_key_value_heads` is not all
+    mixer, mixers            what takes the place of attention: everywhere, or by kind of layer
+    state_dtype              of states, where it is not the model's
+    single                   kinds of layers that are their mixer alone, with one norm
     moe                      experts, where there are some
-    extra                    anything else of a layer
+    width                    of an MLP: a key, or how it is worked out; embedding_width: a key, where it is narrower
+    extra                    anything else of a layer; outside: of the model
     tied                     where neither config nor class says
-    head_bias                of the head
+    head_bias                of the head; final_norm: after the last layer
     """
 
     embedding: str = "model.embed_tokens"
@@ -54,15 +60,27 @@ class Family:
     gated: bool = True
     mlp_bias: Flag = "mlp_bias"
     four_times: bool = False
-    norms: int = 2
+    norms: int | Callable[[Keys], int] = 2
     norm: str = "rms"
     norm_bias: Flag = True
     rule: kinds.Kinds = kinds.uniform
+    kv_heads: Callable[[Keys], int] | None = None
     mixers: Mapping[str, Mixer] = field(default_factory=dict)
     mixer: Mixer = grouped
+    state_dtype: str | None = None
+    single: tuple[str, ...] = ()
     moe: Moe | None = None
+    width: str | Callable[[Keys, Place], int] = "intermediate_size"
+    embedding_width: str = "hidden_size"
+    more_rows: int = 0
+    extra: Mixer | None = None
+    outside: Outside | None = None
     tied: bool = False
     head_bias: Flag = False
+    final_norm: bool = True
+
+    def norm_count(self, k: Keys) -> int:
+        return self.norms(k) if callable(self.norms) else self.norms
 
     def norm_values(self, k: Keys, width: int) -> int:
         """Values of one norm."""

@@ -6,17 +6,17 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, NoReturn
 
 from ...errors import QkitError
 
 # What families call the same thing; the first is the name used here.
 ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"),
     "max_position_embeddings": (
         "n_positions", "max_seq_len", "seq_length", "n_ctx", "context_length", "model_max_length",
         "max_target_positions", "max_sequence_length",
@@ -25,7 +25,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_experts_per_tok": ("num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     "moe_intermediate_size": ("expert_ffn_hidden_size",),
     "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts"),
+    "first_k_dense_replace": ("num_dense_layers",),
+    "mamba_d_state": ("state_size", "ssm_state_size"),
+    "mamba_d_conv": ("conv_kernel",),
+    "mamba_expand": ("expand",),
+    "mamba_dt_rank": ("time_step_rank",),
+    "mamba_conv_bias": ("use_conv_bias",),
+    "mamba_proj_bias": ("use_bias", "add_bias_linear"),
+    "mamba_n_heads": ("mamba_num_heads", "n_mamba_heads", "num_heads"),
+    "mamba_d_head": ("mamba_head_dim", "mamba_headdim", "head_dim"),
+    "mamba_n_groups": ("n_groups", "mamba_ngroups"),
 }  # fmt: skip
+# Names on the Hub of what transformers calls something else.
+_SAME = {"kimi_k2": "deepseek_v3", "qwen2_vl_text": "qwen2_vl_text"}
 MOST_LAYERS = 1 << 12
 MOST = 1 << 32  # of any other number
 _HINT = "check config.json, or its origin"
@@ -40,7 +52,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 def defaults(model_type: str) -> Mapping[str, Any]:
     """What transformers' config class of this type has where config.json says nothing; {} for one not listed."""
-    return _table().get(model_type, {})
+    return _table().get(_SAME.get(model_type, model_type), {})
 
 
 class Keys:
@@ -58,9 +70,9 @@ class Keys:
         """The value, under whatever name; None where it is absent or null."""
         names = (name, *ALIASES.get(name, ()))
         for values in (self.config, self.defaults):
-            given = [key for key in names if key in values]
+            given = [values[key] for key in names if key in values]
             if given:
-                return next((values[key] for key in given if values[key] is not None), None)
+                return next((value for value in given if value is not None), None)
         return None
 
     def size(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
@@ -68,7 +80,7 @@ class Keys:
         value = self.get(name)
         if value is None:
             if default is None:
-                raise QkitError(f"{self._called(name)} is missing in config.json", _HINT)
+                self.missing(name)
             return default
         if isinstance(value, float) and value.is_integer() and abs(value) < MOST:
             value = int(value)
@@ -78,6 +90,14 @@ class Keys:
                 _HINT,
             )
         return value
+
+    def at(self, name: str, index: int, default: int | None = None, least: int = 1) -> int:
+        """The same, where a list has one for each layer."""
+        value = self.get(name)
+        if isinstance(value, list):
+            own = (self.listed(name, index + 1) or [])[index]
+            return Keys({name: own}, "", self.where).size(name, default, least)
+        return self.size(name, default, least)
 
     def number(self, name: str, default: float) -> float:
         """A finite number from 0 up."""
@@ -126,6 +146,9 @@ class Keys:
                 f"{self._called(name)} {whole} in config.json is no multiple of {self._called(by)} {parts}", _HINT
             )
         return whole // parts
+
+    def missing(self, name: str) -> NoReturn:
+        raise QkitError(f"{self._called(name)} is missing in config.json", _HINT)
 
     def _called(self, name: str) -> str:
         """The name as this config, or its class, has it."""

@@ -8,7 +8,7 @@ from ...errors import QkitError
 from .keys import MOST_LAYERS, Keys
 
 FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
-KNOWN = (FULL, SLIDING, CHUNKED, LINEAR, "conv", "mlp", "moe", "hybrid", "hybrid_sliding")
+KNOWN = (FULL, SLIDING, CHUNKED, LINEAR, "conv", "mlp", "moe", "hybrid", "cross_attention")
 _OLD = {"attention": FULL, "mamba": LINEAR, "mamba2": LINEAR, "recurrent": LINEAR, "global": FULL, "local": SLIDING}
 Kinds = Callable[[Keys, int], list[str]]
 
@@ -26,7 +26,10 @@ def given(k: Keys, key: str, layers: int) -> list[str] | None:
 
 
 def layer_kinds(k: Keys, rule: Kinds) -> list[str]:
-    layers = k.size("num_hidden_layers", most=MOST_LAYERS)
+    """The kind of each layer: as listed, else by the family's rule."""
+    listed = [k.get(key) for key in ("layer_types", "layers_block_type", "hybrid_override_pattern")]
+    lengths = [len(each) for each in listed if isinstance(each, (list, str)) and each]
+    layers = k.size("num_hidden_layers", lengths[0] if lengths else None, most=MOST_LAYERS)
     return given(k, "layer_types", layers) or rule(k, layers)
 
 
@@ -98,3 +101,16 @@ def spaced(default: int) -> Kinds:
         return [LINEAR if (index + 1) % step else FULL for index in range(layers)]
 
     return rule
+
+
+def states(k: Keys, layers: int) -> list[str]:
+    """No attention anywhere."""
+    return [LINEAR] * layers
+
+
+def alternating(k: Keys, layers: int) -> list[str]:
+    """MiniMax-01's: its files say so in attn_type_list, where 0 is linear attention."""
+    listed = k.listed("attn_type_list", layers)
+    if listed is not None:
+        return [FULL if kind == 1 else LINEAR for kind in listed]
+    return [LINEAR if index % 2 else FULL for index in range(layers)]

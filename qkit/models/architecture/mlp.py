@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import QkitError
 from .keys import Keys
-from .part import Part, linears
+from .part import Part, Place, linears
 from .types import Matrix
 
 if TYPE_CHECKING:
@@ -67,39 +67,61 @@ def every(k: Keys, index: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What every token passes beside the experts.
+
+    module  within the layer; names: of its matrices
+    width   the key of its width; "": an expert's times `n_shared_experts`
+    gate    a router of one output that decides how much of it counts; "": none
+    """
+
+    module: str
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    width: str = ""
+    gate: str = ""
+
+    def join(self, part: Part, k: Keys, f: Family, at: Place, block: str, width: int) -> Part:
+        """`part`, experts of this width, with it beside them."""
+        own = k.at(self.width, at.index, 0, 0) if self.width else width * k.at("n_shared_experts", at.index, 0, 0)
+        if not own:
+            return part
+        made = _matrices(
+            f"{at.layer}.{self.module}", "shared", self.names, k.size("hidden_size"), own, f.gated, k.flag(f.mlp_bias)
+        )
+        both = replace(part + made, wide=part.wide + own)
+        return both + Part((Matrix(f"{block}.{self.gate}", 1, k.size("hidden_size"), "router"),) if self.gate else ())
+
+
+@dataclass(frozen=True)
 class Moe:
     """How a family has its experts.
 
-    block     within the layer; names: of an expert's matrices; router: within the block
-    sparse    which layers have them
-    width     keys of an expert's width, the first that is there
-    shared    module of what every token passes beside them; "": none. shared_width: the key of its width, or "": that
-              of an expert times `n_shared_experts`
-    named     of the shared module's matrices, where they differ; shared_gate: a router of one output decides how much
-    bias      router and experts have biases; correction: the router has one value per expert to balance them
+    block       within the layer; names: of an expert's matrices; router: within the block
+    sparse      which layers have them
+    width       keys of an expert's width, the first that is there
+    bias        router and experts have biases; correction: the router has one value per expert to balance them
     """
 
     block: str = "mlp"
     names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     router: str = "gate"
     sparse: Sparse = every
-    width: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
-    shared: str = ""
-    shared_width: str = ""
-    shared_names: tuple[str, ...] = ()
-    shared_gate: bool = False
+    width: tuple[str, ...] = ("moe_intermediate_size",)
+    shared: Shared | None = None
     bias: bool = False
-    correction: bool = False
+    correction: bool | str = False
 
 
-def dense(k: Keys, f: Family, stem: str, width: int | None = None, role: str = "mlp") -> Part:
-    """An MLP: gate and up apart (three names), together or no gate (two)."""
+def dense(k: Keys, f: Family, at: Place) -> Part:
+    """An MLP."""
     hidden = k.size("hidden_size")
-    width = k.size("intermediate_size", 4 * hidden if f.four_times else None) if width is None else width
-    return _matrices(stem, role, f.ffn, hidden, width, f.gated, k.flag(f.mlp_bias))
+    wide = f.width(k, at) if callable(f.width) else k.at(f.width, at.index, 4 * hidden if f.four_times else None)
+    stem = f"{at.layer}.{f.mlp}" if f.mlp else at.layer
+    return _matrices(stem, "mlp", f.ffn, hidden, wide, f.gated, k.flag(f.mlp_bias))
 
 
 def _matrices(stem: str, role: str, names: tuple[str, ...], hidden: int, width: int, gated: bool, bias: bool) -> Part:
+    """Gate and up apart (three names), or together, or no gate (two)."""
     if len(names) == 3:
         ups = tuple((name, width, hidden) for name in names[:2])
     else:
@@ -107,31 +129,25 @@ def _matrices(stem: str, role: str, names: tuple[str, ...], hidden: int, width: 
     return replace(linears(stem, role, *ups, (names[-1], hidden, width), bias=bias), wide=width)
 
 
-def mixture(k: Keys, f: Family, moe: Moe, stem: str) -> Part:
-    """Router, experts and what is shared, of one layer. stem: the layer."""
+def mixture(k: Keys, f: Family, moe: Moe, at: Place) -> Part:
+    """Router, experts and what is shared, of one layer."""
     hidden = k.size("hidden_size")
-    count = k.size("num_experts", most=1 << 16)
-    chosen = k.size("num_experts_per_tok", most=1 << 16)
-    if chosen > count:
-        raise QkitError(f"config.json says {chosen} experts per token, of {count}", "check config.json")
-    width = next((k.size(key) for key in moe.width if k.get(key) is not None), None) or k.size(moe.width[0])
-    block = f"{stem}.{moe.block}"
-    one = _matrices(f"{block}.experts.*", "expert", moe.names, hidden, width, f.gated, moe.bias)
-    experts = tuple(replace(m, count=count, active=chosen) for m in one.matrices)
-    small = one.vectors * count
-    router = Matrix(f"{block}.{moe.router}", count, hidden, "router")
-    part = Part((router, *experts), small, expert_vectors=small, wide=chosen * width)
-    part += Part((), (count if moe.bias else 0) + (count if moe.correction else 0))
-    if moe.shared:
-        own = k.size(moe.shared_width, 0, least=0) if moe.shared_width else 0
-        own = own if moe.shared_width else width * k.size("n_shared_experts", 0, least=0)
-        if own:
-            names = moe.shared_names or moe.names
-            gated = f.gated
-            name = moe.shared if moe.shared.startswith(".") else f"{moe.block}.{moe.shared}"
-            both = _matrices(f"{stem}.{name.lstrip('.')}", "shared", names, hidden, own, gated, False)
-            part += replace(both, wide=0)
-            part = replace(part, wide=part.wide + own)
-            if moe.shared_gate:
-                part += Part((Matrix(f"{block}.shared_expert_gate", 1, hidden, "router"),))
+    count = k.at("num_experts", at.index, least=0)
+    block = f"{at.layer}.{moe.block}"
+    part = Part()
+    width = 0
+    if count:
+        chosen = k.at("num_experts_per_tok", at.index)
+        if chosen > count or count > 1 << 16:
+            raise QkitError(f"config.json says {chosen} experts per token, of {count}", "check config.json")
+        key = next((key for key in moe.width if k.get(key) is not None), moe.width[0])
+        width = k.at(key, at.index)
+        one = _matrices(f"{block}.experts.*", "expert", moe.names, hidden, width, f.gated, moe.bias)
+        experts = tuple(replace(m, count=count, active=chosen) for m in one.matrices)
+        small = one.vectors * count
+        router = Matrix(f"{block}.{moe.router}", count, hidden, "router")
+        part = Part((router, *experts), small, expert_vectors=small, wide=chosen * width)
+        part += Part((), (count if moe.bias else 0) + (count if k.flag(moe.correction) else 0))
+    if moe.shared is not None:
+        part = moe.shared.join(part, k, f, at, block, width)
     return part

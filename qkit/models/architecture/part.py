@@ -8,6 +8,15 @@ from .types import Cache, Layer, Matrix
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in a model a layer is. layer: "model.layers.3"; kind: a word of `kinds`."""
+
+    layer: str
+    index: int
+    kind: str
+
+
+@dataclass(frozen=True)
 class Part:
     """Some matrices and small parameters of a layer, and what they keep of a sequence. wide: see
     `Architecture.intermediate`."""
