@@ -46,12 +46,11 @@ def _pages(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
-def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_size: Fraction, s: Setting) -> Kv:
-    """What `batch` requests of `tokens` tokens may hold of vLLM's pool, on one rank."""
+def layout(arch: Architecture, size: Fraction, state_size: Fraction, s: Setting) -> tuple[list[Spec], int]:
+    """(every layer as vLLM sees it, tokens of a page), whatever the length of a request."""
     from .cache import caches, share, value_bytes
 
     specs: list[Spec] = []
-    parts: list[Part] = []
     block = s.block
     for layer in arch.layers:
         states = [c for c in layer.caches if c.kind == "state"]
@@ -68,9 +67,19 @@ def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_siz
         page = max(math.ceil(_bytes(c, size, s.tp) * block) for c in attention)
         specs = [replace(spec, page=max(page, spec.page)) for spec in specs]
     for c in attention:
-        own = _cross_tokens(c, tokens, s)
+        # A cross layer's tokens are those of the encoder: as many as the decoder's where nobody says.
+        window = (c.window or s.encoder_tokens) if c.kind == "cross" else c.window
         kind = "cross" if c.kind == "cross" else c.kind if c.window is not None else "full"
-        specs.append(Spec(kind, own if kind == "cross" else c.window, block, math.ceil(_bytes(c, size, s.tp) * block)))
+        specs.append(Spec(kind, window, block, math.ceil(_bytes(c, size, s.tp) * block)))
+    return specs, block
+
+
+def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_size: Fraction, s: Setting) -> Kv:
+    """What `batch` requests of `tokens` tokens may hold of vLLM's pool, on one rank."""
+    from .cache import caches, share, value_bytes
+
+    specs, block = layout(arch, size, state_size, s)
+    parts: list[Part] = []
     for c in caches(arch):
         if c.kind == "state":
             own_size = value_bytes(c.fixed_dtype) if c.fixed_dtype else state_size
@@ -79,7 +88,7 @@ def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_siz
             kept = tokens if c.window is None or c.kind == "cross" else min(tokens, c.window)
             kept = _cross_tokens(c, tokens, s) if c.kind == "cross" else kept
             parts.append(Part.of(c.kind, c.per_token, kept, batch, size, share(c, s.tp)))
-    total = batch * _request(specs, tokens, s.in_flight)
+    total = batch * request(groups(specs), tokens, s.in_flight)
     counted = Kv.of(parts)
     return replace(counted, total=total, note=f"in pages of {block} tokens: {total:,} bytes")
 
@@ -94,27 +103,32 @@ def _cross_tokens(cache: Cache, tokens: int, s: Setting) -> int:
     return cache.window or s.encoder_tokens or tokens
 
 
-def _request(specs: list[Spec], tokens: int, in_flight: int) -> int:
-    """Bytes that one request holds of the pool."""
+def groups(specs: list[Spec]) -> tuple[tuple[int, Spec], ...]:
+    """(bytes for each page that a request holds in it, layers that are alike): all that a request's bytes depend on."""
     if not specs:
-        return 0
-    kinds = {(spec.kind, spec.window) for spec in specs}
-    if len(kinds) == 1:  # one table for all layers, whatever their pages
-        return sum(_held(spec, tokens, in_flight) * spec.page for spec in specs)
-    largest = max(spec.page for spec in specs)
-    equal = [_unified(spec, largest) for spec in specs]
+        return ()
     alike: dict[Spec, int] = {}
-    for spec in equal:
-        alike[spec] = alike.get(spec, 0) + 1
+    if len({(spec.kind, spec.window) for spec in specs}) == 1:  # one table for all layers, whatever their pages
+        for spec in specs:
+            alike[spec] = alike.get(spec, 0) + 1
+        return tuple((count * spec.page, spec) for spec, count in alike.items())
+    largest = max(spec.page for spec in specs)
+    for spec in specs:
+        equal = _unified(spec, largest)
+        alike[equal] = alike.get(equal, 0) + 1
     fewest, most = min(alike.values()), max(alike.values())
     size = most if most < fewest * 1.5 else fewest
-    tables = sum(_pages(count, size) * _held(spec, tokens, in_flight) for spec, count in alike.items())
-    return tables * size * largest
+    return tuple((_pages(count, size) * size * largest, spec) for spec, count in alike.items())
+
+
+def request(grouped: tuple[tuple[int, Spec], ...], tokens: int, in_flight: int) -> int:
+    """Bytes that one request holds of the pool."""
+    return sum(nbytes * _held(spec, tokens, in_flight) for nbytes, spec in grouped)
 
 
 def _held(spec: Spec, tokens: int, in_flight: int) -> int:
-    if spec.kind == "cross" and spec.window is not None:
-        return _pages(spec.window, spec.block)
+    if spec.kind == "cross":
+        return _pages(spec.window or tokens, spec.block)
     return spec.pages(tokens, in_flight)
 
 

@@ -1,0 +1,46 @@
+"""Bytes of one sequence's KV cache on one rank, quickly, for many lengths: what `cache.kv` says of a batch of one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from ..models.architecture import Architecture, Cache, Layer
+from .cache import Setting, caches, kv, value_bytes
+from .paged import Spec, groups, layout, request
+
+
+@dataclass
+class Sequence:
+    """Layers that keep the same are counted once, and lengths that were asked for are remembered."""
+
+    arch: Architecture
+    dtype: str
+    engine: str
+    setting: Setting
+    _known: dict[int, int] = field(default_factory=dict)
+    _pool: tuple[tuple[int, Spec], ...] = ()
+    _alike: tuple[tuple[Architecture, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.engine == "vllm":
+            specs, _ = layout(self.arch, value_bytes(self.dtype), value_bytes(self.setting.state_dtype), self.setting)
+            self._pool = groups(specs)
+            return
+        counted: Counter[Cache] = Counter(caches(self.arch))
+        self._alike = tuple((replace(self.arch, layers=(Layer((), 0, (c,)),)), n) for c, n in counted.items())
+
+    def nbytes(self, tokens: int) -> int:
+        found = self._known.get(tokens)
+        if found is None:
+            found = self._known[tokens] = self._computed(tokens)
+        return found
+
+    def _computed(self, tokens: int) -> int:
+        if self.engine == "vllm":
+            return request(self._pool, tokens, self.setting.in_flight)
+        total = 0
+        for one, count in self._alike:
+            parts = kv(one, tokens, 1, self.dtype, self.engine, self.setting).parts
+            total += sum(replace(part, layers=part.layers * count).nbytes for part in parts)
+        return total
