@@ -67,7 +67,7 @@ def _row(p: dict[str, str]) -> Row:
     kernel = engines.kernel_named(p["format"], bits)
     device, count = _device(p["gpu"]), int(p["n_gpus"] or 1)
     work = _traffic(p["model"], float(p["params_b"] or 0), bits, engine, _cache_bits(p["format"]))
-    library = engines.library(p["engine"], p["format"])
+    library = engines.library(engine, kernel, p["engine"], p["format"])
     setting = Setting(engine, p["engine"], kernel, library, device, count, p["phase"], work.experts > 0)
     weights = work.dense_bytes + work.expert_bytes + 2 * work.head_bytes
     room = count * ((device.memory_bytes or 0) * _LOADED - _OVERHEAD) - weights
@@ -97,7 +97,7 @@ def _load(p: dict[str, str], engine: engines.Engine) -> Load:
     if "kv cache prealloc" in source:  # a cache of full length is looked at from the first token on
         prompt, generated = generated, 1
     whole = any(words in source for words in ("incl. prefill", "e2e", "generated/total"))
-    micro = p["phase"] == "prefill" and ("micro-batch" in source or (engine.manner.chunked and (sequences or 1) > 1))
+    micro = p["phase"] == "prefill" and (sequences or 1) > 1 and ("micro-batch" in source or engine.manner.chunked)
     if p["phase"] == "prefill":  # the context that is there already, where one is told
         generated = generated if micro and "depth" in source else 0
         prompt = 512 if prompt is None else prompt

@@ -79,8 +79,14 @@ def named(text: str) -> Engine:
     return ENGINES[found] if found else UNKNOWN
 
 
-def library(*texts: str) -> str:
-    return next((word for word in _LIBRARIES if any(word in text.lower() for text in texts)), "")
+# What an engine multiplies weights of a kind with, where it is not told otherwise.
+_DEFAULTS = {("vllm", "int4"): "marlin", ("vllm", "int8"): "marlin", ("sglang", "int4"): "marlin", ("sglang", "int8"): "marlin"}
+
+
+def library(engine: Engine, kernel: str, *texts: str) -> str:
+    """The kernels that words of an engine or a format name; else the engine's own choice, "" where there is one alone."""
+    told = next((word for word in _LIBRARIES if any(word in text.lower() for text in texts)), None)
+    return told if told is not None else _DEFAULTS.get((engine.name, kernel), "")
 
 
 # What a published format is to a kernel: the first pattern counts.

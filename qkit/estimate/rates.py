@@ -20,7 +20,7 @@ from .engines import Engine
 from .roofline import Rates
 
 FILE = "speed.json"
-QUANTITIES = ("launch", "bandwidth", "compute", "attention", "cache", "link", "pipeline", "concurrency")
+QUANTITIES = ("launch", "bandwidth", "compute", "attention", "cache", "sequence", "link", "pipeline", "concurrency")
 Term = tuple[str, str, str]  # quantity, level, key
 
 
@@ -90,6 +90,7 @@ class Setting:
             },
             "attention": {"all": "", "engine": engine},
             "cache": {"family": self.engine.family, "engine": engine, "release": self.release},
+            "sequence": {"family": self.engine.family, "engine": engine, "release": self.release},
             "link": {"all": ""},
             "pipeline": {"all": ""},
             "concurrency": {"all": "", "release": self.release},

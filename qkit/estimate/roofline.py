@@ -51,6 +51,7 @@ class Rates:
     launch       s a layer and pass
     bandwidth, compute  share of the ceilings; attention: of compute, in attention over a prompt
     cache        bytes moved for each byte of cache that is looked at
+    sequence     s a sequence and step: sampling, scheduling, moving what it keeps
     link         s a layer and pass where devices share matrices
     pipeline     by how much devices in series speed a long prompt up, at most
     concurrency  sequences that run of those that would fit in memory
@@ -61,6 +62,7 @@ class Rates:
     compute: float
     attention: float
     cache: float
+    sequence: float
     link: float
     pipeline: float
     concurrency: float
@@ -88,7 +90,8 @@ def _step(
     cache = sequences * work.cache_bytes(context) * rates.cache * (work.groups if how.repeats else 1.0)
     # 0.8: what a plain read reaches anywhere; how well weights are read says nothing about the cache.
     busy = _both(read / bandwidth, operations / (has.peak * rates.compute * count)) + cache / (has.bandwidth * 0.8 * count)
-    return _with_launches(busy, work.layers * rates.launch, how) + _link(work, has, how, rates, 1)
+    seconds = _with_launches(busy, work.layers * rates.launch, how) + sequences * rates.sequence
+    return seconds + _link(work, has, how, rates, 1)
 
 
 def prefill(work: Traffic, has: Ceilings, how: Manner, rates: Rates, sequences: float, prompt: float) -> float:

@@ -29,7 +29,7 @@ LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False,
 }  # fmt: skip
-FREE = Rates(0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0)
+FREE = Rates(0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0)
 CARD = Ceilings(1e12, 100e12, 100e12)
 
 
@@ -188,7 +188,13 @@ def test_kernels_of_schemes():
         "w4a16": "int4", "w8a16": "int8", "w8a8": "w8a8", "fp8": "fp8", "nf4": "nf4", "nvfp4a16": "nvfp4",
         "mxfp4a16": "mxfp4",
     }  # fmt: skip
-    assert kernel_of(None) == "16" and library("torchao tinygemm", "int4") == "tinygemm"
+    assert kernel_of(None) == "16"
+
+
+def test_libraries():
+    assert library(ENGINES["compile"], "int4", "torchao tinygemm", "int4") == "tinygemm"
+    assert library(ENGINES["vllm"], "int4") == "marlin" and library(ENGINES["vllm"], "16") == ""
+    assert library(ENGINES["vllm"], "int4", "vLLM-Machete") == "machete"
 
 
 HEADER = "model,params_b,format,bits,engine,gpu,n_gpus,batch,prompt_len,gen_len_or_ctx,phase,tokens_per_s,vram_gib,source\n"
