@@ -137,7 +137,9 @@ def steps_down(
         scheme = _for_device(format, scheme, fast)
         if _kernel(format, scheme) in fast:
             asked.append((format, scheme, False))
-    for format, scheme, halved in [*asked, *((f, s, True) for f, s, _ in asked[-1:] if len(asked) > 1)]:
+    smallest = {engine_of(format, device): (format, scheme) for format, scheme, _ in asked[1:]}
+    asked += [(*last, True) for last in smallest.values()]
+    for format, scheme, halved in asked:
         engine = engine_of(format, device)
         kv_dtype = small_cache(engine, device) if halved else None
         try:
