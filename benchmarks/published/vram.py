@@ -56,6 +56,7 @@ def _peak(row: dict[str, str], format: str, scheme: str | None) -> Peak:
     generated = int(row["gen_len_or_ctx"]) if row["gen_len_or_ctx"].isdigit() else 0
     prompt, batch = int(row["prompt_len"]), int(row["batch"])
     weights = of_architecture(arch, scheme, format)
+
     # While the prompt passes, its activations; at the end, the cache of all tokens: the larger counts.
     def total(tokens: int, passing: int) -> int:
         kept = memory(arch, weights, Target(_GPU), "transformers", tokens, batch)

@@ -58,7 +58,9 @@ def _vllm(arch: Architecture, weights: Weights, tp: int) -> Held:
     tables = weights.of_class("embedding", "head") * padded / tp
     whole = weights.of_class("norm", "router", "other")
     more, words = made(arch, tp, any(p.quantized for p in weights.parts if p.role == "attention"))
-    text = "all tensors" if tp == 1 else f"linears, experts and tables of tokens divided by {tp}, norms and routers whole"
+    text = (
+        "all tensors" if tp == 1 else f"linears, experts and tables of tokens divided by {tp}, norms and routers whole"
+    )
     return Held(-int(-(divided + attention + tables + whole + more) // 1), text + words)
 
 
