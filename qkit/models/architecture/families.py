@@ -31,7 +31,7 @@ _GLM = Family(
     ffn=("gate_up_proj", "down_proj"), out_bias=False, mlp_bias=False
 )  # fmt: skip
 _QWEN3_NEXT = Family(
-    qk_norm="head", gated_queries=True, mlp_bias=False, rule=kinds.spaced(4), state_dtype="F32",
+    qk_norm="head", gated_queries=True, mlp_bias=False, rule=kinds.spaced(4),
     mixers={kinds.LINEAR: states.delta}, moe=replace(_QWEN_MOE, shared=_QWEN_SHARED),
 )  # fmt: skip
 _QWEN3_5 = replace(_QWEN3_NEXT, mixers={kinds.LINEAR: named(states.delta, apart=True)}, moe=None)
@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {
     "minicpm3": Family(mixer=latent),
     "glm4_moe_lite": Family(mixer=latent, mlp_bias=False, moe=_DEEPSEEK),
     "kimi_linear": Family(
-        mixer=latent, mixers={kinds.LINEAR: states.kimi}, mlp_bias=False, rule=oddities.kimi_layers, state_dtype="F32",
+        mixer=latent, mixers={kinds.LINEAR: states.kimi}, mlp_bias=False, rule=oddities.kimi_layers,
         moe=Moe(_BLOCK, _W, sparse=after_first, shared=Shared(f"{_BLOCK}.shared_experts"), correction=True),
     ),
     "dots1": Family(qk_norm="head", mlp_bias=False, rule=kinds.upper, moe=_DEEPSEEK),
@@ -153,7 +153,7 @@ FAMILIES: dict[str, Family] = {
                                  embedding="language_model.model.embed_tokens", layers="language_model.model.layers",
                                  head="language_model.lm_head", more_rows=8),
     "minimax": replace(
-        _PLAIN, rule=kinds.alternating, mixers={kinds.LINEAR: states.lightning}, moe=_MIXTRAL, state_dtype="F32"
+        _PLAIN, rule=kinds.alternating, mixers={kinds.LINEAR: states.lightning}, moe=_MIXTRAL
     ),
     "minimax_m2": replace(_PLAIN, qk_norm="heads", moe=replace(_MIXTRAL, correction=True)),
     "ernie4_5": Family(qkv_bias="use_bias", mlp_bias="use_bias", tied=True),
