@@ -26,6 +26,11 @@ def recurrent(values: int, dtype: str | None = None, wide_dtype: str | None = "F
     return Cache("state", fixed=values, fixed_dtype=dtype, wide=values, wide_dtype=wide_dtype)
 
 
+def biased(k: Keys) -> bool:
+    """Whether the projections into and out of a Mamba have biases; Nemotron-H has two keys, of which one counts."""
+    return any(k.flag(key) for key in ("mamba_proj_bias", "use_bias", "add_bias_linear"))
+
+
 def declared(k: Keys) -> str | None:
     """The type that a config asks engines to hold the state of its recurrence in."""
     named = k.get("mamba_ssm_cache_dtype") or k.get("mamba_ssm_dtype")
@@ -39,7 +44,7 @@ def mamba1(k: Keys, f: Family, at: Place, module: str = "mixer", norms: bool = F
     states, kernel = k.size("mamba_d_state"), k.size("mamba_d_conv")
     rank = k.get("mamba_dt_rank")
     rank = math.ceil(hidden / 16) if rank in (None, "auto") else k.size("mamba_dt_rank")
-    bias = k.flag("mamba_proj_bias")
+    bias = biased(k)
     part = linears(stem, "attention", ("in_proj", 2 * inner, hidden), ("out_proj", hidden, inner), bias=bias)
     part += linears(stem, "attention", ("x_proj", rank + 2 * states, inner))
     part += linears(stem, "attention", ("dt_proj", inner, rank), bias=True)
@@ -67,7 +72,7 @@ def mamba2(k: Keys, f: Family, at: Place, module: str = "mamba", normed: bool | 
         "attention",
         ("in_proj", inner + mixed + count, hidden),
         ("out_proj", hidden, inner),
-        bias=k.flag("mamba_proj_bias"),
+        bias=biased(k),
     )
     small = mixed * (kernel + k.flag("mamba_conv_bias", True)) + 3 * count + (inner if k.flag(normed) else 0)
     return part + Part((), small, (convolution(mixed, kernel), recurrent(inner * states, declared(k))))
