@@ -85,14 +85,20 @@ CLIENTS = {
         ("triton",),
         {"BUILD_CUDA_EXT": "0"},
     ),
-    # Compiled from source (some minutes on two cores), without the part that reads pictures; then what its server needs.
+    # Compiled from source (minutes on two cores), without the part that reads pictures; then what its server needs.
     "llamacpp": Client(
         "client_llamacpp.py",
         (
             ("numpy==2.4.6",),
             ("--config-settings=cmake.define.LLAVA_BUILD=OFF", "llama-cpp-python==0.3.36"),
-            ("fastapi==0.136.3", "uvicorn==0.54.0", "sse-starlette==3.7.0", "starlette-context==0.3.6",
-             "pydantic-settings==2.16.3", "pyyaml"),
+            (
+                "fastapi==0.136.3",
+                "uvicorn==0.54.0",
+                "sse-starlette==3.7.0",
+                "starlette-context==0.3.6",
+                "pydantic-settings==2.16.3",
+                "pyyaml",
+            ),
         ),
     ),
 }

@@ -30,12 +30,8 @@ def plan(
     free    bytes free on the device
     whole   whether a prompt goes through the model at once; else activations are the engine's, of a few tokens
     """
-    return tuple(
-        _point(sizes, batch, context, free, device, whole, generated)
-        for context, batch in sorted(
-            ((c, b) for c in dict.fromkeys(contexts) for b in dict.fromkeys(batches)), key=lambda cb: (cb[0] * cb[1], cb)
-        )
-    )
+    pairs = {(context * batch, context, batch) for context in contexts for batch in batches}
+    return tuple(_point(sizes, b, c, free, device, whole, generated) for _, c, b in sorted(pairs))
 
 
 def _point(sizes: Sizes, batch: int, context: int, free: int, device: str, whole: bool, generated: int) -> Point:

@@ -96,7 +96,8 @@ def _point(plan: Point, answer: dict[str, Any] | None, problem: str | None) -> P
         return replace(plan, skipped=f"not reached: {problem}")
     if "skipped" in answer:
         return replace(plan, skipped=str(answer["skipped"]))
-    return measured_point(plan, **{name: answer[name] for name in ("warmups", "ttft", "tpot", "generate", "peak_bytes")})
+    figures = ("warmups", "ttft", "tpot", "generate", "peak_bytes")
+    return measured_point(plan, **{name: answer[name] for name in figures})
 
 
 def _threads() -> int:
@@ -218,5 +219,3 @@ def _last(stderr: IO[str]) -> str:
     size = stderr.seek(0, os.SEEK_END)
     stderr.seek(max(0, size - 20000))
     return stderr.read()
-
-

@@ -11,8 +11,8 @@ from typing import Any
 class Point:
     """One batch size at one context. Times in seconds, rates in tokens/s; None where it was not measured.
 
-    context      tokens in each sequence when its last new token comes, at most what the model takes
-    prompt       of them, those that prefill reads at once: context, less what is generated where the model takes no more
+    context      tokens in each sequence before the new ones, as asked for
+    prompt       tokens of each prompt: context, or less where the model takes no more than both
     generated    new tokens a sequence and run
     warmups      runs before the timed ones, of two new tokens each
     repeats      timed runs

@@ -1,4 +1,5 @@
-"""The sweep's adapter for GGUF files in llama.cpp, through llama-cpp-python's low-level interface (see sweep_worker.py).
+"""The sweep's adapter for GGUF files in llama.cpp, through the low-level interface of llama-cpp-python (see
+sweep_worker.py).
 
 A step is one llama_decode of a token a sequence and the greedy sampler of each, which is llama.cpp's own way to
 generate: there is no call around it. Needs llama-cpp-python alone."""

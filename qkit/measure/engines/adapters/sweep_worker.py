@@ -66,8 +66,8 @@ def measure(engine, point: dict, tokens: list[int], repeats: int, budget: float,
     expected = 2 * seconds * size / done
     if expected > budget:
         return {
-            "skipped": f"a warm-up and a run of it would prefill for {expected:.0f} s or more, going by {done:,} tokens "
-            f"in {seconds:.1f} s; a point may take {budget:.0f} s"
+            "skipped": f"a warm-up and a run would prefill for {expected:.0f} s or more, going by {done:,} tokens in "
+            f"{seconds:.1f} s; a point may take {budget:.0f} s"
         }
     prompts = [turned(tokens, 97 * row)[:prompt] for row in range(batch)]
     reset_peak, peak = getattr(engine, "reset_peak", reset_tree), getattr(engine, "peak", tree_peak)
