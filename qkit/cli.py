@@ -118,8 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         p.set_defaults(command=command)
         if command.model:
             name, help = command.model
-            count = {} if command.required else {"nargs": "?"}
-            p.add_argument(name, metavar=name.upper(), help=help, **count)
+            p.add_argument(name, metavar=name.upper(), help=help, nargs=None if command.required else "?")
         if command.out:
             p.add_argument("-o", "--out", required=True, metavar="OUT", help=command.out)
         add_arguments(p, command.options)

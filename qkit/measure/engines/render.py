@@ -8,8 +8,8 @@ from .types import Point, Sweep, achieved
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 FORMULAS = {
-    "sweep": "each point after a warm-up run of two new tokens; as many of its repeats as its time has room for, and at "
-    "least one; it is skipped where a smaller point shows that prefill alone would take longer",
+    "sweep": "each point after a warm-up run of two new tokens; as many of its repeats as its time has room for, at least "
+    "one; it is skipped where a smaller point shows that prefill alone would take longer",
     "sweep TTFT": "from the call until every sequence of the batch has its first new token; median over the repeats",
     "sweep TPOT": "time of a step in which every sequence gets one new token: of qkit the bare forward and argmax, of "
     "llama.cpp llama_decode and its greedy sampler, of vLLM a step of its engine, scheduling included",

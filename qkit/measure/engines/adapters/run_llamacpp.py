@@ -19,6 +19,8 @@ _ROUND = 256  # llama.cpp pads each sequence's cache to a multiple of it
 
 class Engine:
     max_context: int | None
+    chunk: int
+    batch: Any
 
     def __init__(self, settings: dict[str, Any]):
         llama.llama_log_set(_quiet, ctypes.c_void_p(0))

@@ -52,7 +52,8 @@ class Engine:
             self.asked += 1
             engine.add_request(str(self.asked), {"prompt_token_ids": prompt}, params)
         begun: set[str] = set()
-        first, steps = None, []
+        first: float | None = None
+        steps: list[float] = []
         while engine.has_unfinished_requests():
             outputs = [output for output in engine.step() if output.outputs and output.outputs[0].token_ids]
             now = time.perf_counter()
