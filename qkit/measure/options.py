@@ -58,7 +58,7 @@ class Options:
     )
     max_tokens: int = option(64, "new tokens of each request to --endpoint", parse=whole(2), metavar="N")
     level_seconds: float = option(
-        60.0, "seconds after which a concurrency sends no more requests", parse=number, metavar="S"
+        60.0, "seconds after which a concurrency sends no more requests", parse=positive, metavar="S"
     )
     timeout: float = option(300.0, "seconds after which a request has failed", parse=positive, metavar="S")
     api_key_file: str | None = option(None, "file that holds the key of --endpoint", metavar="FILE")

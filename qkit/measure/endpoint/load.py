@@ -30,7 +30,8 @@ def run(
     seconds: float,
     progress: Callable[[float], None] = lambda amount: None,
 ) -> Ran:
-    """Send `requests` requests, `concurrency` at a time, each as soon as another has ended; none after `seconds`.
+    """Send `requests` requests, `concurrency` at a time, each as soon as another has ended; after `seconds` none
+    but those that the level begins with.
 
     send(i): request number i, raising nothing. progress(1) after each."""
     outcomes: list[Outcome] = []
@@ -41,9 +42,11 @@ def run(
 
     def take() -> int | None:
         with lock:
-            index = None if time.perf_counter() - began > seconds else next(left, None)
-            if index is None:
-                full_until.append(time.perf_counter())
+            index = next(left, None)
+            now = time.perf_counter()
+            if index is None or (index >= concurrency and now - began > seconds):
+                full_until.append(now)
+                return None
             return index
 
     def work() -> None:

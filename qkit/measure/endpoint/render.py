@@ -12,17 +12,9 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 def levels(result: Endpoint) -> Table:
     """A row for each concurrency; every time is of the requests that succeeded."""
-    head = [
-        "concurrency",
-        "requests",
-        "failed",
-        "output tok/s",
-        "full load tok/s",
-        "requests/s",
-        "TTFT p50",
-        "TTFT p90",
-    ]
-    head += ["TTFT p99", "TPOT p50", "TPOT p90", "TPOT p99", "latency p50", "latency p99"]
+    head = ["concurrency", "requests", "failed", "output tok/s", "full load tok/s", "requests/s"]
+    head += [f"{what} {p}" for what in ("TTFT", "TPOT") for p in ("p50", "p90", "p99")]
+    head += ["latency p50", "latency p99"]
     return head, [_row(level) for level in result.levels]
 
 
@@ -43,10 +35,9 @@ def _row(level: Level) -> list[str]:
 
 def failed(result: Endpoint) -> Table | None:
     """What failed, by concurrency and reason; None where nothing did."""
-    rows = [
-        [str(level.concurrency), f.reason, str(f.count), f.example] for level in result.levels for f in level.failed
-    ]
-    rows = [["warm-up", f.reason, str(f.count), f.example] for f in result.warmup_failures] + rows
+    each = [("warm-up", f) for f in result.warmup_failures]
+    each += [(str(level.concurrency), f) for level in result.levels for f in level.failed]
+    rows = [[where, f.reason, str(f.count), f.example] for where, f in each]
     return (["concurrency", "reason", "requests", "for instance"], rows) if rows else None
 
 

@@ -8,8 +8,8 @@ from .types import Point, Sweep, achieved
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 FORMULAS = {
-    "sweep": "each point after a warm-up run of two new tokens; as many of its repeats as its time has room for, at least "
-    "one; it is skipped where a smaller point shows that prefill alone would take longer",
+    "sweep": "each point after a warm-up run of two new tokens; as many of its repeats as its time has room for, one "
+    "at least; it is skipped where a smaller point shows that prefill alone would take longer",
     "sweep TTFT": "from the call until every sequence of the batch has its first new token; median over the repeats",
     "sweep TPOT": "time of a step in which every sequence gets one new token: of qkit the bare forward and argmax, of "
     "llama.cpp llama_decode and its greedy sampler, of vLLM a step of its engine, scheduling included",
@@ -57,9 +57,8 @@ def skipped(sweep: Sweep) -> Table | None:
 
 
 def title(sweep: Sweep) -> str:
-    told = ", ".join(
-        f"{name} {value}" for name, value in sweep.settings.items() if name in ("threads", "dtype") and value
-    )
+    known = {name: sweep.settings.get(name) for name in ("dtype", "threads")}
+    told = ", ".join(f"{name} {value}" for name, value in known.items() if value)
     said = f"{sweep.model} in {sweep.engine_version or sweep.engine}"
     return f"{said} ({told})" if told else said
 
