@@ -335,6 +335,22 @@ def test_a_server_that_takes_no_more_than_it_knows(serve):
     assert found.levels[0].prompt_tokens is None
 
 
+def test_a_server_that_counts_only_whole_answers(serve):
+    """Its streams carry no usage: an answer that is no stream says how long a prompt is."""
+
+    def script(number, body) -> Script:
+        said = {
+            "choices": [{"text": "w"}],
+            "usage": {"prompt_tokens": len(body["prompt"]) // 5, "completion_tokens": 1},
+        }
+        return Script(usage=False) if body["stream"] else Script(json=True, body=said)
+
+    server = serve(script)
+    found = measure_endpoint(server.url, **QUICK)
+    assert found.counted == "chunks" and "5.00 characters a token, as the server counted" in found.prompt_basis
+    assert {len(body["prompt"]) for body in server.served[found.warmups :]} == {200} and found.warmups == 3
+
+
 def test_a_server_that_serves_nothing_is_an_error_with_its_words(serve):
     words = "this model's maximum context length is 32 tokens"
     server = serve(lambda n, body: Script(status=400, body={"error": {"message": words}}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ...errors import QkitError
 from .address import Address, ask
 from .prompts import Prompts
-from .request import CHAT, COMPLETIONS, Ask, Outcome, send
+from .request import CHAT, COMPLETIONS, Ask, Outcome, prompt_length, send
 
 USAGE = {"stream_options": {"include_usage": True}}
 _PROBE = 2000  # characters of the first prompt
@@ -42,13 +42,15 @@ def find_model(address: Address, name: str | None, timeout: float) -> str:
 
 @dataclass(frozen=True)
 class Probed:
-    """What the requests of the load are made of. ignore_eos: whether each gives all of its tokens."""
+    """What the requests of the load are made of. ignore_eos: whether the server took it; warmups: streams, of `sent`
+    requests in all."""
 
     ask: Ask
     prompts: Prompts
     basis: str
     ignore_eos: bool
     warmups: tuple[Outcome, ...]
+    sent: int
 
 
 def probe(address: Address, model: str, text: str, context: int, max_tokens: int, timeout: float) -> Probed:
@@ -59,17 +61,23 @@ def probe(address: Address, model: str, text: str, context: int, max_tokens: int
     per_token = _PER_TOKEN
     basis = f"{per_token:g} characters a token, a guess: the server does not say how many tokens a prompt had"
     length = min(_PROBE, max(_LEAST, round(per_token * context)))
-    shape, probed = _first(address, model, Prompts(text, length), timeout, outcomes)
+    prompts = Prompts(text, length)
+    shape, probed = _first(address, model, prompts, timeout, outcomes)
+    asked = 0
     full = replace(shape, max_tokens=max_tokens, more=_more(shape, max_tokens))
     for _ in range(2):  # the second time by what the full length gave
-        if probed.prompt_tokens:
-            per_token = length / probed.prompt_tokens
-            basis = f"{per_token:.2f} characters a token, as the server counted a prompt of {probed.prompt_tokens:,}"
+        said = probed.prompt_tokens
+        if said is None and asked == 0:
+            said, asked = prompt_length(address, shape, prompts[0], timeout), 1
+        if said:
+            per_token = length / said
+            basis = f"{per_token:.2f} characters a token, as the server counted a prompt of {said:,}"
         length = max(_LEAST, round(per_token * context))
-        probed = _once(address, full, Prompts(text, length), timeout, outcomes)
+        prompts = Prompts(text, length)
+        probed = _once(address, full, prompts, timeout, outcomes)
         if not probed.prompt_tokens or abs(probed.prompt_tokens - context) <= max(8, context // 100):
             break
-    return Probed(full, Prompts(text, length), basis, "ignore_eos" in full.more, tuple(outcomes))
+    return Probed(full, prompts, basis, "ignore_eos" in full.more, tuple(outcomes), len(outcomes) + asked)
 
 
 def _more(shape: Ask, max_tokens: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .address import Address
-from .stream import DONE, Broken, Events, Reply, message_of
+from .stream import DONE, Broken, Events, Reply, count, message_of
 
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 # The most tokens that one chunk is believed to carry: servers that send in strides or predict several tokens stay
@@ -126,6 +126,25 @@ def send(address: Address, ask: Ask, prompt: str, timeout: float) -> Outcome:
         prompt_tokens=reply.prompt_tokens,
         early=tokens < ask.max_tokens and reply.finish == "stop",
     )
+
+
+def prompt_length(address: Address, ask: Ask, prompt: str, timeout: float) -> int | None:
+    """Tokens of a prompt as the server counts them in an answer that is no stream; None where it does not say."""
+    body = {**json.loads(ask.body(prompt)), "max_tokens": 1, "stream": False}
+    for name in ("stream_options", "min_tokens"):
+        body.pop(name, None)
+    try:
+        connection = address.connect(timeout)
+        try:
+            headers = {**address.headers(), "Content-Type": "application/json"}
+            connection.request("POST", address.path + ask.route, json.dumps(body).encode(), headers)
+            found = json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    usage = found.get("usage") if isinstance(found, dict) else None
+    return count(usage.get("prompt_tokens")) if isinstance(usage, dict) else None
 
 
 def _follow(socket: Any, response: http.client.HTTPResponse, reply: Reply, deadline: float) -> None:

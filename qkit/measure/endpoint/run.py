@@ -79,7 +79,7 @@ def measure_endpoint(
     outcomes: list[Outcome] = []
     problem = None
     with track(f"load on {address.url}", sum(counts), "requests") as advance:
-        sent = len(probed.warmups)
+        sent = probed.sent
         for size, count in zip(concurrency, counts, strict=True):
             ran = load.run(_sender(address, probed, timeout, sent), size, count, level_seconds, advance)
             sent += count
@@ -99,7 +99,7 @@ def measure_endpoint(
         max_tokens=max_tokens,
         ignore_eos=probed.ignore_eos,
         counted=_counted(outcomes),
-        warmups=len(probed.warmups),
+        warmups=probed.sent,
         warmup_failures=load.failures(probed.warmups),
         levels=tuple(levels),
         unmeasured=tuple(concurrency[len(levels) :]),

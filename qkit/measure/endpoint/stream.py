@@ -77,8 +77,8 @@ class Reply:
             self.model = event["model"]
         usage = event.get("usage")
         if isinstance(usage, dict):
-            self.usage = _count(usage.get("completion_tokens"))
-            self.prompt_tokens = _count(usage.get("prompt_tokens"))
+            self.usage = count(usage.get("completion_tokens"))
+            self.prompt_tokens = count(usage.get("prompt_tokens"))
         choices = event.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise Broken("malformed stream", f"an event without choices: {data[:100]!r}")
@@ -98,7 +98,8 @@ def _carries(choice: dict[str, Any], finish: Any) -> bool:
     return bool(choice.get("text")) or ("text" in choice and not finish)
 
 
-def _count(value: Any) -> int | None:
+def count(value: Any) -> int | None:
+    """A number of tokens as a server says it; None where that is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
