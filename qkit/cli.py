@@ -41,6 +41,7 @@ class Command:
 
     text      (module of the function, result) -> what stdout gets
     model     (name, help) of the one positional argument
+    required  whether that argument has to be given
     out       help of a required -o, an argument of the function beside the options
     failed    whether the result makes the exit code 1
     document  what --json prints"""
@@ -51,6 +52,7 @@ class Command:
     text: Callable[[Any, Any], str]
     options: type = NoOptions
     model: tuple[str, str] | None = None
+    required: bool = True
     out: str | None = None
     failed: Callable[[Any], bool] = lambda result: False
     document: Callable[[Any], dict[str, Any]] = lambda result: result.as_dict()
@@ -79,7 +81,8 @@ COMMANDS = (
         "measure:profile",
         lambda module, result: module.summary(result),
         ProfileOptions,
-        model=("model", "a converted folder, or " + SOURCE),
+        model=("model", f"a converted folder, or {SOURCE}; with --endpoint the name of a model there, or nothing"),
+        required=False,
         failed=lambda result: not result.passed,
     ),
     Command(
@@ -115,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         p.set_defaults(command=command)
         if command.model:
             name, help = command.model
-            p.add_argument(name, metavar=name.upper(), help=help)
+            p.add_argument(name, metavar=name.upper(), help=help, nargs=None if command.required else "?")
         if command.out:
             p.add_argument("-o", "--out", required=True, metavar="OUT", help=command.out)
         add_arguments(p, command.options)

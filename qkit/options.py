@@ -111,6 +111,14 @@ def number(value: Any, name: str) -> float:
     return found
 
 
+def positive(value: Any, name: str) -> float:
+    """A finite number above 0."""
+    found = number(value, name)
+    if not found:
+        raise QkitError(f"{name} must be above 0")
+    return found
+
+
 def size(value: Any, name: str) -> int:
     """Bytes: a whole number, or text such as 8GiB."""
     found = units.parse_size(value, name) if isinstance(value, str) else value

@@ -58,6 +58,16 @@ class Options:
         "w4a16, of awq w4a16-asym, of bnb nf4, of gguf q4_k_m",
         metavar="NAME",
     )
+    fit: str | None = option(
+        None,
+        "instead of --scheme: the best one with which the result fits a device of `qkit devices` (h100-sxm:2 for two), or "
+        "a JSON file that describes one",
+        metavar="DEVICE",
+    )
+    context: int | None = option(
+        None, "of --fit: tokens of each sequence; default: 8192, or what the model takes", parse=whole(1), metavar="N"
+    )
+    batch: int | None = option(None, "of --fit: sequences at once; default: 1", parse=whole(1), metavar="N")
     recipe: str | None = option(
         None, "rules that give modules schemes of their own, before --scheme (YAML or JSON)", metavar="FILE"
     )

@@ -22,7 +22,7 @@ from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..text.read import check_spec
-from . import experts
+from . import experts, fitting
 from .containers import CONTAINERS
 from .head import choose_head, with_head
 from .kv_cache import CacheScales, with_cache
@@ -192,6 +192,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     source = slices or source
     expanded = expand(source)
     source = expanded or source
+    options, of_fit = fitting.choose(options, source, tuple(expanded.schemes.values()) if expanded else ())
     stored = () if expanded is None or options.scheme or options.recipe else tuple(expanded.schemes.values())
     if expanded is not None and stored and all(spec.kind in fmt.kinds for spec in stored):
         recipe = stored_recipe(expanded, options)
@@ -208,7 +209,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     original, fmt = source, fmt.bound(source)
     source = fmt.view(source)
     method, notes = _choose_method(recipe, options, original, fmt.calibrated, cache is not None)
-    notes += of_cache
+    notes = [*of_fit, *notes, *of_cache]
     if source.stored.quantized and expanded is None:
         notes.append(
             f"the source is itself quantized: {source.stored.describe()}, {units.size(source.stored.nbytes)} stored; "

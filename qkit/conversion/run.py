@@ -69,7 +69,7 @@ def convert(
 
     started = time.perf_counter()
     opened = open_source(source, lora=options.lora)
-    place = resolve_out(out, (source, options.lora, options.calib, options.recipe))
+    place = resolve_out(out, (source, options.lora, options.calib, options.recipe, options.fit))
     plan = make_plan(opened, place, options)
     opened = plan.original
     if options.dry_run:

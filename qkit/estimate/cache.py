@@ -103,11 +103,6 @@ def caches(arch: Architecture) -> Iterator[Cache]:
         yield from layer.caches
 
 
-def _fixed(cache: Cache, values: int, batch: int, s: Setting) -> Part:
-    size = value_bytes(cache.fixed_dtype or s.state_dtype)
-    return Part.of(cache.kind, values, 1, batch, size, share(cache, s.tp))
-
-
 def _cross(cache: Cache, tokens: int, batch: int, size: Fraction, s: Setting) -> Part:
     seen = cache.window or s.encoder_tokens or tokens
     return Part.of("cross", cache.per_token, seen, batch, size, share(cache, s.tp))
@@ -118,7 +113,8 @@ def _transformers(
 ) -> Iterable[Part]:
     for cache in caches(arch):
         if cache.kind == "state":
-            yield _fixed(cache, cache.fixed_wide, batch, s)
+            own = value_bytes(cache.wide_dtype or s.state_dtype)
+            yield Part.of(cache.kind, cache.wide, 1, batch, own, share(cache, s.tp))
         elif cache.kind == "cross":
             yield _cross(cache, tokens, batch, size, s)
         else:

@@ -50,7 +50,9 @@ class Sizes:
         return self.weights.nbytes + self.kv_cache(context, batch) + sum(term.nbytes for term in more)
 
     def memory(self, target: Target, context: int, batch: int, serving: Serving) -> Memory:
-        text = "formula: {} x {:,} bytes of a sequence of {:,} tokens in {}" + (", {:.0%} of the layers" if self.split < 1 else "")
+        text = "formula: {} x {:,} bytes of a sequence of {:,} tokens in {}" + (
+            ", {:.0%} of the layers" if self.split < 1 else ""
+        )
         words = (batch, self.sequence.nbytes(context), context, self.kv_dtype, self.split)
         return Memory(
             (

@@ -123,7 +123,7 @@ def _llama_cpp(shape: Shape, target: Target, context: int, batch: int, s: Servin
     basis = "assumed: the driver's context, kernels and cuBLAS" if own else "none beside the process"
     return (
         Term("activations", wide + mask, text, values),
-        Term("logits", max(0, logits + tokens * shape.hidden * 4 - wide), _OUTPUTS, (tokens, shape.vocab)),
+        Term("logits", max(0, logits + tokens * shape.hidden * 4 - wide - mask), _OUTPUTS, (tokens, shape.vocab)),
         Term("runtime", own, basis),
     )
 

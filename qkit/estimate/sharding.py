@@ -57,8 +57,10 @@ def _vllm(arch: Architecture, weights: Weights, tp: int) -> Held:
     padded = -(-arch.vocab // _VOCAB_PAD) * _VOCAB_PAD / arch.vocab
     tables = weights.of_class("embedding", "head") * padded / tp
     whole = weights.of_class("norm", "router", "other")
-    more, words = made(arch, tp)
-    text = "all tensors" if tp == 1 else f"linears, experts and tables of tokens divided by {tp}, norms and routers whole"
+    more, words = made(arch, tp, any(p.quantized for p in weights.parts if p.role == "attention"))
+    text = (
+        "all tensors" if tp == 1 else f"linears, experts and tables of tokens divided by {tp}, norms and routers whole"
+    )
     return Held(-int(-(divided + attention + tables + whole + more) // 1), text + words)
 
 
@@ -78,17 +80,17 @@ def attention_share(arch: Architecture, tp: int) -> float:
     return rank / total if total else 1.0
 
 
-def made(arch: Architecture, tp: int) -> tuple[int, str]:
-    """(bytes of tensors that vLLM makes itself, in words): the table of rotations; MLA's two halves of kv_b_proj, for
-    decoding."""
+def made(arch: Architecture, tp: int, quantized: bool) -> tuple[int, str]:
+    """(bytes of tensors that vLLM makes itself, in words): the table of rotations; of MLA the two halves of kv_b_proj that
+    it decodes with, which are views of one that is not quantized."""
     rotated = next((layer.head_dim for layer in arch.layers if layer.head_dim), 0)
     up = [m for layer in arch.layers for m in layer.matrices if _up(m)]
     if up:
         rotated = next(c.per_token for layer in arch.layers for c in layer.caches if c.kind == "latent") - up[0].inp
     table = (arch.max_tokens or 0) * rotated * 2
-    twice = sum(m.numel for m in up) * 2 // tp
+    twice = sum(m.numel for m in up) * 2 // tp if quantized else 0
     words = f"; {table:,} bytes of rotations" if table else ""
-    return table + twice, words + (f"; {twice:,} bytes of kv_b_proj a second time, at 16 bits" if up else "")
+    return table + twice, words + (f"; {twice:,} bytes of kv_b_proj a second time, at 16 bits" if twice else "")
 
 
 def _up(m: Matrix) -> bool:

@@ -29,7 +29,7 @@ LADDERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Those that a step down is looked for among, where the device has fast kernels for them.
 _STEPS: tuple[tuple[str, str], ...] = (
-    ("compressed-tensors", "fp8"), ("compressed-tensors", "w4a16"), ("compressed-tensors", "nvfp4a16"), ("bnb", "nf4"),
+    ("compressed-tensors", "fp8"), ("compressed-tensors", "nvfp4a16"), ("compressed-tensors", "w4a16"), ("bnb", "nf4"),
     ("gguf", "q8_0"), ("gguf", "q6_k"), ("gguf", "q5_k_m"), ("gguf", "q4_k_m"), ("gguf", "iq4_xs"), ("gguf", "q3_k_m"),
     ("gguf", "q2_k"),
 )  # fmt: skip
@@ -85,6 +85,13 @@ class Formats:
             raise found
         return found
 
+    def total(self, format: str, scheme: str) -> int | None:
+        """Bytes of all weights; None where the format does not hold this model so."""
+        try:
+            return self.weights(format, scheme).total
+        except QkitError:
+            return None
+
 
 def engine_of(format: str, device: Device) -> str:
     """The engine in which a device runs a format."""
@@ -131,25 +138,23 @@ def steps_down(
     known = formats or Formats(arch)
     device, fast = target.device, _fast(target.device)
     before = known.weights(*now).total
-    found: list[Step] = []
-    asked: list[tuple[str, str, bool]] = [(*now, True)]
+
+    def step(format: str, scheme: str, kv_dtype: str | None) -> Step:
+        weights = known.weights(format, scheme)
+        answer = fit(arch, weights, target, engine_of(format, device), context, batch, kv_dtype)
+        return Step(format, scheme, kv_dtype, weights.total, answer)
+
+    smaller = []
     for format, scheme in _STEPS:
         scheme = _for_device(format, scheme, fast)
-        if _kernel(format, scheme) in fast:
-            asked.append((format, scheme, False))
-    for format, scheme, halved in [*asked, *((f, s, True) for f, s, _ in asked[-1:] if len(asked) > 1)]:
-        engine = engine_of(format, device)
-        kv_dtype = small_cache(engine, device) if halved else None
-        try:
-            weights = known.weights(format, scheme)
-        except QkitError:
-            continue  # shapes that this format does not hold
-        if (halved and kv_dtype is None) or (weights.total >= before and not halved):
-            continue
-        answer = fit(arch, weights, target, engine, context, batch, kv_dtype)
-        if not answer.problem:
-            found.append(Step(format, scheme, kv_dtype, weights.total, answer))
-    return tuple(found)
+        if _kernel(format, scheme) in fast and (known.total(format, scheme) or before) < before:
+            smaller.append(step(format, scheme, None))
+    # A cache of half the bytes: with what there is now, and with the smallest format of each engine.
+    last = {s.fit.engine: (s.format, s.scheme) for s in smaller}
+    kinds = {kind: small_cache(engine_of(kind[0], device), device) for kind in (now, *last.values())}
+    halved = {kind: step(*kind, kv_dtype) for kind, kv_dtype in kinds.items() if kv_dtype}
+    first = [halved.pop(now)] if now in halved else []
+    return tuple(s for s in (*first, *smaller, *halved.values()) if not s.fit.problem)
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,10 @@ def best_scheme(
             return Choice(format, scheme, last, tuple(larger))
         larger.append((scheme, last.memory.total))
     if last is None:
-        raise refused or QkitError(f"format {format} has no scheme of {most_bits:g} bits or fewer")
+        raise refused or QkitError(
+            f"format {format} has no scheme of {most_bits:g} bits or fewer, which is what the source has",
+            "choose another --format, or leave --fit out",
+        )
     raise _nothing(known, last, larger[-1], format)
 
 
@@ -228,7 +236,12 @@ def _nothing(known: Formats, last: Fit, smallest: tuple[str, int], format: str) 
         ways.append(f"--batch {batch}")
     for count in (n for n in _DEVICES if n > target.count):
         more = fit(
-            known.arch, known.weights(format, scheme), Target(target.device, count), last.engine, last.context, last.batch
+            known.arch,
+            known.weights(format, scheme),
+            Target(target.device, count),
+            last.engine,
+            last.context,
+            last.batch,
         )
         if more.fits:
             ways.append(f"--fit {more.target.spec}")
@@ -242,13 +255,16 @@ def _nothing(known: Formats, last: Fit, smallest: tuple[str, int], format: str) 
 
 
 def _other(known: Formats, last: Fit, format: str) -> Sequence[str]:
-    """The first format whose smallest scheme fits, if any."""
+    """Of the best schemes of other formats that fit, the one with the most bytes, if any."""
+    found: tuple[int, str] = (0, "")
     for other, ladder in LADDERS.items():
         engine = engine_of(other, last.target.device)
-        try:
-            weights = known.weights(other, ladder[-1])
-        except QkitError:
-            continue
-        if other != format and fit(known.arch, weights, last.target, engine, last.context, last.batch).fits:
-            return [f"--format {other}"]
-    return []
+        for scheme in ladder if other != format else ():
+            total = known.total(other, scheme)
+            if (
+                total
+                and fit(known.arch, known.weights(other, scheme), last.target, engine, last.context, last.batch).fits
+            ):
+                found = max(found, (total, f"--format {other} ({scheme})"))
+                break
+    return [found[1]] if found[0] else []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import QkitError
 from ..models.architecture import Architecture, Matrix
-from ..spec import Keep, LayerSpec, Recipe, Rule, ggml
+from ..spec import Keep, LayerSpec, Recipe, Rule, preset
 from ..spec.dtypes import ITEMSIZE, TensorMeta
 from ..spec.recipe import rule_for
 from . import gguf, headers
@@ -103,9 +103,7 @@ def _choices(arch: Architecture, scheme: str | LayerSpec | None, fmt: Format, dt
 
 
 def _in_gguf(arch: Architecture, scheme: str | LayerSpec | None, dtype: str) -> Weights:
-    spec = ggml(scheme) if isinstance(scheme, str) and scheme != "none" else scheme
-    if isinstance(spec, str):
-        spec = None
+    spec = preset(scheme) if isinstance(scheme, str) else scheme
     if spec is not None and spec.kind != "ggml":
         raise QkitError(f"GGUF does not hold {spec.describe()}", "use a mix such as q4_k_m")
     parts = []

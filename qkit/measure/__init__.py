@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from ..report.write import summary
+from ..report import write
+from .endpoint import Endpoint, measure_endpoint, render
 from .run import profile
 from .types import Profile
 
-__all__ = ["Profile", "profile", "summary"]
+
+def summary(result: Profile | Endpoint) -> str:
+    """What the command line prints."""
+    return render.summary(result) if isinstance(result, Endpoint) else write.summary(result)
+
+
+__all__ = ["Endpoint", "Profile", "measure_endpoint", "profile", "summary"]

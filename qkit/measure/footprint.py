@@ -43,8 +43,6 @@ def apart(model: str, device: str, prompt: list[int], batch: int, free: int) -> 
 
     threads = torch.get_num_threads()
     request = {"model": model, "device": device, "prompt": prompt, "batch": batch, "free": free, "threads": threads}
-    # The same code as here, wherever it was imported from, and nothing that lies in the current folder by chance.
-    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "qkit.measure.footprint"],
@@ -52,13 +50,13 @@ def apart(model: str, device: str, prompt: list[int], batch: int, free: int) -> 
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **_ALLOCATOR},
+            env=own_environment(),
             check=False,
         )
     except OSError as error:
         return f"no process could be started: {error.strerror or error}"
     if done.returncode:
-        return _ending(done.returncode, done.stderr)
+        return ending(done.returncode, done.stderr)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
         return str(answer["problem"]) if "problem" in answer else Footprint(**answer)
@@ -66,7 +64,14 @@ def apart(model: str, device: str, prompt: list[int], batch: int, free: int) -> 
         return "its process gave no answer"
 
 
-def _ending(code: int, stderr: str) -> str:
+def own_environment() -> dict[str, str]:
+    """For a process with the same code as here, wherever that was imported from, and nothing that lies in the current
+    folder by chance."""
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **_ALLOCATOR}
+
+
+def ending(code: int, stderr: str) -> str:
     """Why a process failed, in a line."""
     if code < 0:
         try:

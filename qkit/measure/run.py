@@ -14,12 +14,17 @@ from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
 from . import facts, fit, footprint, speed
+from .endpoint.command import profile_endpoint
+from .endpoint.run import default_name
+from .engines import command as engines
+from .engines.render import FORMULAS as SWEEP_FORMULAS
 from .options import Options
 from .types import EvaluationText, Measured, Profile
 
 if TYPE_CHECKING:
     import torch
 
+    from .endpoint import Endpoint
     from .quality import Quality
 
 HEADLINE = "llama.cpp"  # the protocol that thresholds and headlines use; the report shows both
@@ -44,15 +49,19 @@ FORMULAS = {
 
 
 @with_options(Options)
-def profile(model: str, options: Options) -> Profile:
+def profile(model: str | None = None, *, options: Options) -> Profile | Endpoint:
     """Measure a model on this machine and write profile.json, profile.md and profile.html.
 
-    model  a converted folder, or anything `open_source` takes
+    model  a converted folder, or anything `open_source` takes; with `endpoint` the name of a model there, or None
 
     The evaluation text is checked to share no passage with the calibration text that the model's manifest names.
     Thresholds: see `Profile.failures`; max_kld is held against the mean KL divergence of the "llama.cpp" protocol.
     Raises QkitError for bad options, a device that is not here, overlapping texts, a model that does not fit.
     """
+    if options.endpoint is not None:
+        return profile_endpoint(model, options, _out_folder(options.out, default_name(options.endpoint)))
+    if model is None:
+        raise QkitError("there is no model to measure", "name one, or a running server with --endpoint URL")
     from ..runtime import load, load_tokenizer
     from ..sources import open_source
     from . import quality
@@ -61,6 +70,7 @@ def profile(model: str, options: Options) -> Profile:
     if max_kld is not None and baseline is None:
         raise QkitError("--max-kld needs a model to compare with", "name the unquantized model with --baseline")
     where = resolve(options.device)
+    engines.check(options, [model])
     source = open_source(model)
     base_source = open_source(baseline) if baseline else None
     identity, manifest_sha = facts.manifest(source.folder)
@@ -83,6 +93,7 @@ def profile(model: str, options: Options) -> Profile:
         for name, _ in named:
             seen.append(footprint.apart(name, where.id, filled, max(batch), where.available_bytes))
             advance(1)
+    sweeps = engines.sweeps(options, [(model, sizes[0])], tokens.flatten().tolist(), where)
     target = torch.device(where.id)
     ceiling = speed.read_ceiling(target)
     prompt = _prompt(tokens, min(context, limit - speed.GENERATED))
@@ -123,8 +134,14 @@ def profile(model: str, options: Options) -> Profile:
         },
         thresholds=thresholds,
         failures=_failures(thresholds, scores, lines),
-        formulas={**FORMULAS, **speed.FORMULAS, "KV cache, by formula": lines[0].formula.kv_formula},
+        formulas={
+            **FORMULAS,
+            **speed.FORMULAS,
+            **(SWEEP_FORMULAS if sweeps else {}),
+            "KV cache, by formula": lines[0].formula.kv_formula,
+        },
         out=str(folder),
+        sweeps=sweeps,
     )
     report.write(result, folder)
     return result

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..spec.dtypes import FLOATS
+from .engines.types import Sweep
 from .quality import Quality
 
 SCHEMA_VERSION = 2
@@ -160,6 +161,7 @@ class Profile:
     failures: tuple[str, ...]
     formulas: dict[str, str]
     out: str
+    sweeps: tuple[Sweep, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

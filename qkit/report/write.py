@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 from .. import units
+from ..measure.engines import render as sweeps
 from ..measure.types import Memory, Profile
 from . import charts, tables
 from .tables import Table
+from .text import cell, markdown_table, plain_table
 from .wording import against, cards, fit_words, headline_scores, setting, short_name, status, verdict
 
 NAMES = ("profile.json", "profile.md", "profile.html")
@@ -32,14 +34,14 @@ def to_json(result: Profile) -> str:
 def to_markdown(result: Profile) -> str:
     """The same tables as Markdown, without percentiles and hashes, which the other two files have."""
     said = status(result)
-    out = [f"# {_cell(short_name(result.model))}", "", _cell(verdict(result)), ""]
+    out = [f"# {cell(short_name(result.model))}", "", cell(verdict(result)), ""]
     if said:
-        out += [f"**{_cell(said)}**", ""]
-    out += _markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
+        out += [f"**{cell(said)}**", ""]
+    out += markdown_table(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
     for title, table in _sections(result):
-        out += ["", f"## {_cell(title)}", "", *_markdown(*table)]
+        out += ["", f"## {cell(title)}", "", *markdown_table(*table)]
     out += ["", "## How each figure is defined", ""]
-    out += [f"- **{_cell(name)}**: {_cell(formula)}" for name, formula in result.formulas.items()]
+    out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
     fence = "`" * max(3, 1 + _longest_run(result.provenance["command"]))
     out += ["", "## Reproduce", "", fence, result.provenance["command"], fence, ""]
     out += [f"Percentiles, fingerprints and every time: {NAMES[0]}, {NAMES[2]}.", ""]
@@ -57,6 +59,7 @@ def _sections(result: Profile) -> list[tuple[str, Table]]:
         (f"Quality {compared}".rstrip(), tables.quality(result)),
         ("Speed (measured)", tables.speed(result)),
         ("Memory", tables.memory(result)),
+        *sweeps.sections(result.sweeps),
         ("Measured on", tables.facts(result)),
     ]
 
@@ -66,19 +69,6 @@ def _folded(result: Profile) -> list[tuple[str, Table, str]]:
     found = tables.percentiles(result)
     folded = [(f"Percentiles {against(result)}".rstrip(), found, "")] if found else []
     return [*folded, ("Hashes and how it was converted", tables.records(result), "facts")]
-
-
-def _cell(text: str) -> str:
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, "\\" + mark)
-    return " ".join(text.split())
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(_cell(c) for c in row) + " |" for row in [head]] + [
-        "|" + " --- |" * len(head),
-        *("| " + " | ".join(_cell(c) for c in row) + " |" for row in lines),
-    ]
 
 
 def to_html(result: Profile) -> str:
@@ -141,16 +131,12 @@ def summary(result: Profile) -> str:
     top, memory, text = cards(result), result.model.memory, result.text
     width = max(len(c["title"]) for c in top)
     lines = [result.model.name, "", *(f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top)]
-    lines += ["", *_plain_table(*tables.quality(result)), "", *_plain_table(*tables.speed(result)), ""]
+    lines += ["", *plain_table(*tables.quality(result)), "", *plain_table(*tables.speed(result)), ""]
+    for title, table in sweeps.sections(result.sweeps):
+        lines += [f"  {title}", "", *plain_table(*table), ""]
     total = f"{units.size(memory.total)} at {setting(memory)}, " if memory.total is not None else ""
     lines.append(f"  memory  {total}{fit_words(memory)}")
     lines.append(f"  text    {text.name}, {text.chunks} x {text.n_ctx} tokens; {text.overlap}")
     lines.append(f"  report  {Path(result.out) / NAMES[2]}")
     said = status(result)
     return "\n".join([*lines, *([f"  {said}"] if said else [])])
-
-
-def _plain_table(head: list[str], lines: list[list[str]]) -> list[str]:
-    rows = [head, *lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -85,10 +85,21 @@ CLIENTS = {
         ("triton",),
         {"BUILD_CUDA_EXT": "0"},
     ),
-    # Compiled from source (some minutes on two cores), without the part that reads pictures.
+    # Compiled from source (minutes on two cores), without the part that reads pictures; then what its server needs.
     "llamacpp": Client(
         "client_llamacpp.py",
-        (("numpy==2.4.6",), ("--config-settings=cmake.define.LLAVA_BUILD=OFF", "llama-cpp-python==0.3.36")),
+        (
+            ("numpy==2.4.6",),
+            ("--config-settings=cmake.define.LLAVA_BUILD=OFF", "llama-cpp-python==0.3.36"),
+            (
+                "fastapi==0.136.3",
+                "uvicorn==0.54.0",
+                "sse-starlette==3.7.0",
+                "starlette-context==0.3.6",
+                "pydantic-settings==2.16.3",
+                "pyyaml",
+            ),
+        ),
     ),
 }
 # Gemma-3-270M travels in four parts; `assemble` joins them. No dependency is needed for that.

@@ -73,7 +73,11 @@ def latent(k: Keys, f: Family, at: Place) -> Part:
     stem = f"{at.layer}.{f.attention}"
     queries = k.size("num_attention_heads", most=1 << 20)
     hidden, rank = k.size("hidden_size"), k.size("kv_lora_rank")
-    rope, nope, v_dim = k.size("qk_rope_head_dim"), k.size("qk_nope_head_dim"), k.size("v_head_dim")
+    rope, nope, v_dim = (
+        k.size("qk_rope_head_dim"),
+        k.size("qk_nope_head_dim"),
+        k.size("v_head_dim", max(1, hidden // queries)),
+    )
     low = k.size("q_lora_rank", 0, least=0)
     bias = k.flag(f.qkv_bias)
     part = Part()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from . import kinds, oddities, states
 from .attention import grouped, latent
 from .family import Family
-from .mlp import Moe, Shared, after_first, between, interleaved, periodic, stepwise
+from .mlp import Moe, Shared, after_first, after_one, between, interleaved, periodic, stepwise
 from .states import named
 
 _W = ("w1", "w3", "w2")
@@ -31,7 +31,7 @@ _GLM = Family(
     ffn=("gate_up_proj", "down_proj"), out_bias=False, mlp_bias=False
 )  # fmt: skip
 _QWEN3_NEXT = Family(
-    qk_norm="head", gated_queries=True, mlp_bias=False, rule=kinds.spaced(4), state_dtype="F32",
+    qk_norm="head", gated_queries=True, mlp_bias=False, rule=kinds.spaced(4),
     mixers={kinds.LINEAR: states.delta}, moe=replace(_QWEN_MOE, shared=_QWEN_SHARED),
 )  # fmt: skip
 _QWEN3_5 = replace(_QWEN3_NEXT, mixers={kinds.LINEAR: named(states.delta, apart=True)}, moe=None)
@@ -128,10 +128,10 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(mixer=latent, mlp_bias=False, moe=_DEEPSEEK),
     "kimi_k2": Family(mixer=latent, mlp_bias=False, moe=_DEEPSEEK),
     "minicpm3": Family(mixer=latent),
-    "glm4_moe_lite": Family(mixer=latent, mlp_bias=False, moe=_DEEPSEEK),
+    "glm4_moe_lite": Family(mixer=latent, mlp_bias=False, moe=replace(_DEEPSEEK, sparse=after_one)),
     "kimi_linear": Family(
-        mixer=latent, mixers={kinds.LINEAR: states.kimi}, mlp_bias=False, rule=oddities.kimi_layers, state_dtype="F32",
-        moe=Moe(_BLOCK, _W, sparse=after_first, shared=Shared(f"{_BLOCK}.shared_experts"), correction=True),
+        mixer=latent, mixers={kinds.LINEAR: states.kimi}, mlp_bias=False, rule=oddities.kimi_layers,
+        moe=Moe(_BLOCK, _W, sparse=after_one, shared=Shared(f"{_BLOCK}.shared_experts"), correction=True),
     ),
     "dots1": Family(qk_norm="head", mlp_bias=False, rule=kinds.upper, moe=_DEEPSEEK),
     "glm": _GLM,
@@ -153,11 +153,11 @@ FAMILIES: dict[str, Family] = {
                                  embedding="language_model.model.embed_tokens", layers="language_model.model.layers",
                                  head="language_model.lm_head", more_rows=8),
     "minimax": replace(
-        _PLAIN, rule=kinds.alternating, mixers={kinds.LINEAR: states.lightning}, moe=_MIXTRAL, state_dtype="F32"
+        _PLAIN, rule=kinds.alternating, mixers={kinds.LINEAR: states.lightning}, moe=_MIXTRAL
     ),
     "minimax_m2": replace(_PLAIN, qk_norm="heads", moe=replace(_MIXTRAL, correction=True)),
     "ernie4_5": Family(qkv_bias="use_bias", mlp_bias="use_bias", tied=True),
-    "ernie4_5_moe": Family(qkv_bias="use_bias", mlp_bias="use_bias", moe=replace(_DEEPSEEK, sparse=between)),
+    "ernie4_5_moe": Family(qkv_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias", moe=replace(_DEEPSEEK, sparse=between)),
     "smollm3": replace(_LLAMA, rule=kinds.unrotated),
     "exaone4": replace(_PLAIN, qk_norm="head", rule=kinds.every(4)),
     "hunyuan_v1_dense": Family(mlp_bias=False, qk_norm="head"),
@@ -203,7 +203,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": Family(
         qkv_bias=False, out="out_proj", qk_norm="head", mlp="feed_forward", ffn=_W, mlp_bias=False,
         rule=oddities.lfm2_layers, mixers={"conv": states.short}, tied=True,
-        moe=Moe("feed_forward", _W, sparse=after_first, correction="use_expert_bias"),
+        moe=Moe("feed_forward", _W, sparse=after_one, correction="use_expert_bias"),
     ),
     "recurrent_gemma": Family(
         attention="temporal_block", out_bias=True, mlp="mlp_block", mlp_bias=True, width=oddities.halved, rule=oddities.griffin_layers,

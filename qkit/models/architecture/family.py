@@ -32,7 +32,6 @@ class Family:
     rule                     what layers attend to where the config does not say
     kv_heads                 where `num_key_value_heads` is not all
     mixer, mixers            what takes the place of attention: everywhere, or by kind of layer
-    state_dtype              of states, where it is not the model's
     single                   kinds of layers that are their mixer alone, with one norm
     moe                      experts, where there are some
     width                    of an MLP: a key, or how it is worked out; embedding_width: a key, where it is narrower
@@ -67,7 +66,6 @@ class Family:
     kv_heads: Callable[[Keys], int] | None = None
     mixers: Mapping[str, Mixer] = field(default_factory=dict)
     mixer: Mixer = grouped
-    state_dtype: str | None = None
     single: tuple[str, ...] = ()
     moe: Moe | None = None
     width: str | Callable[[Keys, Place], int] = "intermediate_size"

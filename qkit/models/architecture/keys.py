@@ -31,7 +31,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "mamba_expand": ("expand",),
     "mamba_dt_rank": ("time_step_rank",),
     "mamba_conv_bias": ("use_conv_bias",),
-    "mamba_proj_bias": ("use_bias", "add_bias_linear"),
     "mamba_n_heads": ("mamba_num_heads", "n_mamba_heads", "num_heads"),
     "mamba_d_head": ("mamba_head_dim", "mamba_headdim", "head_dim"),
     "mamba_n_groups": ("n_groups", "mamba_ngroups"),
@@ -100,12 +99,12 @@ class Keys:
         return self.size(name, default, least)
 
     def number(self, name: str, default: float) -> float:
-        """A finite number from 0 up."""
+        """A finite number above 0."""
         value = self.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST:
-            raise QkitError(f"{self._called(name)} in config.json is {_short(value)}, not a number from 0 up", _HINT)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MOST:
+            raise QkitError(f"{self._called(name)} in config.json is {_short(value)}, not a number above 0", _HINT)
         return float(value)
 
     def flag(self, name: bool | str, default: bool = False) -> bool:

@@ -19,9 +19,9 @@ def given(k: Keys, key: str, layers: int) -> list[str] | None:
     if listed is None:
         return None
     found = [_OLD.get(name, name) if isinstance(name, str) else name for name in listed]
-    unknown = next((name for name in found if name not in KNOWN), None)
-    if unknown is not None:
-        raise QkitError(f"{key} in config.json has {unknown!r}", "known: " + ", ".join(KNOWN))
+    unknown = [name for name in found if name not in KNOWN]
+    if unknown:
+        raise QkitError(f"{key} in config.json has {unknown[0]!r}", "known: " + ", ".join(KNOWN))
     return found
 
 
@@ -29,6 +29,8 @@ def layer_kinds(k: Keys, rule: Kinds) -> list[str]:
     """The kind of each layer: as listed, else by the family's rule."""
     listed = [k.get(key) for key in ("layer_types", "layers_block_type", "hybrid_override_pattern")]
     lengths = [len(each) for each in listed if isinstance(each, (list, str)) and each]
+    if not lengths and not k.where and not k.has("num_hidden_layers"):
+        k.missing("num_hidden_layers")
     layers = k.size("num_hidden_layers", lengths[0] if lengths else None, most=MOST_LAYERS)
     return given(k, "layer_types", layers) or rule(k, layers)
 

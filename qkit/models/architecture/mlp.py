@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 Sparse = Callable[[Keys, int], bool]
 
 
-def after_first(k: Keys, index: int) -> bool:
-    """DeepSeek's: the first layers are dense, then each of a frequency is sparse."""
-    types = k.get("mlp_layer_types")
-    if types is not None:
+def after_first(k: Keys, index: int, dense: int = 0) -> bool:
+    """DeepSeek's: the first layers are dense. dense: how many where the config does not say."""
+    if k.get("mlp_layer_types") is not None:
         return _typed(k, index)
-    return index >= k.size("first_k_dense_replace", 0, least=0)
+    return index >= k.size("first_k_dense_replace", dense, least=0)
+
+
+def after_one(k: Keys, index: int) -> bool:
+    return after_first(k, index, 1)
 
 
 def stepwise(k: Keys, index: int) -> bool:
@@ -39,8 +42,7 @@ def interleaved(k: Keys, index: int) -> bool:
 
 def between(k: Keys, index: int) -> bool:
     """ERNIE's: every interval-th layer from a first to a last; -1: the last of all."""
-    types = k.get("mlp_layer_types")
-    if types is not None:
+    if k.get("mlp_layer_types") is not None:
         return _typed(k, index)
     layers = k.size("num_hidden_layers")
     last = k.get("moe_layer_end_index")

@@ -1,4 +1,4 @@
-"""What takes the place of attention and keeps a state instead of tokens: Mamba, linear attention, convolutions, RWKV."""
+"""What stands in place of attention and keeps a state instead of tokens: Mamba, linear attention, convolutions, RWKV."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ...spec.dtypes import named_dtype
 from .keys import Keys
 from .part import Part, Place, linears
 from .types import Cache, Matrix
@@ -17,11 +18,23 @@ if TYPE_CHECKING:
 
 def convolution(channels: int, kernel: int) -> Cache:
     """What a causal convolution keeps: engines the inputs before the newest, transformers that one too."""
-    return Cache("state", fixed=channels * max(0, kernel - 1), fixed_wide=channels * kernel)
+    return Cache("state", fixed=channels * max(0, kernel - 1), wide=channels * kernel)
 
 
-def recurrent(values: int, dtype: str | None = None) -> Cache:
-    return Cache("state", fixed=values, fixed_wide=values, fixed_dtype=dtype)
+def recurrent(values: int, dtype: str | None = None, wide_dtype: str | None = "F32") -> Cache:
+    """A state that transformers computes, and so keeps, in float32."""
+    return Cache("state", fixed=values, fixed_dtype=dtype, wide=values, wide_dtype=wide_dtype)
+
+
+def biased(k: Keys) -> bool:
+    """Whether the projections into and out of a Mamba have biases; Nemotron-H has two keys, of which one counts."""
+    return any(k.flag(key) for key in ("mamba_proj_bias", "use_bias", "add_bias_linear"))
+
+
+def declared(k: Keys) -> str | None:
+    """The type that a config asks engines to hold the state of its recurrence in."""
+    named = k.get("mamba_ssm_cache_dtype") or k.get("mamba_ssm_dtype")
+    return named_dtype(named) if isinstance(named, str) else None
 
 
 def mamba1(k: Keys, f: Family, at: Place, module: str = "mixer", norms: bool = False) -> Part:
@@ -31,13 +44,13 @@ def mamba1(k: Keys, f: Family, at: Place, module: str = "mixer", norms: bool = F
     states, kernel = k.size("mamba_d_state"), k.size("mamba_d_conv")
     rank = k.get("mamba_dt_rank")
     rank = math.ceil(hidden / 16) if rank in (None, "auto") else k.size("mamba_dt_rank")
-    bias = k.flag("mamba_proj_bias")
+    bias = biased(k)
     part = linears(stem, "attention", ("in_proj", 2 * inner, hidden), ("out_proj", hidden, inner), bias=bias)
     part += linears(stem, "attention", ("x_proj", rank + 2 * states, inner))
     part += linears(stem, "attention", ("dt_proj", inner, rank), bias=True)
     small = inner * (kernel + k.flag("mamba_conv_bias", True)) + inner * states + inner
     small += rank + 2 * states if norms else 0
-    return part + Part((), small, (convolution(inner, kernel), recurrent(inner * states, f.state_dtype)))
+    return part + Part((), small, (convolution(inner, kernel), recurrent(inner * states, declared(k))))
 
 
 def mamba2(k: Keys, f: Family, at: Place, module: str = "mamba", normed: bool | str = True) -> Part:
@@ -59,10 +72,10 @@ def mamba2(k: Keys, f: Family, at: Place, module: str = "mamba", normed: bool | 
         "attention",
         ("in_proj", inner + mixed + count, hidden),
         ("out_proj", hidden, inner),
-        bias=k.flag("mamba_proj_bias"),
+        bias=biased(k),
     )
     small = mixed * (kernel + k.flag("mamba_conv_bias", True)) + 3 * count + (inner if k.flag(normed) else 0)
-    return part + Part((), small, (convolution(mixed, kernel), recurrent(inner * states, f.state_dtype)))
+    return part + Part((), small, (convolution(mixed, kernel), recurrent(inner * states, declared(k))))
 
 
 def delta(k: Keys, f: Family, at: Place, module: str = "linear_attn", apart: bool = False) -> Part:
@@ -78,7 +91,7 @@ def delta(k: Keys, f: Family, at: Place, module: str = "linear_attn", apart: boo
     else:
         made = (("in_proj_qkvz", mixed + out), ("in_proj_ba", 2 * values))
     part = linears(stem, "attention", *((name, n, hidden) for name, n in made), ("out_proj", hidden, out))
-    state = recurrent(values * k_dim * v_dim, f.state_dtype)
+    state = recurrent(values * k_dim * v_dim, declared(k))
     return part + Part((), mixed * kernel + 2 * values + v_dim, (convolution(mixed, kernel), state))
 
 
@@ -94,7 +107,7 @@ def kimi(k: Keys, f: Family, at: Place) -> Part:
     part += linears(stem, "attention", ("f_a_proj", dim, hidden), ("f_b_proj", wide, dim), ("b_proj", count, hidden))
     part += linears(stem, "attention", ("g_a_proj", dim, hidden), ("g_b_proj", wide, dim), ("o_proj", hidden, wide))
     small = 3 * wide * kernel + wide + count + dim
-    return part + Part((), small, (convolution(3 * wide, kernel), recurrent(wide * dim, f.state_dtype)))
+    return part + Part((), small, (convolution(3 * wide, kernel), recurrent(wide * dim, "F32")))
 
 
 def lightning(k: Keys, f: Family, at: Place) -> Part:
@@ -106,7 +119,7 @@ def lightning(k: Keys, f: Family, at: Place) -> Part:
     wide = count * dim
     part = linears(stem, "attention", ("qkv_proj", 3 * wide, hidden), ("out_proj", hidden, wide))
     part += linears(stem, "attention", ("output_gate", wide, hidden))
-    return part + Part((), wide, (recurrent(wide * dim, f.state_dtype),))
+    return part + Part((), wide, (recurrent(wide * dim, None, None),))
 
 
 def short(k: Keys, f: Family, at: Place) -> Part:
@@ -130,7 +143,7 @@ def gated_recurrence(k: Keys, f: Family, at: Place) -> Part:
         for name in ("input", "recurrent")
     )
     small = width * (kernel + 1) + width + 2 * width
-    return part + Part(gates, small, (convolution(width, kernel), recurrent(width, "F32")))
+    return part + Part(gates, small, (recurrent(width * (kernel - 1), None, None), recurrent(width, "F32")))
 
 
 def rwkv(k: Keys, f: Family, at: Place) -> Part:
@@ -144,7 +157,7 @@ def rwkv(k: Keys, f: Family, at: Place) -> Part:
     part += linears(block, "mlp", ("key", wide, hidden), ("receptance", hidden, hidden), ("value", hidden, wide))
     small = 2 * own + 5 * hidden + (4 if at.index == 0 else 2) * hidden  # a second norm, and one before the first block
     # Inputs of both mixings, and numerator, denominator and their scale.
-    return part + Part((), small, (recurrent(2 * hidden), recurrent(3 * own, "F32")), wide=wide)
+    return part + Part((), small, (recurrent(2 * hidden, None, None), recurrent(3 * own, "F32")), wide=wide)
 
 
 def beside(k: Keys, f: Family, at: Place) -> Part:

@@ -46,11 +46,11 @@ class Cache:
                  "cross" (keys and values of an encoder's output)
     per_token    values that a token keeps; of MLA the latent and the rotated key
     expanded     the same for an engine that keeps MLA's keys and values, as transformers did before 5.20
-    window       tokens that sliding and chunked layers see, the newest included
-    fixed        values that a sequence keeps whatever its length, as engines hold them: states; keys and values of an
-                 encoder of its full length
-    fixed_wide   the same in transformers' cache, whose convolutions keep one column more
+    window       tokens that sliding and chunked layers see, the newest included; of cross-attention those of the
+                 encoder's output where that has one length
+    fixed        values that a sequence keeps whatever its length, as engines hold them
     fixed_dtype  the type of a state that is not held in the model's ("F32")
+    wide         the same in transformers' cache, whose convolutions keep one column more; wide_dtype: its type
     kv_heads     what tensor parallelism divides, and replicates where there are too few; 0: a latent or a state
     head_dim     of keys
     """
@@ -60,8 +60,9 @@ class Cache:
     expanded: int = 0
     window: int | None = None
     fixed: int = 0
-    fixed_wide: int = 0
     fixed_dtype: str | None = None
+    wide: int = 0
+    wide_dtype: str | None = None
     kv_heads: int = 0
     head_dim: int = 0
 

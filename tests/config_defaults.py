@@ -1,6 +1,6 @@
 """Makes qkit/models/data/config_defaults.json: what transformers' config classes have where config.json says nothing.
 
-    python tests/models/config_defaults.py        writes the file anew
+    python tests/config_defaults.py        writes the file anew
 
 Class defaults, not those of an instance: an instance has filled in what depends on other keys. Of each class the keys
 that qkit.models.architecture names anywhere.
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-MODELS = Path(__file__).parents[2] / "qkit" / "models"
+MODELS = Path(__file__).parents[1] / "qkit" / "models"
 FILE = MODELS / "data" / "config_defaults.json"
 
 

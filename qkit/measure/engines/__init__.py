@@ -1,0 +1,1 @@
+"""A model in an engine (qkit, vLLM, llama.cpp), over batch sizes and contexts, in the engine's own process."""
