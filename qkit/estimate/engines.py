@@ -110,6 +110,7 @@ _KERNELS = (
 
 def kernel_named(text: str, bits: float) -> str:
     """The kind of kernel for a format as published; by its bits where the words say nothing."""
+    text = re.sub(r"\([^)]*kv[^)]*\)", "", text, flags=re.IGNORECASE)  # of the cache, not of the weights
     found = next((kind for pattern, kind in _KERNELS if re.search(pattern, text, re.IGNORECASE)), None)
     return found or ("16" if bits > 12 else "int8" if bits > 6 else "int4")
 
