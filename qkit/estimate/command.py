@@ -1,0 +1,84 @@
+"""`qkit profile` where it predicts: devices of the catalogue, cards, or a model of which there is a config alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QkitError
+from ..hardware.catalogue import parse
+from ..hardware.device import Target
+from ..options import command_line
+from .document import document
+from .estimate import Asked, Estimate, estimate
+from .render import describe
+
+if TYPE_CHECKING:
+    from ..measure.options import Options
+
+HERE = ("auto", "cpu", "cuda")  # what a device of this machine is called
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The result of a prediction. failures: thresholds that are missed: not empty, the exit code is 1."""
+
+    estimates: tuple[Estimate, ...]
+    command: str
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**document(self.estimates, self.command), "passed": self.passed, "failures": list(self.failures)}
+
+
+def is_here(device: str) -> bool:
+    """Whether a name means a device of this machine."""
+    return device.strip().lower().partition(":")[0] in HERE
+
+
+def predict(models: Sequence[str], targets: Sequence[Target], options: Options) -> Predicted:
+    """Each of `models` on each of `targets`.
+
+    Raises QkitError for options that only a measurement has, and as `estimate` does."""
+    for name in ("baseline", "text", "max_kld", "endpoint"):
+        if getattr(options, name, None) is not None:
+            raise QkitError(
+                f"--{name.replace('_', '-')} is for what is measured, and nothing is measured on a device that is not here",
+                "leave it out, or name a device of this machine: `qkit devices` lists those",
+            )
+    if len(options.batch) > 1:
+        raise QkitError("a prediction takes one --batch", "its report has a curve over others")
+    asked = Asked(
+        context=options.context, batch=options.batch[0], format=options.format, scheme=options.scheme,
+        engine=options.engine, kv_cache=options.kv_cache, usd_per_hour=options.price_per_hour,
+        hosted=options.api_price, utilization=options.utilization, inputs=options.input_tokens,
+    )  # fmt: skip
+    estimates = tuple(estimate(model, targets, asked) for model in models)
+    command = shlex.join(["qkit", "profile", *models, *command_line(options)])
+    return Predicted(estimates, command, _missed(estimates, options.min_tps))
+
+
+def targets_of(devices: Sequence[str]) -> tuple[Target, ...]:
+    """The targets of --device. Raises QkitError, with the closest names, for one that is unknown."""
+    return parse(list(devices))
+
+
+def _missed(estimates: Sequence[Estimate], min_tps: float | None) -> tuple[str, ...]:
+    if min_tps is None:
+        return ()
+    return tuple(
+        f"{each.subject.label} on {a.target.spec}: {a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, below {min_tps:g}"
+        for each in estimates
+        for a in each.answers
+        if a.speeds is not None and a.speeds.decode.tokens_per_s < min_tps
+    )
+
+
+def summary(result: Predicted) -> str:
+    return "\n\n".join(describe(each) for each in result.estimates)
