@@ -34,7 +34,8 @@ from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
 from .linear import QuantLinear, quant_linear
-from .load import activations_of, log_kernels
+from .frame import activations_of
+from .load import log_kernels
 
 if TYPE_CHECKING:
     from ..formats import Format
