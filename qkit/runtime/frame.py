@@ -87,6 +87,10 @@ class Frame:
             self._put(module, self._plain.pop(module))
         dematerialize(self.model.get_submodule(name))
 
+    def is_tied(self, name: str) -> bool:
+        """Whether the weight of the module of that name is another module's."""
+        return f"{name}.weight" in self._first
+
     def _put(self, module: str, layer: nn.Module) -> None:
         parent, _, child = module.rpartition(".")
         setattr(self.model.get_submodule(parent), child, layer)

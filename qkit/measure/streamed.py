@@ -1,0 +1,75 @@
+"""A checkpoint run over the evaluation text one decoder block at a time: memory holds one block, or what comes before
+and after them, beside hidden states. The figures are those of the loaded model, bit for bit: the same modules and
+kernels get the same inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from . import memory
+from .states import States, logits
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.frame import Frame
+
+
+class Streamed:
+    """states: what the last block gives; weights: bytes of the model's tensors as it would hold them; kernels: kernel
+    name -> quantized linears that use it."""
+
+    def __init__(self, frame: Frame, tokens: torch.Tensor, advance: Callable[[float], None] = lambda amount: None):
+        """Runs tokens int64 [chunks, n_ctx] through all blocks; advance(1) is called after each.
+
+        Raises QkitError for a tensor that cannot be read."""
+        import torch
+
+        from ..calibrate.block import Runner
+        from ..calibrate.blocks import around, decoder_blocks, embed
+
+        self.frame = frame
+        self.kernels: Counter[str] = Counter()
+        self._parts: dict[str, memory.Weights] = {}
+        self.states = States(len(tokens))
+        model, device = frame.model, str(frame.device)
+        prefix, blocks = decoder_blocks(model)
+        decoder, outside = around(model, blocks)
+        embedding = model.get_input_embeddings()
+        self._after = [name for name in outside if model.get_submodule(name) is not embedding]
+        self._after += [name for name, child in model.named_children() if all(m is not decoder for m in child.modules())]
+        with torch.inference_mode():
+            calls = embed(model, blocks, tokens, 1, device, self._fill, self.states)
+            for index, block in enumerate(blocks):
+                name = f"{prefix}{index}"
+                self._fill(name)
+                Runner(block, calls[index], device).advance(self.states)
+                self._weigh(name)
+                frame.empty(name)
+                advance(1)
+
+    def logits(self) -> Iterator[torch.Tensor]:
+        """[n_ctx, vocab] for each chunk, in order; can be asked for again."""
+        for name in self._after:
+            self._fill(name)
+        try:
+            yield from logits(self.frame.model, self.states)
+        finally:
+            for name in self._after:
+                self.frame.empty(name)
+
+    @property
+    def weights(self) -> memory.Weights:
+        return sum(self._parts.values(), memory.Weights(0, 0, 0))
+
+    def _fill(self, name: str) -> None:
+        self.kernels += self.frame.fill(name)
+        self._weigh(name)
+
+    def _weigh(self, name: str) -> None:
+        """What a module holds now: kernels change layouts when they are chosen."""
+        if not self.frame.is_tied(name):
+            modules = self.frame.model.get_submodule(name).modules()
+            self._parts[name] = memory.weights_of(modules, self.frame.model.get_input_embeddings())
