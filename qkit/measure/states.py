@@ -102,14 +102,14 @@ def logits(model: Any, states: States) -> Iterator[torch.Tensor]:
 
     from ..models.experts import decoder_of
 
-    blocks = decoder_of(model).layers
+    blocks, device = decoder_of(model).layers, model.get_output_embeddings().weight.device
     for i in range(len(states)):
         # The model's own forward around blocks that hand on what they are given: final norm, head, scaling and
         # soft-capping of logits are as this architecture has them.
-        given = states[i].to(next(iter(model.get_output_embeddings().parameters())).device)
+        given = states[i].to(device)
         with torch.inference_mode(), _passing(blocks, given):
-            yield_ = model(inputs_embeds=given, use_cache=False).logits[0]
-        yield yield_
+            found = model(inputs_embeds=given, use_cache=False).logits[0]
+        yield found
 
 
 @contextmanager

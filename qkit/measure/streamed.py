@@ -31,8 +31,8 @@ class Streamed:
         from ..calibrate.blocks import around, decoder_blocks, embed
 
         self.frame = frame
-        self.kernels: Counter[str] = Counter()
         self._parts: dict[str, memory.Weights] = {}
+        self._kernels: dict[str, Counter[str]] = {}
         self.states = States(len(tokens))
         model, device = frame.model, str(frame.device)
         prefix, blocks = decoder_blocks(model)
@@ -58,14 +58,19 @@ class Streamed:
             yield from logits(self.frame.model, self.states)
         finally:
             for name in self._after:
+                self._weigh(name)
                 self.frame.empty(name)
+
+    @property
+    def kernels(self) -> Counter[str]:
+        return sum(self._kernels.values(), Counter())
 
     @property
     def weights(self) -> memory.Weights:
         return sum(self._parts.values(), memory.Weights(0, 0, 0))
 
     def _fill(self, name: str) -> None:
-        self.kernels += self.frame.fill(name)
+        self._kernels[name] = self.frame.fill(name)
         self._weigh(name)
 
     def _weigh(self, name: str) -> None:
