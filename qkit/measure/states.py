@@ -96,13 +96,13 @@ def of_loaded(model: Any, tokens: torch.Tensor, advance: Any = lambda amount: No
     return found
 
 
-def logits(model: Any, states: States) -> Iterator[torch.Tensor]:
-    """[n_ctx, vocab] for each chunk. Of the model, only what comes after the blocks needs weights."""
+def logits(model: Any, states: States, device: Any) -> Iterator[torch.Tensor]:
+    """[n_ctx, vocab] for each chunk. Of the model, only what comes after the blocks needs weights, on `device`."""
     import torch
 
     from ..models.experts import decoder_of
 
-    blocks, device = decoder_of(model).layers, model.get_output_embeddings().weight.device
+    blocks = decoder_of(model).layers
     for i in range(len(states)):
         # The model's own forward around blocks that hand on what they are given: final norm, head, scaling and
         # soft-capping of logits are as this architecture has them.

@@ -18,44 +18,53 @@ if TYPE_CHECKING:
 
 
 class Streamed:
-    """states: what the last block gives; weights: bytes of the model's tensors as it would hold them; kernels: kernel
-    name -> quantized linears that use it."""
+    """states: what the last block gives, for each chunk; weights: bytes of the model's tensors as it would hold them;
+    kernels: kernel name -> quantized linears that use it. The last two of what has been run so far."""
 
-    def __init__(self, frame: Frame, tokens: torch.Tensor, advance: Callable[[float], None] = lambda amount: None):
-        """Runs tokens int64 [chunks, n_ctx] through all blocks; advance(1) is called after each.
+    def __init__(self, frame: Frame, states: States | None = None):
+        """states: where they are known already, and `run` is not called."""
+        from ..calibrate.blocks import around, decoder_blocks
+
+        self.frame = frame
+        self._states = states
+        self._parts: dict[str, memory.Weights] = {}
+        self._kernels: dict[str, Counter[str]] = {}
+        model = frame.model
+        self._stem, self._blocks = decoder_blocks(model)
+        decoder, outside = around(model, self._blocks)
+        embedding = model.get_input_embeddings()
+        self._after = [name for name in outside if model.get_submodule(name) is not embedding]
+        self._after += [name for name, child in model.named_children() if all(m is not decoder for m in child.modules())]
+
+    def run(self, tokens: torch.Tensor, advance: Callable[[float], None] = lambda amount: None) -> Streamed:
+        """Take tokens int64 [chunks, n_ctx] through all blocks; advance(1) is called after each.
 
         Raises QkitError for a tensor that cannot be read."""
         import torch
 
         from ..calibrate.block import Runner
-        from ..calibrate.blocks import around, decoder_blocks, embed
+        from ..calibrate.blocks import embed
 
-        self.frame = frame
-        self._parts: dict[str, memory.Weights] = {}
-        self._kernels: dict[str, Counter[str]] = {}
-        self.states = States(len(tokens))
-        model, device = frame.model, str(frame.device)
-        prefix, blocks = decoder_blocks(model)
-        decoder, outside = around(model, blocks)
-        embedding = model.get_input_embeddings()
-        self._after = [name for name in outside if model.get_submodule(name) is not embedding]
-        self._after += [name for name, child in model.named_children() if all(m is not decoder for m in child.modules())]
+        states, device = States(len(tokens)), str(self.frame.device)
         with torch.inference_mode():
-            calls = embed(model, blocks, tokens, 1, device, self._fill, self.states)
-            for index, block in enumerate(blocks):
-                name = f"{prefix}{index}"
+            calls = embed(self.frame.model, self._blocks, tokens, 1, device, self._fill, states)
+            for index, block in enumerate(self._blocks):
+                name = f"{self._stem}{index}"
                 self._fill(name)
-                Runner(block, calls[index], device).advance(self.states)
+                Runner(block, calls[index], device).advance(states)
                 self._weigh(name)
-                frame.empty(name)
+                self.frame.empty(name)
                 advance(1)
+        self._states = states
+        return self
 
     def logits(self) -> Iterator[torch.Tensor]:
         """[n_ctx, vocab] for each chunk, in order; can be asked for again."""
+        assert self._states is not None
         for name in self._after:
             self._fill(name)
         try:
-            yield from logits(self.frame.model, self.states)
+            yield from logits(self.frame.model, self._states, self.frame.device)
         finally:
             for name in self._after:
                 self._weigh(name)

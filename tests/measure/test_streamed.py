@@ -70,14 +70,16 @@ def test_logits_are_those_of_the_loaded_model(case, tmp_path):
     tokens, model = tokens_of(), load(folder, device="cpu")
     want = own(model, tokens)
     assert want[0].float().std() > 1e-3
-    streamed = Streamed(Frame(open_source(folder), "cpu"), tokens)
+    streamed = Streamed(Frame(open_source(folder), "cpu")).run(tokens)
     for _ in range(2):  # of a baseline they are made again for each model
         got = list(streamed.logits())
         assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert streamed.weights == memory.weights(model)
     assert all(p.is_meta for p in streamed.frame.model.parameters())
     kept = states.of_loaded(model, tokens)
-    assert all(torch.equal(a, b) for a, b in zip(states.logits(model, kept), want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(states.logits(model, kept, model.device), want, strict=True))
+    afterwards = Streamed(Frame(open_source(folder), "cpu"), kept)
+    assert all(torch.equal(a, b) for a, b in zip(afterwards.logits(), want, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(own(model, tokens), want, strict=True))  # left as it was
 
 
@@ -92,6 +94,6 @@ def test_quantized_checkpoints(options, llama, tmp_path):
     convert(str(llama), out, method="rtn", **options)
     tokens, model = tokens_of(), load(out, device="cpu")
     want = own(model, tokens)
-    streamed = Streamed(Frame(open_source(out), "cpu"), tokens)
+    streamed = Streamed(Frame(open_source(out), "cpu")).run(tokens)
     assert all(torch.equal(a, b) for a, b in zip(streamed.logits(), want, strict=True))
     assert streamed.weights == memory.weights(model)
