@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..options import number, option, several, whole
+from ..options import number, option, several, size, whole
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Options:
     allow_overlap: bool = option(False, "score on text that the model may be calibrated on; the report says so")
     max_kld: float | None = option(None, "exit with 1 if the mean KL divergence is above X", parse=number, metavar="X")
     min_tps: float | None = option(None, "exit with 1 if generate gives below X tokens/s", parse=number, metavar="X")
+    max_memory: int | None = option(
+        None,
+        "memory to stay within, such as 8GiB; default: what is free. What does not fit runs block by block, untimed",
+        parse=size,
+        metavar="SIZE",
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the checkpoint (its tokenizer's)")
     out: str | None = option(None, "folder for the report; default: qkit-profile/MODEL", short="-o", metavar="DIR")
     chunks: int = option(

@@ -13,7 +13,7 @@ Position i is the prediction of token i+1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PROTOCOLS = ("llama.cpp", "full")
 KLD_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)
 DELTA_P_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1, 0.0)
-_SLICE_ELEMENTS = 4 << 20  # float32 logits held at a time for each model: 16 MiB, which stays near the caches
+SLICE_ELEMENTS = 4 << 20  # float32 logits held at a time for each model: 16 MiB, which stays near the caches
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Quality:
         return asdict(self)
 
 
-def model_logits(model: Any, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+def model_logits(model: Any, tokens: torch.Tensor) -> Generator[torch.Tensor]:
     """What a transformers causal language model gives for each chunk of tokens int64 [chunks, n_ctx]."""
     import torch
 
@@ -178,7 +178,7 @@ def _token_figures(logits: list[torch.Tensor], chunk: torch.Tensor) -> np.ndarra
     model = logits[0]
     base = logits[1].to(model.device) if len(logits) == 2 else None
     targets = chunk[1:].to(model.device).unsqueeze(1)
-    step = max(1, _SLICE_ELEMENTS // model.shape[1])
+    step = max(1, SLICE_ELEMENTS // model.shape[1])
     parts = []
     for start in range(0, len(chunk) - 1, step):
         stop = min(start + step, len(chunk) - 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ def of_loaded(model: Any, tokens: torch.Tensor, advance: Any = lambda amount: No
     return found
 
 
-def logits(model: Any, states: States, device: Any) -> Iterator[torch.Tensor]:
+def logits(model: Any, states: States, device: Any) -> Generator[torch.Tensor]:
     """[n_ctx, vocab] for each chunk. Of the model, only what comes after the blocks needs weights, on `device`."""
     import torch
 

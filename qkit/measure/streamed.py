@@ -5,7 +5,7 @@ kernels get the same inputs."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 from . import memory
@@ -58,7 +58,7 @@ class Streamed:
         self._states = states
         return self
 
-    def logits(self) -> Iterator[torch.Tensor]:
+    def logits(self) -> Generator[torch.Tensor]:
         """[n_ctx, vocab] for each chunk, in order; can be asked for again."""
         assert self._states is not None
         for name in self._after:

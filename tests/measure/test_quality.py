@@ -129,7 +129,7 @@ def test_slices_do_not_change_the_figures(monkeypatch, step):
     torch.manual_seed(3)
     base, model, tokens = torch.randn(9, 64), torch.randn(9, 64), torch.randint(0, 64, (1, 9))
     reference = quality.compare(fixed(base), fixed(model), tokens)
-    monkeypatch.setattr(quality, "_SLICE_ELEMENTS", step)
+    monkeypatch.setattr(quality, "SLICE_ELEMENTS", step)
     sliced = quality.compare(fixed(base), fixed(model), tokens)
     assert sliced["full"].against.kld.value == pytest.approx(reference["full"].against.kld.value, rel=1e-6)
     assert sliced["full"].perplexity.value == pytest.approx(reference["full"].perplexity.value, rel=1e-6)
