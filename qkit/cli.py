@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import __version__
+from .comparison import Options as CompareOptions
 from .conversion.options import Options as ConvertOptions
 from .errors import QkitError
 from .measure.options import Options as ProfileOptions
@@ -36,11 +37,20 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A positional argument, of the function under the same name; many: one or more, in a list."""
+
+    name: str
+    help: str
+    many: bool = False
+
+
+@dataclass(frozen=True)
 class Command:
     """A command: the function it calls ("module:name"), its options, and what is made of the result.
 
     text      (module of the function, result) -> what stdout gets
-    model     (name, help) of the one positional argument
+    inputs    the positional arguments
     out       help of a required -o, an argument of the function beside the options
     failed    whether the result makes the exit code 1
     document  what --json prints"""
@@ -50,7 +60,7 @@ class Command:
     function: str
     text: Callable[[Any, Any], str]
     options: type = NoOptions
-    model: tuple[str, str] | None = None
+    inputs: tuple[Input, ...] = ()
     out: str | None = None
     failed: Callable[[Any], bool] = lambda result: False
     document: Callable[[Any], dict[str, Any]] = lambda result: result.as_dict()
@@ -69,7 +79,7 @@ COMMANDS = (
         "conversion.run:convert",
         _conversion_text,
         ConvertOptions,
-        model=("source", SOURCE),
+        inputs=(Input("source", SOURCE),),
         out="folder to create; it appears complete, as the last step",
         document=lambda result: (result.plan if result.plan.options.dry_run else result).as_dict(),
     ),
@@ -79,7 +89,16 @@ COMMANDS = (
         "measure:profile",
         lambda module, result: module.summary(result),
         ProfileOptions,
-        model=("model", "a converted folder, or " + SOURCE),
+        inputs=(Input("models", f"a converted folder, or {SOURCE}; several are compared with each other", many=True),),
+        failed=lambda result: not result.passed,
+    ),
+    Command(
+        "compare",
+        "show what changed between two reports of qkit profile, and hold it against thresholds",
+        "comparison:compare",
+        lambda module, result: module.text(result),
+        CompareOptions,
+        inputs=(Input("before", "profile.json of before"), Input("after", "profile.json of after")),
         failed=lambda result: not result.passed,
     ),
     Command(
@@ -88,7 +107,7 @@ COMMANDS = (
         "inspection:inspect",
         lambda module, result: module.describe(result),
         InspectOptions,
-        model=("model", SOURCE),
+        inputs=(Input("model", SOURCE),),
         failed=lambda result: bool(result.problems),
     ),
     Command(
@@ -113,9 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
         description = command.help[0].upper() + command.help[1:] + "."
         p = commands.add_parser(command.name, help=command.help, description=description)
         p.set_defaults(command=command)
-        if command.model:
-            name, help = command.model
-            p.add_argument(name, metavar=name.upper(), help=help)
+        for given in command.inputs:
+            many = {"nargs": "+", "metavar": "MODEL"} if given.many else {"metavar": given.name.upper()}
+            p.add_argument(given.name, help=given.help, **many)
         if command.out:
             p.add_argument("-o", "--out", required=True, metavar="OUT", help=command.out)
         add_arguments(p, command.options)

@@ -84,7 +84,7 @@ class Baseline:
         if not subject.loaded:
             streamed = bench.stream(subject)
             self._run = _run_of(streamed)
-            self._logits: Callable[[], Generator[torch.Tensor]] = streamed.logits
+            self._logits: Callable[[], Generator[torch.Tensor, None, None]] = streamed.logits
             return
         model = load(subject.source, device=bench.where.id)
         with track(f"{subject.name} over the text", len(bench.tokens)) as advance:
@@ -102,7 +102,7 @@ class Baseline:
         self._run = facts.of_loaded(model)
         self._read = memory.read_per_token(model)
 
-    def logits(self) -> Generator[torch.Tensor]:
+    def logits(self) -> Generator[torch.Tensor, None, None]:
         """[n_ctx, vocab] for each chunk of the evaluation text."""
         return self._logits()
 
@@ -158,7 +158,7 @@ def _streamed(bench: Bench, subject: Subject, found: Footprint | str, baseline: 
     return bench.row(subject, _run_of(streamed), found, speeds=(), speed_how=UNTIMED, quality=scores)
 
 
-def _score(bench: Bench, logits: Generator[torch.Tensor], baseline: Baseline | None, how: str) -> Quality:
+def _score(bench: Bench, logits: Generator[torch.Tensor, None, None], baseline: Baseline | None, how: str) -> Quality:
     # Closed even where scoring fails: a head that was read for it is then freed at once, not whenever.
     with track("quality", len(bench.tokens)) as advance, closing(logits) as ours:
         if baseline is None:

@@ -93,7 +93,7 @@ class Quality:
         return asdict(self)
 
 
-def model_logits(model: Any, tokens: torch.Tensor) -> Generator[torch.Tensor]:
+def model_logits(model: Any, tokens: torch.Tensor) -> Generator[torch.Tensor, None, None]:
     """What a transformers causal language model gives for each chunk of tokens int64 [chunks, n_ctx]."""
     import torch
 

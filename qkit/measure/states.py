@@ -96,7 +96,7 @@ def of_loaded(model: Any, tokens: torch.Tensor, advance: Any = lambda amount: No
     return found
 
 
-def logits(model: Any, states: States, device: Any) -> Generator[torch.Tensor]:
+def logits(model: Any, states: States, device: Any) -> Generator[torch.Tensor, None, None]:
     """[n_ctx, vocab] for each chunk. Of the model, only what comes after the blocks needs weights, on `device`."""
     import torch
 

@@ -58,7 +58,7 @@ class Streamed:
         self._states = states
         return self
 
-    def logits(self) -> Generator[torch.Tensor]:
+    def logits(self) -> Generator[torch.Tensor, None, None]:
         """[n_ctx, vocab] for each chunk, in order; can be asked for again."""
         assert self._states is not None
         for name in self._after:
