@@ -38,11 +38,15 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Input:
-    """A positional argument, of the function under the same name; many: one or more, in a list."""
+    """A positional argument, of the function under the same name; many: one or more of them, in a list."""
 
     name: str
     help: str
     many: bool = False
+
+    @property
+    def metavar(self) -> str:
+        return self.name.upper().removesuffix("S" if self.many else "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ def _conversion_text(module: Any, result: Any) -> str:
     return describe(result.plan) if result.plan.options.dry_run else summary(result)
 
 
+def _comparison_text(module: Any, result: Any) -> str:
+    from .report.changes import text
+
+    return text(result)
+
+
 COMMANDS = (
     Command(
         "convert",
@@ -96,7 +106,7 @@ COMMANDS = (
         "compare",
         "show what changed between two reports of qkit profile, and hold it against thresholds",
         "comparison:compare",
-        lambda module, result: module.text(result),
+        _comparison_text,
         CompareOptions,
         inputs=(Input("before", "profile.json of before"), Input("after", "profile.json of after")),
         failed=lambda result: not result.passed,
@@ -133,8 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
         p = commands.add_parser(command.name, help=command.help, description=description)
         p.set_defaults(command=command)
         for given in command.inputs:
-            many = {"nargs": "+", "metavar": "MODEL"} if given.many else {"metavar": given.name.upper()}
-            p.add_argument(given.name, help=given.help, **many)
+            shape: dict[str, Any] = {"nargs": "+"} if given.many else {}
+            p.add_argument(given.name, metavar=given.metavar, help=given.help, **shape)
         if command.out:
             p.add_argument("-o", "--out", required=True, metavar="OUT", help=command.out)
         add_arguments(p, command.options)

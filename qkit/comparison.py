@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import units
 from .errors import QkitError
 from .options import number, option, with_options
 
@@ -178,7 +177,7 @@ def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[tu
     ours, theirs = before["models"], after["models"]
     if len(ours) == len(theirs) == 1:
         return [(ours[0], theirs[0])], []
-    by_name = [{_short(model["name"]): model for model in models} for models in (ours, theirs)]
+    by_name = [{short(model["name"]): model for model in models} for models in (ours, theirs)]
     common = [name for name in by_name[0] if name in by_name[1]]
     if not common:
         raise QkitError(
@@ -189,7 +188,7 @@ def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[tu
     return [(by_name[0][name], by_name[1][name]) for name in common], rest
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return Path(name.rstrip("/")).name or name
 
 
@@ -269,7 +268,7 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any], ours: Any, theirs
 
 def _failures(pair: Pair, limits: Mapping[str, float], named: bool) -> list[str]:
     found = []
-    of = f"{_short(pair.after)}: " if named else ""
+    of = f"{short(pair.after)}: " if named else ""
     for name, figure in (("max_kld_increase", KLD), ("max_slowdown", RATE), ("max_memory_increase", MEMORY)):
         if name not in limits:
             continue
@@ -285,85 +284,3 @@ def _failures(pair: Pair, limits: Mapping[str, float], named: bool) -> list[str]
                 what = "is slower by" if name == "max_slowdown" else "rose by"
                 found.append(f"{of}{figure} {what} {worse:.1f} %, more than {flag}")
     return found
-
-
-def text(result: Comparison) -> str:
-    """The comparison as a table; with --markdown as a summary for a pull request."""
-    return _markdown(result) if result.markdown else _plain(result)
-
-
-_HEAD = ("", "before", "after", "change", "")
-
-
-def _lines(pair: Pair) -> list[tuple[str, ...]]:
-    return [
-        (change.figure, _shown(change.before, change.unit), _shown(change.after, change.unit), _moved(change), change.verdict)
-        for change in pair.changes
-        if change.before is not None or change.after is not None
-    ]  # fmt: skip
-
-
-def _shown(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    if unit == "bytes":
-        return units.size(value)
-    if unit == "seconds":
-        return f"{value * 1e3:,.1f} ms"
-    if unit == "share":
-        return f"{value:.2%}"
-    if unit == "tokens/s":
-        return f"{value:,.1f} tok/s"
-    return f"{value:.4g}"
-
-
-def _moved(change: Change) -> str:
-    difference, relative = change.difference, change.relative
-    if difference is None:
-        return "-"
-    if change.unit == "share":
-        return f"{100 * difference:+.2f} points"
-    error = f" ± {change.error:.2g}" if change.error else ""
-    if change.error is not None:
-        return f"{difference:+.3g}{error}"
-    return "-" if relative is None else f"{relative:+.1%}"
-
-
-def _title(pair: Pair) -> str:
-    names = _short(pair.before), _short(pair.after)
-    return names[0] if names[0] == names[1] else " → ".join(names)
-
-
-def _said(result: Comparison) -> list[str]:
-    said = [f"only in one report: {name}" for name in result.unpaired]
-    if result.failures:
-        return [*said, *(f"Threshold missed: {failure}" for failure in result.failures)]
-    met = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in result.thresholds.items())
-    return [*said, *([f"Thresholds met: {met}"] if met else [])]
-
-
-def _plain(result: Comparison) -> str:
-    out = []
-    for pair in result.pairs:
-        rows = [_HEAD, *_lines(pair)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        out += [_title(pair), ""]
-        out += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        out.append("")
-    return "\n".join([*out, *(f"  {line}" for line in _said(result))]).rstrip()
-
-
-def _markdown(result: Comparison) -> str:
-    out = [f"### qkit: {'❌ thresholds missed' if result.failures else '✅ no threshold missed' if result.thresholds else 'what changed'}"]
-    for line in _said(result):
-        out += ["", f"**{_cell(line)}**"]
-    for pair in result.pairs:
-        out += ["", f"#### {_cell(_title(pair))}", "", "| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
-        out += ["| " + " | ".join(map(_cell, row)) + " |" for row in _lines(pair)]
-    return "\n".join(out)
-
-
-def _cell(words: str) -> str:
-    for mark in "\\`*_[]<>|#":
-        words = words.replace(mark, "\\" + mark)
-    return " ".join(words.split())

@@ -51,9 +51,7 @@ class Bench:
             for size in self.batches:
                 prompt = self.prompt.repeat(size, 1)
                 times = {"repeats": speed.REPEATS, "generated": speed.GENERATED}
-                for own, each in zip(
-                    found, speed.measure(models, prompt, self.ceiling, advance, **times), strict=True
-                ):
+                for own, each in zip(found, speed.measure(models, prompt, self.ceiling, advance, **times), strict=True):
                     own.append(each)
         return found
 

@@ -1,8 +1,9 @@
-"""The text that quality is measured on: as tokens that all models share, and apart from what they were calibrated on."""
+"""The text that quality is measured on: tokens that all models share, apart from what they were calibrated on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,8 @@ def _tokenizers(models: Sequence[Subject], baseline: Subject | None, trusted: bo
 
     found = [(each, load_tokenizer(each.source, trusted)) for each in models]
     if baseline is not None:
-        try:
+        with suppress(QkitError):
             found.append((baseline, load_tokenizer(baseline.source, trusted)))
-        except QkitError:
-            pass
     return found
 
 

@@ -130,8 +130,8 @@ def _check_streamed(subject: Subject, other: int, where: LocalDevice, chunks: in
     need = other + _states(sizes, chunks, n_ctx) + max(pieces.embedding, running, logits + slices)
     if need > where.available_bytes:
         raise QkitError(
-            f"{subject.name} needs {units.size(sizes.weights)} for weights and, even block by block, {units.size(need)}: "
-            f"its largest decoder block takes {units.size(pieces.block)}, its output head "
+            f"{subject.name} needs {units.size(sizes.weights)} for weights and, even block by block, "
+            f"{units.size(need)}: its largest decoder block takes {units.size(pieces.block)}, its output head "
             f"{units.size(pieces.head)}; {where.id} has {units.size(where.available_bytes)} free",
             "use a device with more memory, or raise --max-memory",
         )

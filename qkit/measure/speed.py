@@ -76,7 +76,7 @@ def measure(
             seen.tpot += rest
             advance(1)
     return [
-        _speed(*prompt.shape, generated, seen, memory.read_per_token(model), ceiling)
+        _speed(len(prompt), prompt.shape[1], generated, seen, memory.read_per_token(model), ceiling)
         for model, seen in zip(models, times, strict=True)
     ]
 

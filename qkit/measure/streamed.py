@@ -34,7 +34,9 @@ class Streamed:
         decoder, outside = around(model, self._blocks)
         embedding = model.get_input_embeddings()
         self._after = [name for name in outside if model.get_submodule(name) is not embedding]
-        self._after += [name for name, child in model.named_children() if all(m is not decoder for m in child.modules())]
+        self._after += [
+            name for name, child in model.named_children() if all(m is not decoder for m in child.modules())
+        ]
 
     def run(self, tokens: torch.Tensor, advance: Callable[[float], None] = lambda amount: None) -> Streamed:
         """Take tokens int64 [chunks, n_ctx] through all blocks; advance(1) is called after each.

@@ -233,7 +233,12 @@ def records(result: Profile) -> Table:
     """What identifies the inputs to a machine: hashes, and the options of the conversions."""
     lines = [["sha256 of the text", result.text.sha256]]
     for name, row in zip(heads(result), rows(result), strict=True):
-        lines.append([f"fingerprint of the {name}" if name in ("model", "baseline") else f"fingerprint of {name}", row.fingerprint])
+        lines.append(
+            [
+                f"fingerprint of the {name}" if name in ("model", "baseline") else f"fingerprint of {name}",
+                row.fingerprint,
+            ]
+        )
         of = f"{name}: " if name != "model" else ""
         if row.manifest_sha256:
             lines.append([f"{of}sha256 of the manifest", row.manifest_sha256])

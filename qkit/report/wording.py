@@ -135,7 +135,9 @@ def _cards_of_several(result: Profile) -> list[dict[str, str]]:
     if timed:
         name, row = max(timed, key=lambda each: each[1].speed[0].generate_tps)
         card = _rate_card(row, result.baseline)
-        found.append({**card, "title": f"Fastest generate, batch {row.speed[0].batch}", "note": f"{name}, {card['note']}"})
+        found.append(
+            {**card, "title": f"Fastest generate, batch {row.speed[0].batch}", "note": f"{name}, {card['note']}"}
+        )
     return found
 
 
@@ -215,7 +217,9 @@ def _verdict_of_several(result: Profile) -> str:
 
 def _base(result: Profile) -> str:
     base = result.baseline
-    return f"a baseline that is itself quantized ({base.quantized_as})" if base and base.quantized_as else "the baseline"
+    return (
+        f"a baseline that is itself quantized ({base.quantized_as})" if base and base.quantized_as else "the baseline"
+    )
 
 
 def _listed(words: list[str]) -> str:
@@ -238,7 +242,9 @@ def status(result: Profile) -> str:
     if missed:
         said.append("Threshold missed: " + "; ".join(missed))
     elif result.thresholds:
-        said.append("Thresholds met: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items()))
+        said.append(
+            "Thresholds met: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items())
+        )
     if problems:
         said.append("Failed: " + "; ".join(problems))
     return ". ".join(said)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from .. import units
 from ..measure.types import Measured, Memory, Profile
 from . import charts, tables
+from .layout import cell, markdown, plain
 from .tables import Table
 from .wording import against, cards, fit_words, headline, setting, status, title, verdict
 
@@ -34,14 +35,14 @@ def to_json(result: Profile) -> str:
 def to_markdown(result: Profile) -> str:
     """The same tables as Markdown, without percentiles and hashes, which the other two files have."""
     said = status(result)
-    out = [f"# {_cell(title(result))}", "", _cell(verdict(result)), ""]
+    out = [f"# {cell(title(result))}", "", cell(verdict(result)), ""]
     if said:
-        out += [f"**{_cell(said)}**", ""]
-    out += _markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
+        out += [f"**{cell(said)}**", ""]
+    out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
     for name, table in _sections(result):
-        out += ["", f"## {_cell(name)}", "", *_markdown(*table)]
+        out += ["", f"## {cell(name)}", "", *markdown(*table)]
     out += ["", "## How each figure is defined", ""]
-    out += [f"- **{_cell(name)}**: {_cell(formula)}" for name, formula in result.formulas.items()]
+    out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
     fence = "`" * max(3, 1 + _longest_run(result.provenance["command"]))
     out += ["", "## Reproduce", "", fence, result.provenance["command"], fence, ""]
     out += [f"Percentiles, fingerprints and every time: {NAMES[0]}, {NAMES[2]}.", ""]
@@ -75,19 +76,6 @@ def _folded(result: Profile) -> list[tuple[str, Table, str]]:
         if found:
             folded.append((f"Percentiles {of}{against(result)}".rstrip(), found, ""))
     return [*folded, ("Hashes and how it was converted", tables.records(result), "facts")]
-
-
-def _cell(text: str) -> str:
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, "\\" + mark)
-    return " ".join(text.split())
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(_cell(c) for c in row) + " |" for row in [head]] + [
-        "|" + " --- |" * len(head),
-        *("| " + " | ".join(_cell(c) for c in row) + " |" for row in lines),
-    ]
 
 
 def to_html(result: Profile) -> str:
@@ -176,7 +164,7 @@ def summary(result: Profile) -> str:
     lines = [title(result) if len(result.models) > 1 else result.models[0].name, ""]
     lines += [f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top]
     for _, table in [each for each in _sections(result) if not each[0].startswith(("Memory", "Measured on"))]:
-        lines += ["", *_plain_table(*table)]
+        lines += ["", *plain(*table)]
     lines.append("")
     for name, row in zip(tables.heads(result), result.models, strict=False):
         memory, of = row.memory, f"{name}: " if len(result.models) > 1 else ""
@@ -187,9 +175,3 @@ def summary(result: Profile) -> str:
     lines.append(f"  report  {Path(result.out) / NAMES[2]}")
     said = status(result)
     return "\n".join([*lines, *([f"  {said}"] if said else [])])
-
-
-def _plain_table(head: list[str], lines: list[list[str]]) -> list[str]:
-    rows = [head, *lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]

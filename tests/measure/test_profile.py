@@ -113,7 +113,9 @@ def test_a_converted_model_against_its_source(folders, tmp_path):
 def test_a_model_alone(folders, tmp_path):
     result = run(folders[0], tmp_path, context=16)
     assert result.baseline is None and result.models[0].quality["full"].against is None
-    assert result.models[0].quality["full"].perplexity.value == pytest.approx(VOCAB, rel=0.5)  # random weights know nothing
+    assert result.models[0].quality["full"].perplexity.value == pytest.approx(
+        VOCAB, rel=0.5
+    )  # random weights know nothing
     assert result.models[0].overlap.startswith("not checked: the model has no qkit manifest")
     assert result.models[0].speed[0].read_gbs > 0
 
@@ -152,7 +154,9 @@ def test_overlap_with_the_calibration_text_is_checked(folders, tmp_path, overlap
     manifest["identity"]["calibration"] = {"name": "their text", "sketch": sketch(source)}
     (folder / "qkit_manifest.json").write_text(json.dumps(manifest))
     if overlapping:
-        with pytest.raises(QkitError, match=r"shares .* of its words with the text that .*calibrated was calibrated on"):
+        with pytest.raises(
+            QkitError, match=r"shares .* of its words with the text that .*calibrated was calibrated on"
+        ):
             run(str(folder), tmp_path)
         assert run(str(folder), tmp_path, context=16, allow_overlap=True).models[0].overlap.startswith("OVERLAPS: ")
         assert "OVERLAPS: " in (tmp_path / "report" / "profile.md").read_text()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 from models import FAMILIES, FUSED, TINY, make_model
 
-from qkit.errors import QkitError
 from qkit.measure import memory, states
 from qkit.measure.streamed import Streamed
 from qkit.runtime import load
@@ -83,9 +79,12 @@ def test_logits_are_those_of_the_loaded_model(case, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(own(model, tokens), want, strict=True))  # left as it was
 
 
+CACHE = {"kv_cache": "fp8", "calib_samples": 2, "calib_len": 64}
+
+
 @pytest.mark.parametrize("options", [
     {"format": "compressed-tensors"}, {"format": "gptq"}, {"format": "awq"}, {"format": "bnb"}, {"format": "gguf"},
-    {"format": "compressed-tensors", "scheme": "w8a16", "head": "8bit", "kv_cache": "fp8", "calib_samples": 2, "calib_len": 64},
+    {"format": "compressed-tensors", "scheme": "w8a16", "head": "8bit", **CACHE},
 ], ids=str)  # fmt: skip
 def test_quantized_checkpoints(options, llama, tmp_path):
     from qkit.conversion.run import convert
