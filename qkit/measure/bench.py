@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .room import Subject
 
 IN_TURNS = "in turns with the baseline"
+WITH_EACH = "in turns with each model"
 ALONE = "no other model in memory"
 UNTIMED = "not timed: the model does not fit the memory, and ran block by block"
 
@@ -81,14 +82,15 @@ class Baseline:
         self._how = UNTIMED
         if not subject.loaded:
             streamed = bench.stream(subject)
-            self._run = _run_of(streamed)
+            self._ran: Callable[[], facts.Run] = partial(_run_of, streamed)
             self._logits: Callable[[], Generator[torch.Tensor, None, None]] = streamed.logits
             return
         model = load(subject.source, device=bench.where.id)
         with track(f"{subject.name} over the text", len(bench.tokens)) as advance:
             kept = states.of_loaded(model, bench.tokens, advance)
         if beside:
-            self.model, self._how = model, IN_TURNS
+            self.model, self._how = model, WITH_EACH
+            self._ran = partial(facts.of_loaded, model)
             self._logits = partial(states.logits, model, kept, model.device)
         else:
             self._how = ALONE
@@ -97,7 +99,9 @@ class Baseline:
             except Exception as error:
                 self._problems.append(f"speed: {said(error)}")
             self._logits = Streamed(_frame(subject, bench), kept).logits
-        self._run = facts.of_loaded(model)
+            # As it is now that it ran: kernels choose their layouts with the first run.
+            run = facts.of_loaded(model)
+            self._ran = lambda: run
         self._read = memory.read_per_token(model)
 
     def logits(self) -> Generator[torch.Tensor, None, None]:
@@ -109,11 +113,10 @@ class Baseline:
         self._times.append(speeds)
 
     def row(self) -> Measured:
-        if self.model is not None:  # once more: kernels choose their layouts with the first run
-            self._run = facts.of_loaded(self.model)
         speeds = [speed.pooled(each, self._read, self.bench.ceiling) for each in zip(*self._times, strict=True)]
+        how = "not timed: of no model beside it the runs came to an end" if self.model and not speeds else self._how
         return self.bench.row(
-            self.subject, self._run, self.found, speeds=speeds, speed_how=self._how, problems=self._problems
+            self.subject, self._ran(), self.found, speeds=speeds, speed_how=how, problems=self._problems
         )
 
 
