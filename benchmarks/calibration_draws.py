@@ -34,10 +34,11 @@ def main() -> None:
     tokenizer = load_tokenizer(open_source(args.source))
     text = evaluation_text() if args.text is None else read_text(args.text, tokenizer)
     tokens, _, _ = windows.token_windows(text, tokenizer, 16, N_CTX, allow_fewer=True)
-    base = quality.model_logits(qkit.load(args.source))
+    base = qkit.load(args.source)
 
     def show(what: str, folder: str | Path) -> None:
-        scores = quality.compare(base, quality.model_logits(qkit.load(folder)), tokens)
+        logits = (quality.model_logits(model, tokens) for model in (base, qkit.load(folder)))
+        scores = quality.compare(*logits, tokens)
         figures = ((name, each.against.kld) for name, each in scores.protocols.items() if each.against)
         print(what, *(f"{name} {kld.value:.4f} ± {kld.error:.4f}" for name, kld in figures), sep="  ", flush=True)
 

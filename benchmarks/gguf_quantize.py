@@ -31,7 +31,7 @@ import torch
 import qkit
 from qkit.calibrate.observe import read_moments
 from qkit.kernels import ggml
-from qkit.measure.quality import compare
+from qkit.measure.quality import compare, model_logits
 from qkit.sources import open_source
 from qkit.sources.gguf import GgufFile
 from qkit.sources.gguf.config import find_arch
@@ -101,18 +101,11 @@ def kl(theirs: Theirs, source: str, text: str, calib: str, work: Path, chunks: i
         tokens[:, 0] = tokenizer.bos_token_id
     base, model = (qkit.load(source, device="cpu", dtype="bfloat16") for _ in range(2))
 
-    def logits(which: Any) -> Any:
-        def run(row: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode():
-                return which(row[None]).logits[0]
-
-        return run
-
     def score(tensors: dict[str, torch.Tensor]) -> list[float]:
         own = model.state_dict()
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-        found = compare(logits(base), logits(model), tokens)
+        found = compare(model_logits(base, tokens), model_logits(model, tokens), tokens)
         figures = [s.against.kld for s in found.protocols.values() if s.against is not None]
         return [round(f.value, 4) for f in figures] + [round(f.error, 4) for f in figures]
 

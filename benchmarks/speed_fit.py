@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from published import fitting, plot, rows
-from published.fitting import Checked, Row
+from benchmarks.published import fitting, plot, rows
+from benchmarks.published.fitting import Checked, Row
 from qkit.estimate.rates import as_dict, fitted, from_dict
 from qkit.hardware.catalogue import profile_path
 

@@ -96,9 +96,9 @@ def quality(models: dict[str, Any], base: Any, tokens: Any) -> dict[str, dict[st
 
     sums = {name: dict.fromkeys(("nll", "kld", "same_top"), 0.0) for name in models}
     for chunk in tokens.split(1):
-        logits = model_logits(base)(chunk[0])
+        logits = list(model_logits(base, chunk))
         for name, model in models.items():
-            scores = compare(lambda _, held=logits: held, model_logits(model), chunk)["full"]
+            scores = compare(logits, model_logits(model, chunk), chunk)["full"]
             sums[name]["nll"] += math.log(scores.perplexity.value) / len(tokens)
             sums[name]["kld"] += scores.against.kld.value / len(tokens)
             sums[name]["same_top"] += scores.against.same_top.value / len(tokens)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import __version__
+from .comparison import Options as CompareOptions
 from .conversion.options import Options as ConvertOptions
 from .errors import QkitError
 from .measure.options import Options as ProfileOptions
@@ -36,12 +37,26 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A positional argument, of the function under the same name; many: one or more of them, in a list, or none where it
+    is not required."""
+
+    name: str
+    help: str
+    many: bool = False
+    required: bool = True
+
+    @property
+    def metavar(self) -> str:
+        return self.name.upper().removesuffix("S" if self.many else "")
+
+
+@dataclass(frozen=True)
 class Command:
     """A command: the function it calls ("module:name"), its options, and what is made of the result.
 
     text      (module of the function, result) -> what stdout gets
-    model     (name, help) of the one positional argument
-    required  whether that argument has to be given
+    inputs    the positional arguments
     out       help of a required -o, an argument of the function beside the options
     failed    whether the result makes the exit code 1
     document  what --json prints"""
@@ -51,8 +66,7 @@ class Command:
     function: str
     text: Callable[[Any, Any], str]
     options: type = NoOptions
-    model: tuple[str, str] | None = None
-    required: bool = True
+    inputs: tuple[Input, ...] = ()
     out: str | None = None
     failed: Callable[[Any], bool] = lambda result: False
     document: Callable[[Any], dict[str, Any]] = lambda result: result.as_dict()
@@ -64,6 +78,12 @@ def _conversion_text(module: Any, result: Any) -> str:
     return describe(result.plan) if result.plan.options.dry_run else summary(result)
 
 
+def _comparison_text(module: Any, result: Any) -> str:
+    from .report.changes import text
+
+    return text(result)
+
+
 COMMANDS = (
     Command(
         "convert",
@@ -71,18 +91,34 @@ COMMANDS = (
         "conversion.run:convert",
         _conversion_text,
         ConvertOptions,
-        model=("source", SOURCE),
+        inputs=(Input("source", SOURCE),),
         out="folder to create; it appears complete, as the last step",
         document=lambda result: (result.plan if result.plan.options.dry_run else result).as_dict(),
     ),
     Command(
         "profile",
-        "measure memory, speed and quality of a model on this machine",
+        "measure memory, speed and quality of models on this machine, or predict them on any other",
         "measure:profile",
         lambda module, result: module.summary(result),
         ProfileOptions,
-        model=("model", f"a converted folder, or {SOURCE}; with --endpoint the name of a model there, or nothing"),
-        required=False,
+        inputs=(
+            Input(
+                "models",
+                f"a converted folder, or {SOURCE}; several are compared with each other. Where it predicts, a config.json "
+                "is enough; with --endpoint it is the name of a model there, or nothing",
+                many=True,
+                required=False,
+            ),
+        ),
+        failed=lambda result: not result.passed,
+    ),
+    Command(
+        "compare",
+        "show what changed between two reports of qkit profile, and hold it against thresholds",
+        "comparison:compare",
+        _comparison_text,
+        CompareOptions,
+        inputs=(Input("before", "profile.json of before"), Input("after", "profile.json of after")),
         failed=lambda result: not result.passed,
     ),
     Command(
@@ -91,7 +127,7 @@ COMMANDS = (
         "inspection:inspect",
         lambda module, result: module.describe(result),
         InspectOptions,
-        model=("model", SOURCE),
+        inputs=(Input("model", SOURCE),),
         failed=lambda result: bool(result.problems),
     ),
     Command(
@@ -116,9 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
         description = command.help[0].upper() + command.help[1:] + "."
         p = commands.add_parser(command.name, help=command.help, description=description)
         p.set_defaults(command=command)
-        if command.model:
-            name, help = command.model
-            p.add_argument(name, metavar=name.upper(), help=help, nargs=None if command.required else "?")
+        for given in command.inputs:
+            shape: dict[str, Any] = {"nargs": "+" if given.required else "*"} if given.many else {}
+            p.add_argument(given.name, metavar=given.metavar, help=given.help, **shape)
         if command.out:
             p.add_argument("-o", "--out", required=True, metavar="OUT", help=command.out)
         add_arguments(p, command.options)

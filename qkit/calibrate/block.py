@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import QkitError
 from ..spec.dtypes import torch_dtype
@@ -41,6 +41,15 @@ class BlockResult:
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Batches(Protocol):
+    """Hidden states on the CPU, [samples, length, hidden] a batch: a list, or what keeps them elsewhere."""
+
+    def append(self, states: torch.Tensor, /) -> None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> torch.Tensor: ...
+    def __setitem__(self, index: int, states: torch.Tensor, /) -> None: ...
+
+
 class _Stop(Exception):
     """Ends a forward pass that has seen enough."""
 
@@ -56,10 +65,10 @@ class Runner:
         out = self.block(states.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def advance(self, hidden: list[torch.Tensor]) -> None:
+    def advance(self, hidden: Batches) -> None:
         """Replace every batch by the block's output, in place."""
-        for i, states in enumerate(hidden):
-            hidden[i] = self(states).to("cpu")
+        for i in range(len(hidden)):
+            hidden[i] = self(hidden[i]).to("cpu")
 
 
 def set_tensor(block: nn.Module, local: str, value: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from ..errors import QkitError
 from ..methods.base import Cost
 from ..models import skeleton
 from ..models.config import positive_int
-from .block import Block, BlockResult, Runner, install, set_tensor
+from .block import Batches, Block, BlockResult, Runner, install, set_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,12 @@ def _run(
     for module in model.modules():
         if isinstance(module, Experts):
             module.call_all = True  # so that every batch's pass meets the same linears in the same order
-    hidden, calls = embed(model, blocks, source, tokens, size, device, dtype)
+    hidden: list[torch.Tensor] = []
+    fill = filler(model, source, device, dtype)
+    calls = embed(model, blocks, tokens, size, device, fill, hidden)
     for index, block in enumerate(blocks):
         at = f"{prefix}{index}."
-        skeleton.materialize(block, source.read, at, dtype, device)
+        fill(at[:-1])
         own = {name: scheme for name, scheme in schemes.items() if name.startswith(at)}
         runner = Runner(block, calls[index], device)
         ready = done(index)
@@ -216,20 +218,23 @@ def _check_names(prefix: str, blocks: Any, schemes: Mapping[str, LayerSpec], met
 
 
 def embed(
-    model: nn.Module, blocks: Any, source: Source, tokens: torch.Tensor, size: int, device: str, dtype: torch.dtype
-) -> tuple[list[torch.Tensor], list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]]:
-    """(hidden states per batch, on the CPU; for each block: batch size -> the other arguments it is called with).
+    model: nn.Module,
+    blocks: Any,
+    tokens: torch.Tensor,
+    size: int,
+    device: str,
+    fill: Callable[[str], None],
+    hidden: Batches,
+) -> list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Append what the first block is given to `hidden`, a tensor for each batch of `size`, on the CPU; returns for each
+    block: batch size -> the other arguments it is called with. fill: reads the weights of a module, by its name; they
+    are freed again.
 
     The model itself computes masks and position embeddings: it runs once with blocks that only take notes."""
-    from ..models.experts import decoder_of
-
-    decoder = decoder_of(model)
-    outside = [(name, module) for name, module in decoder.named_children() if module is not blocks]
-    stem = next(name for name, module in model.named_modules() if module is decoder)
-    for name, module in outside:
-        skeleton.materialize(module, source.read, f"{stem}.{name}.", dtype, device)
+    decoder, outside = around(model, blocks)
+    for name in outside:
+        fill(name)
     calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = [{} for _ in blocks]
-    hidden: list[torch.Tensor] = []
     keep = True
 
     def take_notes(index: int) -> Callable[..., Any]:
@@ -251,6 +256,24 @@ def embed(
     finally:
         for block in blocks:
             del block.forward
-    for _, module in outside:
-        skeleton.dematerialize(module)
-    return hidden, calls
+    for name in outside:
+        skeleton.dematerialize(model.get_submodule(name))
+    return calls
+
+
+def around(model: nn.Module, blocks: Any) -> tuple[nn.Module, list[str]]:
+    """(the module that has the blocks, the names of what else it has: embedding, norm, rotation)."""
+    from ..models.experts import decoder_of
+
+    decoder: nn.Module = decoder_of(model)
+    stem = next(name for name, module in model.named_modules() if module is decoder)
+    return decoder, [f"{stem}.{name}" for name, module in decoder.named_children() if module is not blocks]
+
+
+def filler(model: nn.Module, source: Source, device: str, dtype: torch.dtype) -> Callable[[str], None]:
+    """Reads the weights of a module of `model`, by its name."""
+
+    def fill(name: str) -> None:
+        skeleton.materialize(model.get_submodule(name), source.read, f"{name}.", dtype, device)
+
+    return fill

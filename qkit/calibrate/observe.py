@@ -11,7 +11,7 @@ from ..errors import QkitError
 from ..models.families import KV_SCALES
 from ..spec.dtypes import TensorMeta
 from .block import Runner
-from .blocks import batch_size, decoder_blocks, embed
+from .blocks import batch_size, decoder_blocks, embed, filler
 from .statistics import InputMoments, Moments
 
 if TYPE_CHECKING:
@@ -110,10 +110,12 @@ def _each_block(
     with torch.no_grad():
         inside = [name for name in names if name.startswith(prefix)]
         size = batch_size(source, inside, tokens.shape[1], dtype.itemsize)
-        hidden, calls = embed(model, blocks, source, tokens, size, device, dtype)
+        hidden: list[torch.Tensor] = []
+        fill = filler(model, source, device, dtype)
+        calls = embed(model, blocks, tokens, size, device, fill, hidden)
         for index, block in enumerate(blocks):
             at = f"{prefix}{index}."
-            skeleton.materialize(block, source.read, at, dtype, device)
+            fill(at[:-1])
             visit(at, block, partial(Runner(block, calls[index], device).advance, hidden))
             skeleton.dematerialize(block)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import QkitError
 from . import memory
-from .catalogue import catalogue, match
+from .catalogue import GIB, catalogue, match
+from .device import Device, Target
 
 # Instruction sets that a kernel could use; whatever else a CPU has does not matter here.
 _ISA = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
@@ -71,6 +72,33 @@ def resolve(name: str) -> LocalDevice:
     if any(d.id == wanted for d in catalogue()):
         raise QkitError(f"{wanted} is in the catalogue but not in this machine, and qkit cannot predict yet", hint)
     raise QkitError(f"there is no device {name!r} here", hint)
+
+
+def is_present(catalogue_id: str) -> bool:
+    """Whether a device of the catalogue is in this machine. Without a GPU's driver torch is not asked, which takes
+    seconds to import."""
+    if cpu().catalogue_id == catalogue_id:
+        return True
+    return _has_driver() and any(device.catalogue_id == catalogue_id for device in present())
+
+
+def _has_driver() -> bool:
+    return platform.system() != "Linux" or any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd"))
+
+
+def local_target(device: LocalDevice, read_gbs: float | None = None) -> Target:
+    """A device of this machine as predictions take it: what was probed of it, and the catalogue's figures where it knows
+    the device. read_gbs: the bandwidth that was measured, which counts for more than a nominal one."""
+    gib = device.memory_bytes / GIB
+    known = next((d for d in catalogue() if d.id == device.catalogue_id), None)
+    if known is None:
+        known = Device(
+            id=device.id, name=device.name, vendor="", arch="", kind="cpu" if device.kind == "cpu" else "gpu", aliases=(),
+            memory_gib=gib, usable_gib=gib, bandwidth_gbs=None,
+            capability="x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm",
+        )  # fmt: skip
+    bandwidth = read_gbs if read_gbs is not None and device.kind == "cpu" else known.bandwidth_gbs
+    return Target(replace(known, memory_gib=gib, usable_gib=device.available_bytes / GIB, bandwidth_gbs=bandwidth))
 
 
 def _cuda_devices() -> int:

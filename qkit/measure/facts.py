@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -18,29 +18,48 @@ from .types import Formula, Measured, Memory, Speed
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from ..hardware.detect import LocalDevice
-    from ..sources.types import Source
     from .fit import Sizes
+    from .quality import Quality
+    from .room import Subject
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model was as it ran."""
+
+    weights: memory.Weights
+    dtype: torch.dtype
+    kernels: Mapping[str, int]
+
+
+def of_loaded(model: Any) -> Run:
+    from ..runtime import QuantLinear
+
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    return Run(memory.weights(model), model.dtype, Counter(layer.select(model.dtype).name for layer in layers))
 
 
 def measured(
-    name: str,
-    source: Source,
-    model: Any,
-    sizes: Sizes,
+    subject: Subject,
+    run: Run,
     found: Footprint | str,
-    speeds: Sequence[Speed],
     where: LocalDevice,
     context: int,
+    batch: int,
+    speeds: Sequence[Speed],
+    speed_how: str,
+    quality: Quality | None = None,
+    problems: Sequence[str] = (),
 ) -> Measured:
-    """One model's row. found: what its own process saw, or why that failed; speeds: one a batch size."""
-    from ..runtime import QuantLinear
-
-    facts = inspect(name)
-    batch = max(s.batch for s in speeds)
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    """One model's row. found: what its own process saw, or why that failed; batch: the largest; speeds: one a batch
+    size, or none."""
+    facts, source = inspect(subject.name), subject.source
+    identity, sha256 = manifest(source.folder)
     return Measured(
-        name=name,
+        name=subject.name,
         base_model=source.base_model,
         architecture=facts.architecture,
         parameters=facts.parameters,
@@ -48,12 +67,21 @@ def measured(
         stored_types=dict(source.stored.types),
         stored_quantized=source.stored.quantized,
         bits_per_weight=facts.bits_per_weight,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(run.dtype).removeprefix("torch."),
         schemes=dict(facts.schemes),
-        kernels=dict(Counter(layer.select(model.dtype).name for layer in layers)),
-        memory=used(memory.weights(model), found, where, context, batch),
-        formula=predicted(sizes, context, batch),
+        kernels=dict(run.kernels),
+        memory=used(run.weights, found, where, context, batch),
+        formula=predicted(subject.sizes, context, batch),
+        loaded=subject.loaded,
         speed=tuple(speeds),
+        speed_how=speed_how,
+        quality=quality,
+        on_frontier=None,
+        overlap=subject.overlap,
+        problems=tuple(problems),
+        fingerprint=source.fingerprint,
+        manifest_sha256=sha256,
+        conversion=conversion(identity),
     )
 
 

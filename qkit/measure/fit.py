@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import units
@@ -73,49 +73,74 @@ def sizes(source: Source) -> Sizes:
     return Sizes(source.label, config, itemsize, weights, text.vocab_size, text.hidden_size, intermediate, most)
 
 
-def check(models: Sequence[Sizes], where: LocalDevice, context: int, batch: int, n_ctx: int) -> None:
-    """Refuse what does not fit the free memory: the weights of all models, which are compared side by side, and of
-    one at a time the KV cache of `batch` sequences of `context` tokens and what is generated after them, with the
-    logits or a layer's activations; or the logits of scoring chunks of n_ctx tokens.
+@dataclass(frozen=True)
+class Load:
+    """Models that are loaded side by side: their weights, and of one at a time the KV cache of `batch` sequences of
+    `context` tokens and what is generated after them, with the logits or a layer's activations; or of all of them the
+    logits of chunks of n_ctx tokens, for scoring."""
 
-    Raises QkitError that names the largest batch and the largest context that fit."""
-    free = where.available_bytes
-    weights = sum(m.weights for m in models)
-    names = " and ".join(m.label for m in models)
+    models: Sequence[Sizes]
+    where: LocalDevice
+    context: int
+    batch: int
+    n_ctx: int
 
-    def cache(tokens: int, sequences: int) -> int:
-        return max(m.kv(_length(m, tokens), sequences)[0] for m in models)
+    @property
+    def weights(self) -> int:
+        return sum(m.weights for m in self.models)
 
-    def passing(tokens: int, sequences: int) -> int:
-        return max(max(m.head(sequences, where.id), m.layer(tokens, sequences)) for m in models)
+    @property
+    def scoring(self) -> int:
+        return sum(self.n_ctx * m.vocab * m.itemsize for m in self.models)
 
-    scoring = sum(n_ctx * m.vocab * m.itemsize for m in models)
+    @property
+    def cache(self) -> int:
+        return max(m.kv(_length(m, self.context), self.batch)[0] for m in self.models)
 
-    def fits(tokens: int, sequences: int) -> bool:
-        return weights + max(scoring, cache(tokens, sequences) + passing(tokens, sequences)) <= free
+    @property
+    def passing(self) -> int:
+        return max(max(m.head(self.batch, self.where.id), m.layer(self.context, self.batch)) for m in self.models)
 
-    if fits(context, batch):
-        return
-    if weights + scoring > free:
-        raise QkitError(
-            f"{names} needs {units.size(weights)} for weights and {units.size(scoring)} for the logits of "
-            f"{n_ctx} tokens; {where.id} has {units.size(free)} free",
-            "use a smaller model, a device with more memory" + (", or no baseline" if len(models) > 1 else ""),
-        )
+    @property
+    def scores(self) -> bool:
+        """Whether there is room to score; speed may need more."""
+        return self.weights + self.scoring <= self.where.available_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.scores and self.weights + self.cache + self.passing <= self.where.available_bytes
+
+
+def check(load: Load) -> bool:
+    """Whether the models fit the free memory.
+
+    Raises QkitError where they do at a smaller batch or context, naming the largest that fit."""
+    if load.fits:
+        return True
     remedies = [
         f"the largest {name} that fits {at} is {most}"
         for name, at, most in (
-            ("--batch", f"at --context {context}", _largest(lambda n: fits(context, n), batch, 1)),
-            ("--context", f"at --batch {batch}", _largest(lambda n: fits(n, batch), context, 8)),
+            (
+                "--batch",
+                f"at --context {load.context}",
+                _largest(lambda n: replace(load, batch=n).fits, load.batch, 1),
+            ),
+            (
+                "--context",
+                f"at --batch {load.batch}",
+                _largest(lambda n: replace(load, context=n).fits, load.context, 8),
+            ),
         )
         if most
     ]
-    least = f"not even --batch 1 at --context {context} or --batch {batch} at --context 8 fits"
+    if not remedies:
+        return False
+    names = " and ".join(m.label for m in load.models)
     raise QkitError(
-        f"{names} at --batch {batch} and --context {context} needs {units.size(weights)} for weights, "
-        f"{units.size(cache(context, batch))} for the KV cache and {units.size(passing(context, batch))} for logits "
-        f"and activations; {where.id} has {units.size(free)} free",
-        "; ".join(remedies) or least,
+        f"{names} at --batch {load.batch} and --context {load.context} needs {units.size(load.weights)} for weights, "
+        f"{units.size(load.cache)} for the KV cache and {units.size(load.passing)} for logits and activations; "
+        f"{load.where.id} has {units.size(load.where.available_bytes)} free",
+        "; ".join(remedies),
     )
 
 

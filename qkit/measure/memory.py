@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,19 +26,29 @@ class Weights:
     def total(self) -> int:
         return self.packed + self.embeddings + self.unquantized
 
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(
+            self.packed + other.packed, self.embeddings + other.embeddings, self.unquantized + other.unquantized
+        )
+
 
 def weights(model: Any) -> Weights:
     """Sum of the parameters and buffers of a model, by part."""
+    return weights_of(model.modules(), model.get_input_embeddings())
+
+
+def weights_of(modules: Iterable[Any], embedding: Any) -> Weights:
+    """The same of some of a model's modules; embedding: its input embedding, whether it is among them or not."""
     from ..runtime import QuantLinear
 
-    embedding = model.get_input_embeddings()
     counted: set[int] = set()
     sums = {"packed": 0, "embeddings": 0, "unquantized": 0}
-    for module in [embedding, *model.modules()]:  # the embedding first: a tied head then counts as its part
+    # The embedding first: a tied head then counts as its part.
+    for module in sorted(modules, key=lambda module: module is not embedding):
         part = "packed" if isinstance(module, QuantLinear) else "embeddings" if module is embedding else "unquantized"
         held = module.tensors() if isinstance(module, QuantLinear) else module.buffers(recurse=False)
         for tensor in [*module.parameters(recurse=False), *held]:
-            if tensor.numel() and tensor.untyped_storage().data_ptr() not in counted:
+            if not tensor.is_meta and tensor.numel() and tensor.untyped_storage().data_ptr() not in counted:
                 counted.add(tensor.untyped_storage().data_ptr())
                 sums[part] += tensor.nbytes
     return Weights(**sums)

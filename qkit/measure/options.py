@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..options import number, option, positive, several, whole
+from ..options import number, option, positive, several, size, text, whole
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,13 @@ class Options:
         "the model to compare with: KL divergence, top-1 agreement; without one perplexity alone",
         metavar="SOURCE",
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:<index>", metavar="NAME")
+    device: tuple[str, ...] = option(
+        ("auto",),
+        "auto, cpu, cuda or cuda:<index> to measure here; to predict, devices of the catalogue (`qkit devices`), h100-sxm:2 "
+        "for two, a JSON file that describes a card, or all",
+        parse=several(text, 1),
+        metavar="NAME",
+    )
     context: int | None = option(
         None,
         "tokens of context to measure memory and speed at; default: 512, or what the model can take",
@@ -26,6 +32,19 @@ class Options:
     batch: tuple[int, ...] = option(
         (1,), "batch sizes; --min-tps holds for the first", parse=several(whole(1), 1), metavar="N"
     )
+    predict: bool = option(False, "predict on a device that is here, too; nothing is loaded")
+    format: str | None = option(None, "predict the model as `qkit convert --format NAME` would write it", metavar="NAME")
+    scheme: str | None = option(None, "predict it in this scheme", metavar="NAME")
+    kv_cache: str | None = option(None, "predict with a KV cache of fp8, or q8_0 or q4_0 of llama.cpp", metavar="TYPE")
+    price_per_hour: float | None = option(
+        None, "dollars an hour of the predicted device; default: the catalogue's, dated", parse=number, metavar="X"
+    )
+    api_price: tuple[float, ...] = option(
+        (), "dollars a million tokens of a hosted model, or in and out; default: a dated one", parse=several(number),
+        metavar="X",
+    )  # fmt: skip
+    utilization: float = option(0.5, "share of the hours in which a rented device computes", parse=number, metavar="X")
+    input_tokens: float = option(3.0, "tokens of prompts to each new one, for costs", parse=number, metavar="X")
     text: str | None = option(None, "evaluation text; default: text that comes with qkit or Python", metavar="FILE")
     engine: str | None = option(
         None,
@@ -66,9 +85,15 @@ class Options:
     max_kld: float | None = option(None, "exit with 1 if the mean KL divergence is above X", parse=number, metavar="X")
     min_tps: float | None = option(
         None,
-        "exit with 1 if generate, or --endpoint at its first concurrency, gives below X tokens/s",
+        "exit with 1 if generate, or --endpoint at its first concurrency, or a prediction, gives below X tokens/s",
         parse=number,
         metavar="X",
+    )
+    max_memory: int | None = option(
+        None,
+        "memory to stay within, such as 8GiB; default: what is free. What does not fit runs block by block, untimed",
+        parse=size,
+        metavar="SIZE",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the checkpoint (its tokenizer's)")
     out: str | None = option(None, "folder for the report; default: qkit-profile/MODEL", short="-o", metavar="DIR")

@@ -13,7 +13,7 @@ Position i is the prediction of token i+1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    # int64 [n_ctx] -> logits [n_ctx, vocab], any float dtype
-    LogitsFn = Callable[["torch.Tensor"], "torch.Tensor"]
+    # of each chunk, in order: [n_ctx, vocab], any float dtype
+    Logits = Iterable["torch.Tensor"]
 
 PROTOCOLS = ("llama.cpp", "full")
 KLD_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)
 DELTA_P_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1, 0.0)
-_SLICE_ELEMENTS = 4 << 20  # float32 logits held at a time for each model: 16 MiB, which stays near the caches
+SLICE_ELEMENTS = 4 << 20  # float32 logits held at a time for each model: 16 MiB, which stays near the caches
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of both protocols over `chunks` chunks of `n_ctx` tokens."""
+    """Figures of both protocols over `chunks` chunks of `n_ctx` tokens. how: whether the models were loaded for it, or
+    streamed block by block."""
 
     chunks: int
     n_ctx: int
     vocab: int
     protocols: dict[str, Scores]
+    how: str = ""
 
     def __getitem__(self, protocol: str) -> Scores:
         return self.protocols[protocol]
@@ -91,19 +93,18 @@ class Quality:
         return asdict(self)
 
 
-def model_logits(model: Any) -> LogitsFn:
-    """A transformers causal language model as a function int64 [n_ctx] -> logits [n_ctx, vocab]."""
+def model_logits(model: Any, tokens: torch.Tensor) -> Generator[torch.Tensor, None, None]:
+    """What a transformers causal language model gives for each chunk of tokens int64 [chunks, n_ctx]."""
     import torch
 
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
+    for chunk in tokens:
         with torch.inference_mode():
-            return model(input_ids=tokens.to(model.device).unsqueeze(0), use_cache=False).logits[0]
-
-    return logits
+            found = model(input_ids=chunk.to(model.device).unsqueeze(0), use_cache=False).logits[0]
+        yield found
 
 
 def compare(
-    base: LogitsFn, model: LogitsFn, tokens: torch.Tensor, progress: Callable[[float], None] | None = None
+    base: Logits, model: Logits, tokens: torch.Tensor, progress: Callable[[float], None] | None = None
 ) -> Quality:
     """Score `model` against `base` on int64 tokens [chunks, n_ctx].
 
@@ -113,13 +114,13 @@ def compare(
     return _score(base, model, tokens, progress)
 
 
-def perplexity(model: LogitsFn, tokens: torch.Tensor, progress: Callable[[float], None] | None = None) -> Quality:
+def perplexity(model: Logits, tokens: torch.Tensor, progress: Callable[[float], None] | None = None) -> Quality:
     """`compare` without a baseline: perplexity alone."""
     return _score(None, model, tokens, progress)
 
 
 def _score(
-    base: LogitsFn | None, model: LogitsFn, tokens: torch.Tensor, progress: Callable[[float], None] | None
+    base: Logits | None, model: Logits, tokens: torch.Tensor, progress: Callable[[float], None] | None
 ) -> Quality:
     import numpy as np
     import torch
@@ -128,8 +129,8 @@ def _score(
         raise QkitError(f"scoring needs chunks of at least 4 tokens, got shape {tuple(tokens.shape)}")
     vocab = 0
     rows = []
-    for index, chunk in enumerate(tokens):
-        logits = [fn(chunk) for fn in ([model] if base is None else [model, base])]
+    sides = [model] if base is None else [model, base]
+    for index, (chunk, *logits) in enumerate(zip(tokens, *sides, strict=True)):
         vocab = _check_shapes(logits, chunk)
         with torch.inference_mode():
             figures = _token_figures(logits, chunk)
@@ -177,7 +178,7 @@ def _token_figures(logits: list[torch.Tensor], chunk: torch.Tensor) -> np.ndarra
     model = logits[0]
     base = logits[1].to(model.device) if len(logits) == 2 else None
     targets = chunk[1:].to(model.device).unsqueeze(1)
-    step = max(1, _SLICE_ELEMENTS // model.shape[1])
+    step = max(1, SLICE_ELEMENTS // model.shape[1])
     parts = []
     for start in range(0, len(chunk) - 1, step):
         stop = min(start + step, len(chunk) - 1)

@@ -1,37 +1,44 @@
-"""`profile`: load a model, measure memory, speed and quality on the device that is here, write the report."""
+"""`profile`: load one model after another, measure memory, speed and quality on the device that is here, write the
+report."""
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import units
 from ..errors import QkitError
-from ..hardware.detect import resolve
+from ..hardware import memory as process
+from ..hardware.detect import is_present, local_target, resolve
 from ..models.config import max_positions
 from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
-from . import facts, fit, footprint, speed
+from . import bench, evaluation, facts, fit, footprint, room, speed
 from .endpoint.command import profile_endpoint
 from .endpoint.run import default_name
 from .engines import command as engines
 from .engines.render import FORMULAS as SWEEP_FORMULAS
+from .frontier import Point, on_frontier
 from .options import Options
-from .types import EvaluationText, Measured, Profile
+from .types import Failed, Measured, Profile
 
 if TYPE_CHECKING:
     import torch
 
+    from ..estimate.command import Predicted
+    from ..hardware.detect import LocalDevice
+    from ..hardware.device import Target
     from .endpoint import Endpoint
-    from .quality import Quality
+    from .room import Room, Subject
 
 HEADLINE = "llama.cpp"  # the protocol that thresholds and headlines use; the report shows both
 N_CTX = 512
-# Share of the evaluated words that may stand in the calibration text, as licences, boilerplate and quotations do: a
-# hundredth moves a mean by far less than its error, and one copied document in fifty is above it.
-MOST_SHARED = 0.01
+_WORKING = 128 << 20  # bytes that this process takes beside models once they run: code, tokenizer, text, allocators
 
 FORMULAS = {
     "weights": "sum over the loaded model's parameters and buffers, each storage once",
@@ -49,106 +56,191 @@ FORMULAS = {
 
 
 @with_options(Options)
-def profile(model: str | None = None, *, options: Options) -> Profile | Endpoint:
-    """Measure a model on this machine and write profile.json, profile.md and profile.html.
+def profile(
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), *, options: Options
+) -> Profile | Endpoint | Predicted:
+    """Measure models on this machine and write profile.json, profile.md and profile.html; or predict them.
 
-    model  a converted folder, or anything `open_source` takes; with `endpoint` the name of a model there, or None
+    models  a converted folder, or anything `open_source` takes; several are measured one after the other. With
+            `endpoint` the name of a model there, or none
+    Devices that are not here, `predict`, and models of which there is a config alone are predicted: nothing is loaded.
 
-    The evaluation text is checked to share no passage with the calibration text that the model's manifest names.
+    Each is loaded, timed and scored, and freed before the next. The baseline stays loaded beside them where both fit;
+    else it leaves its last hidden states and its head behind. What does not fit the memory runs block by block, and is
+    scored but not timed.
+    The evaluation text is checked to share no passage with the calibration texts that the models' manifests name.
     Thresholds: see `Profile.failures`; max_kld is held against the mean KL divergence of the "llama.cpp" protocol.
-    Raises QkitError for bad options, a device that is not here, overlapping texts, a model that does not fit.
+    Raises QkitError for bad options, a device that is not here, overlapping texts, other tokenizers, a model that does
+    not fit even block by block, and where nothing could be measured.
     """
+    names = _names(models)
     if options.endpoint is not None:
-        return profile_endpoint(model, options, _out_folder(options.out, default_name(options.endpoint)))
-    if model is None:
-        raise QkitError("there is no model to measure", "name one, or a running server with --endpoint URL")
-    from ..runtime import load, load_tokenizer
-    from ..sources import open_source
-    from . import quality
+        if len(names) > 1:
+            raise QkitError("--endpoint takes the name of one model", "run it once for each")
+        return profile_endpoint(names[0] if names else None, options, _out_folder(options.out, [default_name(options.endpoint)]))
+    if not names:
+        raise QkitError("no model was named", "name a folder, a .gguf file, a Hub id, demo, or a running server with --endpoint URL")
+    targets = _targets(names, options)
+    if targets is not None:
+        from ..estimate.command import predict
 
-    baseline, batch, max_kld, min_tps = options.baseline, options.batch, options.max_kld, options.min_tps
-    if max_kld is not None and baseline is None:
+        return predict(names, targets, options)
+    return _measured(names, options)
+
+
+def _targets(names: Sequence[str], options: Options) -> tuple[Target, ...] | None:
+    """The devices that are predicted; None where it is this machine's that is measured."""
+    from ..estimate.command import is_here, targets_of
+    from ..sources.described import is_config_alone
+
+    here = [name for name in options.device if is_here(name)]
+    if here and len(options.device) > 1:
+        raise QkitError(
+            f"--device {' '.join(options.device)}: {here[0]} is of this machine, and one at a time is measured",
+            "name devices of the catalogue to predict them, or one of this machine",
+        )
+    if not here:
+        targets = targets_of(options.device)
+        alone = len(targets) == 1 and targets[0].count == 1 and not options.predict
+        return None if alone and is_present(targets[0].device.id) else targets
+    if any(is_config_alone(name) for name in names):
+        return targets_of(("all",))
+    return (local_target(resolve(options.device[0])),) if options.predict else None
+
+
+def _measured(names: list[str], options: Options) -> Profile:
+    if options.max_kld is not None and options.baseline is None:
         raise QkitError("--max-kld needs a model to compare with", "name the unquantized model with --baseline")
-    where = resolve(options.device)
-    engines.check(options, [model])
-    source = open_source(model)
-    base_source = open_source(baseline) if baseline else None
-    identity, manifest_sha = facts.manifest(source.folder)
-    limit = max_positions(source.config) or 1 << 30
+    where = resolve(options.device[0])
+    engines.check(options, names)
+    subjects = [_open(name) for name in names]
+    baseline = _open(options.baseline) if options.baseline else None
+    everyone = [*subjects, *([baseline] if baseline else [])]
+    limit = min(max_positions(each.source.config) or 1 << 30 for each in everyone)
     context = _context(options.context, limit)
     n_ctx = min(N_CTX, limit)
-    named = [(model, source), *([(baseline, base_source)] if baseline and base_source else [])]
-    sizes = [fit.sizes(each) for _, each in named]
-    fit.check(sizes, where, context, max(batch), n_ctx)
-    tokenizer = load_tokenizer(source, options.trust_remote_code)
-    tokens, evaluated = _evaluation(options, tokenizer, n_ctx, identity)
-    folder = _out_folder(options.out, model)
+    allowed = _allowed(where, options.max_memory)
+    placed = room.divide(subjects, baseline, allowed, context, max(options.batch), options.chunks, n_ctx)
+    tokens, text, checked = evaluation.prepare(placed.models, placed.baseline, options, n_ctx)
+    placed = replace(placed, models=checked)
+    folder = _out_folder(options.out, names)
 
-    import torch
-
-    # First, while this process holds no model: two processes with one each may be more than there is memory for.
-    seen = []
-    with track("memory, each model in a process of its own", len(named), "models") as advance:
-        filled = _prompt(tokens, context)[0].tolist()
-        for name, _ in named:
-            seen.append(footprint.apart(name, where.id, filled, max(batch), where.available_bytes))
-            advance(1)
-    sweeps = engines.sweeps(options, [(model, sizes[0])], tokens.flatten().tolist(), where)
-    target = torch.device(where.id)
-    ceiling = speed.read_ceiling(target)
-    prompt = _prompt(tokens, min(context, limit - speed.GENERATED))
-    instances = [load(each, device=where.id) for _, each in named]
-    runs: list[list[speed.Speed]] = []
-    times = {"repeats": speed.REPEATS, "generated": speed.GENERATED}
-    with track("speed", len(named) * len(batch) * (speed.REPEATS + 1), "runs") as advance:
-        for size in batch:
-            runs.append(speed.measure(instances, prompt.repeat(size, 1), ceiling, advance, **times))
-    lines = [
-        facts.measured(name, each, instance, size, found, speeds, where, context)
-        for (name, each), instance, size, found, speeds in zip(
-            named, instances, sizes, seen, zip(*runs, strict=True), strict=True
-        )
-    ]
-    with track("quality", len(tokens)) as advance:
-        logits = [quality.model_logits(instance) for instance in instances]
-        if len(logits) == 2:
-            scores = quality.compare(logits[1], logits[0], tokens, advance)
-        else:
-            scores = quality.perplexity(logits[0], tokens, advance)
-
-    thresholds = {k: v for k, v in (("max_kld", max_kld), ("min_tps", min_tps)) if v is not None}
+    # Before this process holds a model, for the same reason.
+    sweeps = engines.sweeps(
+        options, [(each.name, each.sizes) for each in placed.models if each.loaded], tokens.flatten().tolist(), where
+    )
+    rows, base, failed, ceiling = _measure(placed, where, tokens, context, limit, options)
+    rows = _with_frontier(rows, base)
+    thresholds = {k: v for k in ("max_kld", "min_tps") if (v := getattr(options, k)) is not None}
     result = Profile(
-        model=lines[0],
-        baseline=lines[1] if len(lines) > 1 else None,
-        quality=scores,
-        text=evaluated,
+        models=tuple(rows),
+        baseline=base,
+        failed=tuple(failed),
+        text=text,
         device=facts.device_facts(where, ceiling),
         provenance={
             **facts.versions(),
-            "command": shlex.join(["qkit", "profile", model, *command_line(options)]),
+            "command": shlex.join(["qkit", "profile", *names, *command_line(options)]),
             "headline_protocol": HEADLINE,
-            "model_fingerprint": source.fingerprint,
-            "baseline_fingerprint": base_source.fingerprint if base_source else None,
-            "manifest_sha256": manifest_sha,
-            "conversion": facts.conversion(identity),
+            "memory_allowed": allowed.available_bytes,
         },
         thresholds=thresholds,
-        failures=_failures(thresholds, scores, lines),
+        failures=(),
         formulas={
             **FORMULAS,
             **speed.FORMULAS,
             **(SWEEP_FORMULAS if sweeps else {}),
-            "KV cache, by formula": lines[0].formula.kv_formula,
+            "KV cache, by formula": rows[0].formula.kv_formula,
         },
         out=str(folder),
         sweeps=sweeps,
     )
+    result = replace(result, failures=(*_missed(result), *result.problems))
     report.write(result, folder)
     return result
 
 
-def _out_folder(out: str | None, model: str) -> Path:
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf") or "model"
+def _measure(
+    placed: Room, where: LocalDevice, tokens: torch.Tensor, context: int, limit: int, options: Options
+) -> tuple[list[Measured], Measured | None, list[Failed], float]:
+    """(the models' rows, the baseline's, models that failed, GB/s at which the device reads memory).
+
+    Raises what failed where nothing was measured."""
+    import torch
+
+    everyone = [*placed.models, *([placed.baseline] if placed.baseline else [])]
+    seen = _footprints(everyone, where, tokens, context, max(options.batch))
+    ceiling = speed.read_ceiling(torch.device(where.id))
+    prompt = _prompt(tokens, min(context, limit - speed.GENERATED))
+    session = bench.Bench(where, tokens, prompt, context, options.batch, ceiling)
+    base = None
+    if placed.baseline:
+        base = bench.Baseline(session, placed.baseline, seen[-1], placed.beside)
+        bench.free(where.id)
+    rows: list[Measured] = []
+    failed: list[Failed] = []
+    first: Exception | None = None
+    for subject, found in zip(placed.models, seen, strict=False):
+        try:
+            rows.append(bench.measure(session, subject, found, base))
+        except Exception as error:  # whatever it is, the other models are measured
+            notify(f"warning: {subject.name} was not measured: {bench.said(error)}")
+            failed.append(Failed(subject.name, bench.said(error)))
+            first = first or error
+        bench.free(where.id)
+    if first is not None and not rows:
+        raise first
+    return rows, base.row() if base else None, failed, ceiling
+
+
+def _footprints(
+    subjects: Sequence[Subject], where: LocalDevice, tokens: torch.Tensor, context: int, batch: int
+) -> list[footprint.Footprint | str]:
+    """While this process holds no model: two processes with one each may be more than there is memory for."""
+    filled = _prompt(tokens, context)[0].tolist()
+    found: list[footprint.Footprint | str] = []
+    with track("memory, each model in a process of its own", len(subjects), "models") as advance:
+        for each in subjects:
+            if each.loaded:
+                found.append(footprint.apart(each.name, where.id, filled, batch, where.available_bytes))
+            else:
+                found.append("it does not fit, and ran block by block")
+            advance(1)
+    return found
+
+
+def _names(models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    given = [models] if isinstance(models, str | os.PathLike) else list(models)
+    names = [os.fspath(each) for each in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise QkitError(f"{name} is named twice")
+    return names
+
+
+def _open(name: str) -> Subject:
+    from ..sources import open_source
+
+    source = open_source(name)
+    sizes = fit.sizes(source)
+    return room.Subject(name, source, sizes, room.parts(source, sizes.itemsize))
+
+
+def _allowed(where: LocalDevice, most: int | None) -> LocalDevice:
+    """The device with what models may take of it: what is free, and at most what --max-memory leaves them."""
+    if most is None:
+        return where
+    if where.id == "cpu":
+        import torch  # noqa: F401  for its share of what is resident
+        import transformers  # noqa: F401
+
+        most -= process.resident() + _WORKING
+    return replace(where, available_bytes=max(0, min(where.available_bytes, most)))
+
+
+def _out_folder(out: str | None, names: Sequence[str]) -> Path:
+    name = Path(names[0].rstrip("/")).name.removesuffix(".gguf") or "model"
+    name += f"-and-{len(names) - 1}-more" if len(names) > 1 else ""
     folder = Path(out) if out else Path("qkit-profile") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,67 +261,56 @@ def _context(context: int | None, limit: int) -> int:
     return context
 
 
-def _evaluation(
-    options: Options, tokenizer: Any, n_ctx: int, identity: dict[str, Any]
-) -> tuple[torch.Tensor, EvaluationText]:
-    from ..text.defaults import evaluation_text
-    from ..text.read import read_text
-    from ..text.sketch import overlap
-    from ..text.windows import token_windows
-
-    named = evaluation_text() if options.text is None else read_text(options.text, tokenizer)
-    tokens, prefix, bos = token_windows(named, tokenizer, options.chunks, n_ctx, allow_fewer=True)
-    calibration = identity.get("calibration")
-    if isinstance(calibration, dict) and calibration.get("sketch"):
-        shared = overlap(calibration["sketch"], named.words(prefix))
-        name = calibration.get("name")
-        if shared.fraction > MOST_SHARED and not options.allow_overlap:
-            raise QkitError(
-                f"the evaluation text {named.name} shares {shared.fraction:.1%} of its words with the text that the "
-                f"model was calibrated on, for instance: {shared.example[:120]!r}",
-                "evaluate on another text with --text FILE, or accept it, said in the report, with --allow-overlap",
-            )
-        if shared.fraction > MOST_SHARED:
-            verdict = f"OVERLAPS: {shared.fraction:.1%} of its words stand in the calibration text {name} (allowed)"
-        elif shared.count:
-            verdict = (
-                f"checked: {shared.fraction:.2%} of its words stand in passages of 13 or more in common with the "
-                f"calibration text {name}"
-            )
-        else:
-            verdict = f"checked: no passage of 20 or more words in common with the calibration text {name}"
-    elif isinstance(calibration, dict):
-        verdict = "not checked: the model's manifest holds no sketch of its calibration text"
-    elif identity:
-        verdict = "nothing to check: the model was converted without calibration text"
-    else:
-        verdict = "not checked: the model has no qkit manifest"
-    return tokens, EvaluationText(named.name, named.sha256, len(tokens), n_ctx, bos, verdict)
-
-
 def _prompt(tokens: torch.Tensor, length: int) -> torch.Tensor:
     """int64 [1, length] of evaluation text, repeated where it is too short: speed does not depend on its sense."""
     flat = tokens.flatten()
     return flat.repeat(-(-length // len(flat)))[:length].unsqueeze(0)
 
 
-def _failures(thresholds: dict[str, float], scores: Quality, lines: list[Measured]) -> tuple[str, ...]:
-    failures = []
-    row, base = lines[0], lines[-1]
-    against = scores[HEADLINE].against
-    if "max_kld" in thresholds and against and against.kld.value > thresholds["max_kld"]:
-        words = f"mean KL divergence {against.kld.value:.4f} {base.as_baseline}".rstrip()
-        failures.append(f"{words} is above {thresholds['max_kld']:g}")
-    first = row.speed[0]
-    if "min_tps" in thresholds and first.generate_tps < thresholds["min_tps"]:
-        failures.append(
-            f"generate at batch {first.batch} gives {first.generate_tps:.1f} tokens/s, below {thresholds['min_tps']:g}"
-        )
-    for each in lines:
-        used = each.memory
-        if used.problem:
-            notify(f"warning: the memory of {each.name} was not measured: {used.problem}")
+def _with_frontier(rows: list[Measured], base: Measured | None) -> list[Measured]:
+    """The rows with `on_frontier`, where quality is a divergence."""
+    compared = [row for row in rows if row.quality and row.quality[HEADLINE].against]
+    if base is None:
+        return rows
+    flags = on_frontier([point(row) for row in compared])
+    known = {row.name: flag for row, flag in zip(compared, flags, strict=True)}
+    return [replace(row, on_frontier=known.get(row.name)) for row in rows]
+
+
+def point(row: Measured) -> Point:
+    assert row.quality is not None
+    against = row.quality[HEADLINE].against
+    assert against is not None
+    return Point(row.stored_bytes, against.kld.value, row.speed[0].generate_tps if row.speed else None)
+
+
+def _missed(result: Profile) -> list[str]:
+    """Thresholds that a model misses, or that cannot be held because the figure is missing."""
+    found = []
+    base = result.baseline
+    for row in result.models:
+        of = f"{row.name}: " if len(result.models) > 1 else ""
+        most, least = (result.thresholds.get(name) for name in ("max_kld", "min_tps"))
+        against = row.quality[HEADLINE].against if row.quality else None
+        if most is not None and base is not None:
+            if against is None:
+                found.append(f"{of}the KL divergence was not measured, --max-kld is {most:g}")
+            elif against.kld.value > most:
+                words = f"mean KL divergence {against.kld.value:.4f} {base.as_baseline}".rstrip()
+                found.append(f"{of}{words} is above {most:g}")
+        if least is not None:
+            if not row.speed:
+                found.append(f"{of}the speed was not measured, --min-tps is {least:g}")
+            elif row.speed[0].generate_tps < least:
+                first = row.speed[0]
+                found.append(
+                    f"{of}generate at batch {first.batch} gives {first.generate_tps:.1f} tokens/s, below {least:g}"
+                )
+    for row in [*result.models, *([base] if base else [])]:
+        used = row.memory
+        if used.problem and row.loaded:
+            notify(f"warning: the memory of {row.name} was not measured: {used.problem}")
         elif used.fits is False:
             total, free = units.size(used.total or 0), units.size(used.free_bytes)
-            notify(f"warning: the {total} that {each.name} takes do not fit the {free} that were free")
-    return tuple(failures)
+            notify(f"warning: the {total} that {row.name} takes do not fit the {free} that were free")
+    return found

@@ -76,13 +76,24 @@ def measure(
             seen.tpot += rest
             advance(1)
     return [
-        _speed(prompt, generated, seen, memory.read_per_token(model), ceiling)
+        _speed(len(prompt), prompt.shape[1], generated, seen, memory.read_per_token(model), ceiling)
         for model, seen in zip(models, times, strict=True)
     ]
 
 
-def _speed(prompt: torch.Tensor, generated: int, seen: _Times, read: int | None, ceiling: float) -> Speed:
-    batch, tokens = prompt.shape
+def pooled(speeds: Sequence[Speed], read: int | None, ceiling: float) -> Speed:
+    """One model's runs of several times, all at one batch size, as one. read: `memory.read_per_token` of it."""
+    seen = _Times()
+    for each in speeds:
+        seen.generate += each.generate
+        seen.generate_tail += each.generate_tail
+        seen.ttft += each.ttft
+        seen.tpot += each.tpot
+    first = speeds[0]
+    return _speed(first.batch, first.prompt, first.generated, seen, read, ceiling)
+
+
+def _speed(batch: int, tokens: int, generated: int, seen: _Times, read: int | None, ceiling: float) -> Speed:
     p50 = percentile(seen.tpot, 50)
     read_gbs = None if read is None else read / p50 / 1e9
     calls = batch * len(seen.generate)

@@ -9,7 +9,7 @@ from ..spec.dtypes import FLOATS
 from .engines.types import Sweep
 from .quality import Quality
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,14 @@ class Measured:
     stored_quantized  whether what is on disk is itself quantized
     bits_per_weight   stored bits per parameter of the unquantized model
     kernels           kernel name -> quantized linears that use it
+    loaded            whether it was loaded whole; else it ran block by block, and speed is empty
+    speed_how         with what in turns the runs were timed; where speed is empty, why
+    quality           None of a baseline, and where it failed
+    on_frontier       whether no other candidate is as small, as close to the baseline and as fast (`frontier`); None
+                      without a baseline and of it
+    overlap           whether the evaluation text was told apart from this model's calibration text
+    problems          what failed, in words; the rest was measured
+    fingerprint       of the source; manifest_sha256, conversion: of the qkit manifest, where there is one
     """
 
     name: str
@@ -118,7 +126,16 @@ class Measured:
     kernels: dict[str, int]
     memory: Memory
     formula: Formula
+    loaded: bool
     speed: tuple[Speed, ...]
+    speed_how: str
+    quality: Quality | None
+    on_frontier: bool | None
+    overlap: str
+    problems: tuple[str, ...]
+    fingerprint: str
+    manifest_sha256: str | None
+    conversion: dict[str, Any]
 
     @property
     def quantized_as(self) -> str | None:
@@ -136,24 +153,37 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A model of which nothing could be measured, and why."""
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class EvaluationText:
-    """What quality was measured on, and whether it was told apart from the calibration text."""
+    """What quality was measured on."""
 
     name: str
     sha256: str
     chunks: int
     n_ctx: int
     bos: bool
-    overlap: str
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The result of `profile`. `as_dict` is the JSON document; `schema_version` changes when its meaning does."""
+    """The result of `profile`. `as_dict` is the JSON document; `schema_version` changes when its meaning does.
 
-    model: Measured
+    models      those that were measured, as they were named, one or more
+    baseline    what each of them was compared with
+    failed      those that were not measured
+    failures    thresholds that were missed and what failed: not empty, the exit code is 1
+    """
+
+    models: tuple[Measured, ...]
     baseline: Measured | None
-    quality: Quality
+    failed: tuple[Failed, ...]
     text: EvaluationText
     device: dict[str, Any]
     provenance: dict[str, Any]
@@ -167,6 +197,13 @@ class Profile:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Of `failures`, those that are no thresholds."""
+        rows = [*self.models, *([self.baseline] if self.baseline else [])]
+        found = [f"{each.name}: {each.problem}" for each in self.failed]
+        return (*found, *(f"{row.name}: {problem}" for row in rows for problem in row.problems))
 
     def as_dict(self) -> dict[str, Any]:
         return {"kind": "measured", "passed": self.passed, **asdict(self)}

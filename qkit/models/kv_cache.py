@@ -90,9 +90,11 @@ def is_rounded(model: Any) -> bool:
     return any(KV_SCALES[0] in module._buffers for module in model.modules())
 
 
-def check_scales(model: Any) -> None:
-    """Raises QkitError for a scale that is no positive number."""
+def check_scales(model: Any, prefix: str = "") -> None:
+    """Raises QkitError for a scale that is no positive number, of the attentions whose names begin with `prefix`."""
     for name, attention in attentions(model).items():
+        if not name.startswith(prefix):
+            continue
         for local in KV_SCALES:
             scale = getattr(attention, local)
             if not bool((torch.isfinite(scale) & (scale > 0)).all()):

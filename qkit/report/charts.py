@@ -139,6 +139,98 @@ def histogram(series: Sequence[tuple[str, str, Sequence[float]]], bins: int = 36
     return _svg(out, y + 12, "Time per output token. " + "; ".join(notes))
 
 
+@dataclass(frozen=True)
+class Mark:
+    """One model of a frontier: bytes on disk, its KL divergence with the standard error, whether it is worth having."""
+
+    name: str
+    nbytes: int
+    kld: float
+    error: float
+    best: bool
+
+
+def frontier(marks: Sequence[Mark]) -> Markup:
+    """KL divergence, on a logarithmic axis, against size; a line joins those that no smaller one is closer than."""
+    positive = [m.kld for m in marks if m.kld > 0]
+    if not positive:
+        return _svg([_text(0, 16, "every model agrees with the baseline exactly", "label")], 24, "All values are zero")
+    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    high = max(high, low + 1)
+    least, most = min(m.nbytes for m in marks), max(m.nbytes for m in marks)
+    pad = 0.12 * (most - least) or 0.12 * most or 1.0
+    start, end = max(0.0, least - pad), most + pad
+    left, right, top, bottom = 44.0, WIDTH - 8.0, 12.0, max(210.0, 34.0 * len(marks))
+
+    def x(nbytes: float) -> float:
+        return left + (right - left) * (nbytes - start) / (end - start)
+
+    def y(value: float) -> float:
+        exponent = min(max(math.log10(value) if value > 0 else low, low), high)
+        return bottom - (bottom - top) * (exponent - low) / (high - low)
+
+    out = []
+    for exponent in range(low, high + 1):
+        at = y(10.0**exponent)
+        out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        out.append(_text(left - 6, at + 4, f"{10.0**exponent:g}" if exponent >= -3 else f"1e{exponent}", "tick", "end"))
+    for tick in _ticks(start, end):
+        out.append(_text(x(tick), bottom + 18, units.size(tick), "tick", "middle"))
+    out.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    ordered = sorted(marks, key=lambda m: (m.nbytes, m.kld))
+    joined = [m for i, m in enumerate(ordered) if all(m.kld < other.kld for other in ordered[:i])]
+    line = " ".join(f"{x(m.nbytes):.1f},{y(m.kld):.1f}" for m in joined)
+    out.append(f'<polyline class="joined" points="{line}"/>')
+    for m in marks:
+        cx, cy = x(m.nbytes), y(m.kld)
+        upper, lower = y(m.kld + 2 * m.error), y(m.kld - 2 * m.error)
+        out.append(f'<line class="stem" x1="{cx:.1f}" x2="{cx:.1f}" y1="{upper:.1f}" y2="{lower:.1f}"/>')
+        title = escape(f"{m.name}: {units.size(m.nbytes)}, KL divergence {figure(m.kld)} ± {figure(m.error)}")
+        css = "fill-packed" if m.best else "hollow"
+        out.append(f'<circle class="{css}" cx="{cx:.1f}" cy="{cy:.1f}" r="5"><title>{title}</title></circle>')
+    out += _labels([(m.name, x(m.nbytes), y(m.kld)) for m in marks], top, bottom)
+    summary = "; ".join(
+        f"{m.name}: {units.size(m.nbytes)}, {figure(m.kld)}{', on the frontier' if m.best else ''}" for m in ordered
+    )
+    return _svg(out, bottom + 26, f"KL divergence, logarithmic, against size on disk. {summary}")
+
+
+def _ticks(start: float, end: float) -> list[float]:
+    """Three to six round numbers between the two."""
+    raw = (end - start) / 4
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= raw)
+    return [n * step for n in range(math.ceil(start / step), math.floor(end / step) + 1)]
+
+
+_CHARACTER, _LINE = 7.3, 15.0  # of 13 px text: its mean width, seldom exceeded, and the room for a line
+_LONGEST = 30
+
+
+def _labels(points: Sequence[tuple[str, float, float]], top: float, bottom: float) -> list[str]:
+    """Names beside their points, each moved up or down to where it covers neither a point nor another name."""
+    taken = [(px - 6, py - 6, px + 6, py + 6) for _, px, py in points]
+    out = []
+    for name, px, py in sorted(points, key=lambda p: p[2]):
+        shown = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+        width = _CHARACTER * len(shown)
+        at = px + 10 if px + 10 + width <= WIDTH else max(0.0, px - 10 - width)
+        steps = sorted((sign * n * _LINE / 3 for n in range(3 * len(points) + 9) for sign in (1, -1)), key=abs)
+        inside = [py + step for step in steps if top + 6 <= py + step <= bottom - 2] or [py]
+        boxes = [(at, middle - 9, at + width, middle + 6) for middle in inside]
+        box = next((b for b in boxes if not any(_meet(b, other) for other in taken)), boxes[0])
+        taken.append(box)
+        if abs(box[1] + 9 - py) > _LINE / 2:
+            edge = at - 2 if at > px else at + width + 2
+            out.append(f'<line class="leader" x1="{px:.1f}" x2="{edge:.1f}" y1="{py:.1f}" y2="{box[1] + 8:.1f}"/>')
+        out.append(_text(at, box[1] + 13, shown, "label"))
+    return out
+
+
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def figure(value: float) -> str:
     """A number with three or four significant digits, never as 1e-05 above a thousandth."""
     if value == 0:

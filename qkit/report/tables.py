@@ -5,24 +5,66 @@ from __future__ import annotations
 from typing import Any
 
 from .. import units
-from ..measure.quality import Divergence
+from ..measure.quality import Divergence, Scores
 from ..measure.types import Measured, Memory, Profile
-from . import charts
+from . import charts, wording
 from .wording import against, percent, pm, setting
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 def rows(result: Profile) -> list[Measured]:
-    return [result.model] + ([result.baseline] if result.baseline else [])
+    return [*result.models, *([result.baseline] if result.baseline else [])]
 
 
 def heads(result: Profile) -> list[str]:
-    return ["model", "baseline"][: len(rows(result))]
+    """What each row is called: "model" where there is one, else the names."""
+    named = [result.models[0].name] if len(result.models) == 1 else wording.names(result)
+    ours = ["model"] if len(named) == 1 else named
+    return [*ours, *(["baseline"] if result.baseline else [])]
 
 
-def quality(result: Profile) -> Table:
-    protocols = list(result.quality.protocols.values())
+def candidates(result: Profile) -> Table:
+    """Several models side by side: size, distance to the baseline, speed."""
+    head = ["model", "on disk", "bits per weight", *_DISTANCE[bool(result.baseline)], "generate tok/s", "memory"]
+    head += ["frontier"] if result.baseline else []
+    lines = []
+    for name, row in zip(heads(result), rows(result), strict=True):
+        scores = wording.headline(result, row)
+        rate = f"{row.speed[0].generate_tps:,.1f}" if row.speed else "-"
+        line = [name, units.size(row.stored_bytes), f"{row.bits_per_weight:.2f}"]
+        if row is result.baseline:
+            line += ["", "", *([""] if result.baseline else [])]
+        elif scores is None:
+            line += ["-"] * len(_DISTANCE[bool(result.baseline)])
+        elif scores.against is None:
+            line += [pm(scores.perplexity)]
+        else:
+            top = scores.against.same_top
+            line += [pm(scores.against.kld), f"{percent(top.value)} ± {percent(top.error)}", pm(scores.perplexity)]
+        line += [rate, _size(row.memory.total)]
+        lines.append(line + (["" if row.on_frontier is None else _yes(row.on_frontier)] if result.baseline else []))
+    for failed in result.failed:
+        lines.append([wording.short(failed.name), f"failed: {failed.problem}", *[""] * (len(head) - 2)])
+    return head, lines
+
+
+_DISTANCE = {True: ["mean KL divergence", "top-1 agreement", "perplexity"], False: ["perplexity"]}
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def quality(result: Profile) -> Table | None:
+    """A column for each model and protocol; None where nothing was scored."""
+    columns: list[tuple[str, Scores]] = []
+    for name, row in zip(heads(result), result.models, strict=False):
+        for scores in row.quality.protocols.values() if row.quality else ():
+            columns.append((scores.protocol if len(result.models) == 1 else f"{name}, {scores.protocol}", scores))
+    if not columns:
+        return None
+    protocols = [scores for _, scores in columns]
     lines: list[list[str]] = [["scored tokens", *(f"{s.tokens:,}" for s in protocols)]]
     lines.append(["perplexity", *(pm(s.perplexity) for s in protocols)])
     known = [s.against for s in protocols if s.against]
@@ -42,11 +84,12 @@ def quality(result: Profile) -> Table:
             ["mean Δp", *(f"{percent(a.delta_p.value)} ± {percent(a.delta_p.error)}" for a in known)],
             ["RMS Δp", *(f"{percent(a.delta_p_rms.value)} ± {percent(a.delta_p_rms.error)}" for a in known)],
         ]
-    return ["", *(s.protocol for s in protocols)], lines
+    return ["", *(name for name, _ in columns)], lines
 
 
-def percentiles(result: Profile) -> Table | None:
-    protocols = [s for s in result.quality.protocols.values() if s.against]
+def percentiles(row: Measured) -> Table | None:
+    """Of one model."""
+    protocols = [s for s in row.quality.protocols.values() if s.against] if row.quality else []
     if not protocols:
         return None
     known: list[Divergence] = [s.against for s in protocols if s.against]
@@ -113,7 +156,8 @@ def _share(used: Memory) -> str:
     return f"{used.total / max(1, used.free_bytes):.1%}, {'fits' if used.fits else 'does NOT fit'}"
 
 
-def speed(result: Profile) -> Table:
+def speed(result: Profile) -> Table | None:
+    """None where nothing was timed."""
     head = ["", "batch", "prompt", "generate tok/s", "with prompt tok/s", "bare step tok/s", "TTFT", "TPOT p50"]
     head += ["TPOT p99", "prefill tok/s", "read GB/s", "of ceiling"]
     lines = []
@@ -126,49 +170,79 @@ def speed(result: Profile) -> Table:
                 "-" if s.read_gbs is None else f"{s.read_gbs:.1f}",
                 "-" if s.read_share is None else f"{s.read_share:.0%}",
             ])  # fmt: skip
-    return head, lines
+    return (head, lines) if lines else None
+
+
+def overlap(result: Profile) -> str:
+    """Of the evaluation text and the models' calibration texts; said once where it is the same."""
+    each = [row.overlap for row in result.models]
+    if len({*each}) == 1:
+        return each[0]
+    return ". ".join(f"{name}: {words}" for name, words in zip(heads(result), each, strict=False))
 
 
 def facts(result: Profile) -> Table:
     """What was measured, on what, from what."""
-    p, d, row = result.provenance, result.device, result.model
-    lines = [["model", f"{row.name} ({row.architecture}, {row.parameters:,} parameters, {row.dtype})"]]
-    if row.schemes:
-        lines.append(["quantization", ", ".join(f"{n} linears {s}" for s, n in row.schemes.items())])
-    if row.kernels:
-        lines.append(["kernels", ", ".join(f"{n} x {k}" for k, n in row.kernels.items()) + f" ({p['kernels']})"])
-    if result.baseline:
-        base = result.baseline
-        quantized = (
-            f"; itself quantized: {units.counted(base.stored_types)}, {base.bits_per_weight:.2f} bits per weight"
-        )
-        lines.append(["baseline", f"{base.name} ({base.dtype}{quantized if against(result) else ''})"])
+    p, d = result.provenance, result.device
+    lines = []
+    for name, row in zip(heads(result), rows(result), strict=True):
+        what = f"{row.name} ({row.architecture}, {row.parameters:,} parameters, {row.dtype})"
+        if row is result.baseline:
+            quantized = (
+                f"; itself quantized: {units.counted(row.stored_types)}, {row.bits_per_weight:.2f} bits per weight"
+            )
+            what = f"{row.name} ({row.dtype}{quantized if against(result) else ''})"
+        of = f"{name}: " if len(result.models) > 1 or row is result.baseline else ""
+        lines.append([name, what])
+        if row is not result.baseline:
+            if row.schemes:
+                lines.append([f"{of}quantization", ", ".join(f"{n} linears {s}" for s, n in row.schemes.items())])
+            if row.kernels:
+                kernels = ", ".join(f"{n} x {k}" for k, n in row.kernels.items())
+                lines.append([f"{of}kernels", f"{kernels} ({p['kernels']})"])
+            lines.append([f"{of}overlap with calibration", row.overlap])
+        lines += [[f"{of}failed", problem] for problem in row.problems]
+    first = result.models[0]
     cores = f", {d['cores']} cores, {d['threads']} threads" if d["cores"] else ""
-    size = f"{units.size(row.memory.free_bytes)} free of {units.size(d['memory_bytes'])}"
+    size = f"{units.size(first.memory.free_bytes)} free of {units.size(d['memory_bytes'])}"
+    seen = next((row.memory.seen for row in result.models if row.memory.seen), None)
     lines += [
         ["device", f"{d['name']}{cores}, {size}; {' '.join(d['features'])}"],
         ["read ceiling", f"{d['read_ceiling_gbs']:.1f} GB/s, measured"],
         ["evaluation text", f"{result.text.name}, {result.text.chunks} x {result.text.n_ctx} tokens"
          + (", BOS in place of each chunk's first token" if result.text.bos else "")],
-        ["overlap with calibration", result.text.overlap],
-        ["memory seen as", row.memory.seen or f"not measured: {row.memory.problem}"],
+        ["memory seen as", seen or f"not measured: {first.memory.problem}"],
+        ["how", how(result)],
         ["versions", ", ".join(f"{k} {p[k]}" for k in ("qkit", "python", "torch", "transformers"))],
         ["system, date", f"{p['system']}, {p['date']}"],
     ]  # fmt: skip
     return ["", ""], lines
 
 
+def how(result: Profile) -> str:
+    """Whether models were loaded or ran block by block, and how runs were timed; said once where it is the same."""
+    each = [
+        f"speed {row.speed_how}; quality {row.quality.how if row.quality else 'not measured'}" for row in result.models
+    ]
+    if len(set(each)) == 1:
+        return each[0]
+    return ". ".join(f"{name}: {words}" for name, words in zip(heads(result), each, strict=False))
+
+
 def records(result: Profile) -> Table:
-    """What identifies the inputs to a machine: hashes, and the options of the conversion."""
-    p = result.provenance
-    known = {
-        "sha256 of the text": result.text.sha256,
-        "fingerprint of the model": p["model_fingerprint"],
-        "fingerprint of the baseline": p["baseline_fingerprint"],
-        "sha256 of the manifest": p["manifest_sha256"],
-    }
-    lines = [[name, value] for name, value in known.items() if value]
-    lines += [[f"converted: {k}", _plain(v)] for k, v in p["conversion"].items() if v not in (None, [], {})]
+    """What identifies the inputs to a machine: hashes, and the options of the conversions."""
+    lines = [["sha256 of the text", result.text.sha256]]
+    for name, row in zip(heads(result), rows(result), strict=True):
+        lines.append(
+            [
+                f"fingerprint of the {name}" if name in ("model", "baseline") else f"fingerprint of {name}",
+                row.fingerprint,
+            ]
+        )
+        of = f"{name}: " if name != "model" else ""
+        if row.manifest_sha256:
+            lines.append([f"{of}sha256 of the manifest", row.manifest_sha256])
+        lines += [[f"{of}converted: {k}", _plain(v)] for k, v in row.conversion.items() if v not in (None, [], {})]
     return ["", ""], lines
 
 

@@ -24,13 +24,25 @@ def percent(value: float) -> str:
     return f"{value:.2%}"
 
 
-def short_name(row: Measured) -> str:
+def short(name: str) -> str:
     """The folder's or file's own name: a report that is passed on needs no paths in its title."""
-    return Path(row.name.rstrip("/")).name or row.name
+    return Path(name.rstrip("/")).name or name
 
 
-def headline_scores(result: Profile) -> Scores:
-    return result.quality[result.provenance["headline_protocol"]]
+def names(result: Profile) -> list[str]:
+    """Of the models: their own, or what they were named where two have the same."""
+    found = [short(row.name) for row in result.models]
+    return found if len({*found}) == len(found) else [row.name for row in result.models]
+
+
+def title(result: Profile) -> str:
+    found = names(result)
+    return found[0] if len(found) == 1 else f"{len(found)} models: " + ", ".join(found)
+
+
+def headline(result: Profile, row: Measured) -> Scores | None:
+    """The figures that headlines and thresholds use; None where quality was not measured."""
+    return row.quality[result.provenance["headline_protocol"]] if row.quality else None
 
 
 def setting(memory: Memory) -> str:
@@ -45,26 +57,29 @@ def against(result: Profile) -> str:
 
 def cards(result: Profile) -> list[dict[str, str]]:
     """The four figures on top: title, value, and what it is held against."""
-    row, base = result.model, result.baseline
-    scores = headline_scores(result)
+    return _cards_of_several(result) if len(result.models) > 1 else _cards_of_one(result)
+
+
+def _cards_of_one(result: Profile) -> list[dict[str, str]]:
+    row, base = result.models[0], result.baseline
+    scores = headline(result, row)
     size = {"title": "Size on disk", "value": units.size(row.stored_bytes), "note": _size_note(row, base)}
-    first = row.speed[0]
-    rate = {
-        "title": f"Generate, batch {first.batch}",
-        "value": f"{first.generate_tps:.1f} tok/s",
-        "note": f"bare step {first.decode_tps:.1f}, prefill {first.prefill_tps:,.0f} tok/s",
+    if scores is not None and scores.against is not None:
+        return [size, *_divergence_cards(result, scores), _rate_card(row, base)]
+    memory = {
+        "title": "Memory",
+        "value": "not measured" if row.memory.total is None else units.size(row.memory.total),
+        "note": f"at {setting(row.memory)}, {fit_words(row.memory)}",
     }
-    if base:
-        faster = first.generate_tps / base.speed[0].generate_tps
-        rate["note"] = f"{faster:.2f}x the baseline's {base.speed[0].generate_tps:.1f}; " + rate["note"]
-    if scores.against is None:
-        memory = {
-            "title": "Memory",
-            "value": "not measured" if row.memory.total is None else units.size(row.memory.total),
-            "note": f"at {setting(row.memory)}, {fit_words(row.memory)}",
-        }
+    if scores is None:
+        ppl = {"title": "Quality", "value": "not measured", "note": "; ".join(row.problems)}
+    else:
         ppl = {"title": "Perplexity", "value": charts.figure(scores.perplexity.value), "note": "no baseline given"}
-        return [size, memory, ppl, rate]
+    return [size, memory, ppl, _rate_card(row, base)]
+
+
+def _divergence_cards(result: Profile, scores: Scores) -> list[dict[str, str]]:
+    assert scores.against is not None
     compared = f"; {against(result)}" if against(result) else ""
     kld = {
         "title": "KL divergence",
@@ -77,7 +92,53 @@ def cards(result: Profile) -> list[dict[str, str]]:
         "value": f"{scores.against.same_top.value:.1%}",
         "note": f"± {scores.against.same_top.error:.1%} over {scores.tokens:,} tokens{compared}",
     }
-    return [size, kld, top, rate]
+    return [kld, top]
+
+
+def _rate_card(row: Measured, base: Measured | None) -> dict[str, str]:
+    if not row.speed:
+        return {"title": "Generate", "value": "not timed", "note": untimed(row)}
+    first = row.speed[0]
+    note = f"bare step {first.decode_tps:.1f}, prefill {first.prefill_tps:,.0f} tok/s"
+    if base and base.speed:
+        faster = first.generate_tps / base.speed[0].generate_tps
+        note = f"{faster:.2f}x the baseline's {base.speed[0].generate_tps:.1f}; {note}"
+    return {"title": f"Generate, batch {first.batch}", "value": f"{first.generate_tps:.1f} tok/s", "note": note}
+
+
+def _cards_of_several(result: Profile) -> list[dict[str, str]]:
+    """The extremes, each with whose it is."""
+    named = list(zip(names(result), result.models, strict=True))
+    smallest, row = min(named, key=lambda each: each[1].stored_bytes)
+    found = [
+        {
+            "title": "Smallest on disk",
+            "value": units.size(row.stored_bytes),
+            "note": f"{smallest}, {_size_note(row, result.baseline)}",
+        }
+    ]
+    scored = [(name, scores) for name, row in named if (scores := headline(result, row))]
+    close = [(name, scores.against) for name, scores in scored if scores.against]
+    compared = f"; {against(result)}" if against(result) else ""
+    if close:
+        name, best = min(close, key=lambda each: each[1].kld.value)
+        value, error = charts.figure(best.kld.value), pm(best.kld).split(" ± ")[1]
+        found.append({"title": "Lowest KL divergence", "value": value, "note": f"{name}, ± {error}{compared}"})
+        name, best = max(close, key=lambda each: each[1].same_top.value)
+        value, error = f"{best.same_top.value:.1%}", f"{best.same_top.error:.1%}"
+        found.append({"title": "Highest top-1 agreement", "value": value, "note": f"{name}, ± {error}{compared}"})
+    elif scored:
+        name, lowest = min(scored, key=lambda each: each[1].perplexity.value)
+        value = charts.figure(lowest.perplexity.value)
+        found.append({"title": "Lowest perplexity", "value": value, "note": f"{name}, no baseline given"})
+    timed = [(name, row) for name, row in named if row.speed]
+    if timed:
+        name, row = max(timed, key=lambda each: each[1].speed[0].generate_tps)
+        card = _rate_card(row, result.baseline)
+        found.append(
+            {**card, "title": f"Fastest generate, batch {row.speed[0].batch}", "note": f"{name}, {card['note']}"}
+        )
+    return found
 
 
 def _size_note(row: Measured, base: Measured | None) -> str:
@@ -108,11 +169,17 @@ def _expands(row: Measured) -> bool:
 
 
 def verdict(result: Profile) -> str:
-    """One sentence that says what the model cost."""
-    row, base = result.model, result.baseline
-    compared = headline_scores(result).against
+    """One sentence or two that say what the model cost."""
+    return _verdict_of_several(result) if len(result.models) > 1 else _verdict_of_one(result)
+
+
+def _verdict_of_one(result: Profile) -> str:
+    row, base = result.models[0], result.baseline
+    scores = headline(result, row)
+    compared = scores.against if scores else None
     if base is None or compared is None:
-        memory, rate = row.memory, f"{row.speed[0].generate_tps:.1f} tokens/s when generating."
+        memory = row.memory
+        rate = f"{row.speed[0].generate_tps:.1f} tokens/s when generating." if row.speed else f"{untimed(row)}."
         if memory.total is None:
             return f"{units.size(memory.weights)} of weights, {rate}"
         return f"{units.size(memory.total)} of memory at {setting(memory)}, {rate}"
@@ -122,11 +189,41 @@ def verdict(result: Profile) -> str:
     if base.quantized_as:
         stored = f"the {stored} stored of a baseline that is itself quantized ({base.quantized_as})"
         it = "that baseline"
-    ratio = row.speed[0].generate_tps / base.speed[0].generate_tps
+    kept = f"{words} {stored}, chooses the same next token as {it} {compared.same_top.value:.1%} of the time"
+    if row.speed and base.speed:
+        ratio = row.speed[0].generate_tps / base.speed[0].generate_tps
+        return f"{kept}, and generates at {ratio:.2f} times its speed."
+    kept = kept.replace(", chooses", " and chooses")
+    return f"{kept}. Speed was not compared: {untimed(base if row.speed else row)}."
+
+
+def untimed(row: Measured) -> str:
+    """Why there is no speed."""
+    return "; ".join(row.problems) or row.speed_how
+
+
+def _verdict_of_several(result: Profile) -> str:
+    named = list(zip(names(result), result.models, strict=True))
+    worth = [name for name, row in named if row.on_frontier]
+    beaten = [name for name, row in named if row.on_frontier is False]
+    if not worth:
+        return f"{len(named)} models, measured one after the other."
+    first = f"{_listed(worth)} {'is' if len(worth) == 1 else 'are'} worth choosing from"
+    if not beaten:
+        return f"{first}: none of them is beaten in size, closeness to {_base(result)} and speed at once."
+    others = f"{_listed(beaten)} {'is' if len(beaten) == 1 else 'are'} beaten by another that is as small, as close"
+    return f"{first}; {others} to {_base(result)} and as fast."
+
+
+def _base(result: Profile) -> str:
+    base = result.baseline
     return (
-        f"{words} {stored}, chooses the same next token as {it} {compared.same_top.value:.1%} of the time, and "
-        f"generates at {ratio:.2f} times its speed."
+        f"a baseline that is itself quantized ({base.quantized_as})" if base and base.quantized_as else "the baseline"
     )
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def fit_words(memory: Memory) -> str:
@@ -138,9 +235,16 @@ def fit_words(memory: Memory) -> str:
 
 
 def status(result: Profile) -> str:
-    """Whether the thresholds were met; nothing where there are none."""
-    if result.failures:
-        return "Threshold missed: " + "; ".join(result.failures)
-    if result.thresholds:
-        return "Thresholds met: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items())
-    return ""
+    """Whether the thresholds were met, and what failed; nothing where there are none and nothing did."""
+    problems = result.problems
+    missed = [failure for failure in result.failures if failure not in problems]
+    said = []
+    if missed:
+        said.append("Threshold missed: " + "; ".join(missed))
+    elif result.thresholds:
+        said.append(
+            "Thresholds met: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items())
+        )
+    if problems:
+        said.append("Failed: " + "; ".join(problems))
+    return ". ".join(said)

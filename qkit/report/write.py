@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from markupsafe import Markup
+
 from .. import units
 from ..measure.engines import render as sweeps
-from ..measure.types import Memory, Profile
+from ..measure.types import Measured, Memory, Profile
 from . import charts, tables
+from .layout import cell, markdown, plain
 from .tables import Table
-from .text import cell, markdown_table, plain_table
-from .wording import against, cards, fit_words, headline_scores, setting, short_name, status, verdict
+from .wording import against, cards, fit_words, headline, setting, status, title, verdict
 
 NAMES = ("profile.json", "profile.md", "profile.html")
 
@@ -34,12 +36,12 @@ def to_json(result: Profile) -> str:
 def to_markdown(result: Profile) -> str:
     """The same tables as Markdown, without percentiles and hashes, which the other two files have."""
     said = status(result)
-    out = [f"# {cell(short_name(result.model))}", "", cell(verdict(result)), ""]
+    out = [f"# {cell(title(result))}", "", cell(verdict(result)), ""]
     if said:
         out += [f"**{cell(said)}**", ""]
-    out += markdown_table(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
-    for title, table in _sections(result):
-        out += ["", f"## {cell(title)}", "", *markdown_table(*table)]
+    out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
+    for name, table in _sections(result):
+        out += ["", f"## {cell(name)}", "", *markdown(*table)]
     out += ["", "## How each figure is defined", ""]
     out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
     fence = "`" * max(3, 1 + _longest_run(result.provenance["command"]))
@@ -53,11 +55,14 @@ def _longest_run(text: str) -> int:
 
 
 def _sections(result: Profile) -> list[tuple[str, Table]]:
-    """What every report shows; the first is the quality, the last the facts."""
+    """What every report shows; the last are the facts."""
     compared = against(result)
+    several = [("Side by side", tables.candidates(result))] if len(result.models) > 1 or result.failed else []
+    scored, timed = tables.quality(result), tables.speed(result)
     return [
-        (f"Quality {compared}".rstrip(), tables.quality(result)),
-        ("Speed (measured)", tables.speed(result)),
+        *several,
+        *([(f"Quality {compared}".rstrip(), scored)] if scored else []),
+        *([("Speed (measured)", timed)] if timed else []),
         ("Memory", tables.memory(result)),
         *sweeps.sections(result.sweeps),
         ("Measured on", tables.facts(result)),
@@ -66,8 +71,12 @@ def _sections(result: Profile) -> list[tuple[str, Table]]:
 
 def _folded(result: Profile) -> list[tuple[str, Table, str]]:
     """What the page folds away, with the class of its table."""
-    found = tables.percentiles(result)
-    folded = [(f"Percentiles {against(result)}".rstrip(), found, "")] if found else []
+    folded = []
+    for name, row in zip(tables.heads(result), result.models, strict=False):
+        found = tables.percentiles(row)
+        of = f"of {name} " if len(result.models) > 1 else ""
+        if found:
+            folded.append((f"Percentiles {of}{against(result)}".rstrip(), found, ""))
     return [*folded, ("Hashes and how it was converted", tables.records(result), "facts")]
 
 
@@ -79,33 +88,57 @@ def to_html(result: Profile) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    compared = headline_scores(result).against
     named = list(zip(tables.heads(result), tables.rows(result), strict=True))
-    bars = [(head, _parts(row.memory)) for head, row in named]
-    latency = [(css, head, row.speed[0].tpot) for css, (head, row) in zip(("packed", "base"), named, strict=False)]
+    one = result.models[0] if len(result.models) == 1 else None
+    sections = _sections(result)
     return environment.from_string(template).render(
-        title=short_name(result.model),
+        title=title(result),
         verdict=verdict(result),
         status=status(result),
         passed=result.passed,
         cards=cards(result),
-        sections=_sections(result),
+        beside=sections[0] if sections[0][0].startswith(("Quality", "Side")) else None,
+        sections=sections[1:] if sections[0][0].startswith(("Quality", "Side")) else sections,
         folded=_folded(result),
         formulas=result.formulas,
         command=result.provenance["command"],
-        legend=_parts(result.model.memory),
-        memory_chart=charts.stacked_bars(bars),
-        memory_note=_memory_note(result.model.memory),
-        fit=fit_words(result.model.memory),
-        kld_chart=charts.log_percentiles(compared.kld_percentiles, compared.kld.value) if compared else None,
+        legend=_parts(result.models[0].memory),
+        memory_chart=charts.stacked_bars([(head, _parts(row.memory)) for head, row in named]),
+        memory_note=_memory_note(result.models[0].memory),
+        fit=fit_words(one.memory) if one else "",
+        kld_chart=_kld_chart(result, one) if one else None,
+        frontier_chart=_frontier_chart(result),
         against=against(result),
-        latency_chart=charts.histogram(latency),
+        latency_chart=_latency_chart(named),
         protocol=result.provenance["headline_protocol"],
         text=result.text,
+        overlap=tables.overlap(result),
         device=result.device["name"],
         version=result.provenance["qkit"],
         date=result.provenance["date"],
     )
+
+
+def _kld_chart(result: Profile, row: Measured) -> Markup | None:
+    scores = headline(result, row)
+    compared = scores.against if scores else None
+    return charts.log_percentiles(compared.kld_percentiles, compared.kld.value) if compared else None
+
+
+def _frontier_chart(result: Profile) -> Markup | None:
+    """Of several models that were compared with one."""
+    points = []
+    for name, row in zip(tables.heads(result), result.models, strict=False):
+        scores = headline(result, row)
+        if scores and scores.against:
+            kld = scores.against.kld
+            points.append(charts.Mark(name, row.stored_bytes, kld.value, kld.error, bool(row.on_frontier)))
+    return charts.frontier(points) if len(points) > 1 else None
+
+
+def _latency_chart(named: list[tuple[str, Measured]]) -> Markup | None:
+    timed = [("base" if name == "baseline" else "packed", name, row.speed[0].tpot) for name, row in named if row.speed]
+    return charts.histogram(timed) if timed else None
 
 
 def _parts(memory: Memory) -> list[charts.Part]:
@@ -128,15 +161,19 @@ def _memory_note(memory: Memory) -> str:
 
 def summary(result: Profile) -> str:
     """What the command line prints: the headline, both protocols, where the report is."""
-    top, memory, text = cards(result), result.model.memory, result.text
+    top, text = cards(result), result.text
     width = max(len(c["title"]) for c in top)
-    lines = [result.model.name, "", *(f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top)]
-    lines += ["", *plain_table(*tables.quality(result)), "", *plain_table(*tables.speed(result)), ""]
-    for title, table in sweeps.sections(result.sweeps):
-        lines += [f"  {title}", "", *plain_table(*table), ""]
-    total = f"{units.size(memory.total)} at {setting(memory)}, " if memory.total is not None else ""
-    lines.append(f"  memory  {total}{fit_words(memory)}")
-    lines.append(f"  text    {text.name}, {text.chunks} x {text.n_ctx} tokens; {text.overlap}")
+    lines = [title(result) if len(result.models) > 1 else result.models[0].name, ""]
+    lines += [f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top]
+    for _, table in [each for each in _sections(result) if not each[0].startswith(("Memory", "Measured on"))]:
+        lines += ["", *plain(*table)]
+    lines.append("")
+    for name, row in zip(tables.heads(result), result.models, strict=False):
+        memory, of = row.memory, f"{name}: " if len(result.models) > 1 else ""
+        total = f"{units.size(memory.total)} at {setting(memory)}, " if memory.total is not None else ""
+        lines.append(f"  memory  {of}{total}{fit_words(memory)}")
+    lines.append(f"  text    {text.name}, {text.chunks} x {text.n_ctx} tokens; {tables.overlap(result)}")
+    lines.append(f"  how     {tables.how(result)}")
     lines.append(f"  report  {Path(result.out) / NAMES[2]}")
     said = status(result)
     return "\n".join([*lines, *([f"  {said}"] if said else [])])

@@ -33,8 +33,9 @@ from ..models.families import is_kv_scale
 from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
+from .frame import activations_of
 from .linear import QuantLinear, quant_linear
-from .load import activations_of, log_kernels
+from .load import log_kernels
 
 if TYPE_CHECKING:
     from ..formats import Format

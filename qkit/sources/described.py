@@ -47,6 +47,15 @@ class Described:
         return self.read(name)
 
 
+def is_config_alone(spec: str) -> bool:
+    """Whether a name is a config.json here, or a folder that holds one and no weights."""
+    path = Path(os.path.expanduser(spec)) if spec else Path()
+    try:
+        return bool(spec) and ((path.is_file() and path.suffix.lower() == ".json") or (path.is_dir() and _only_config(path)))
+    except (OSError, ValueError):
+        return False
+
+
 def describe_source(spec: str) -> Source:
     """A checkpoint by its headers, or by its config where there are no weights: a config.json, a folder with one, whatever
     `open_source` takes; of a Hub id the headers alone are asked for.
@@ -57,10 +66,8 @@ def describe_source(spec: str) -> Source:
     path = Path(os.path.expanduser(spec)) if spec else Path()
     if spec and spec != DEMO:
         try:
-            if path.is_file() and path.suffix.lower() == ".json":
-                return _config_alone(path.parent, path.name, spec)
-            if path.is_dir() and _only_config(path):
-                return _config_alone(path, CONFIG, spec)
+            if is_config_alone(spec):
+                return _config_alone(*((path, CONFIG) if path.is_dir() else (path.parent, path.name)), spec)
             here = path.exists()
         except (OSError, ValueError):
             here = False

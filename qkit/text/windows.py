@@ -178,7 +178,8 @@ def token_windows(
     whole = min(count, len(ids) // length)
     if whole < (1 if allow_fewer else count):
         hint = "use a longer text" + (f", or lower {remedy}" if remedy else "")
-        raise QkitError(f"{text.name} has {len(ids)} tokens; {count} x {length} = {need} are needed", hint)
+        wanted = f"a window is {length}" if allow_fewer else f"{count} x {length} = {need} are needed"
+        raise QkitError(f"{text.name} has {len(ids)} tokens; {wanted}", hint)
     tokens = torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)
     return tokens, ends[whole * length - 1], _place_bos(tokens, tokenizer)
 

@@ -282,7 +282,8 @@ def test_quality_measures_what_it_costs(rounded, llama, tmp_path):
     qkit.convert(llama, tmp_path / "plain", scheme="w8a16", method="rtn")
     tokens = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(6))
     base, with_cache, without = (
-        model_logits(qkit.load(f, device="cpu", dtype="float32")) for f in (llama, rounded, tmp_path / "plain")
+        list(model_logits(qkit.load(f, device="cpu", dtype="float32"), tokens))
+        for f in (llama, rounded, tmp_path / "plain")
     )
     lost, of_weights = (
         compare(base, model, tokens).protocols["full"].against.kld.value for model in (with_cache, without)

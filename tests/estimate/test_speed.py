@@ -21,9 +21,9 @@ from qkit.hardware.catalogue import find
 from qkit.models.architecture import architecture
 from qkit.spec import preset
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2]))
 
-from published import fitting, rows
+from benchmarks.published import fitting, rows
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -32,10 +32,10 @@ def test_a_model_takes_what_it_takes_whichever_is_measured_first(wide, tmp_path,
     monkeypatch.setattr(speed, "REPEATS", 1)
     monkeypatch.setattr(speed, "_CEILING_BYTES", 1 << 20)
     result = profile(wide, baseline=wide, device="cpu", context=200, batch=[16], chunks=1, out=str(tmp_path / "r"))
-    first, second = result.model.memory, result.baseline.memory
+    first, second = result.models[0].memory, result.baseline.memory
     assert first.problem is None and first.activations > 20 << 20
     assert close(first.activations, second.activations) and close(first.process, second.process)
-    assert first.kv_cache == second.kv_cache == result.model.formula.kv_cache
+    assert first.kv_cache == second.kv_cache == result.models[0].formula.kv_cache
     assert first.total == first.weights + first.kv_cache + first.activations + first.process
 
 

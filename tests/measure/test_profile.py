@@ -73,7 +73,7 @@ def test_a_converted_model_against_its_source(folders, tmp_path):
     base, quantized = folders
     result = run(quantized, tmp_path, baseline=base, batch=[1, 3], context=40, max_kld=10.0, min_tps=0.0)
     assert result.passed and result.failures == ()
-    row, other = result.model, result.baseline
+    (row,), other = result.models, result.baseline
     assert row.stored_bytes < other.stored_bytes and row.bits_per_weight < 16 == other.bits_per_weight
     assert row.parameters == other.parameters
     assert sum(row.kernels.values()) == sum(row.schemes.values()) == 3 * 7 and other.kernels == {}
@@ -97,23 +97,27 @@ def test_a_converted_model_against_its_source(folders, tmp_path):
         calls = s.batch * speed.REPEATS
         assert s.generate_tps == pytest.approx(calls * (speed.GENERATED - 1) / sum(s.generate_tail))
         assert s.generate_call_tps == pytest.approx(calls * speed.GENERATED / sum(s.generate))
-    against = result.quality["full"].against
+    against = row.quality["full"].against
+    assert row.quality.how == "both loaded" and row.speed_how == "in turns with the baseline" and row.loaded
+    assert row.on_frontier is True and other.on_frontier is None and other.quality is None
     assert 0 < against.kld.value < 1 and 0 < against.same_top.value <= 1
-    assert result.text.overlap.startswith("nothing to check")
-    assert result.provenance["conversion"]["method"] == "rtn" and len(result.provenance["manifest_sha256"]) == 64
+    assert row.overlap.startswith("nothing to check")
+    assert row.conversion["method"] == "rtn" and len(row.manifest_sha256) == 64
     assert result.provenance["command"].startswith("qkit profile ")
     parsed = json.loads((tmp_path / "report" / "profile.json").read_text())
-    assert parsed["schema_version"] == 2 and parsed["model"]["memory"]["weights"] == m.weights
+    assert parsed["schema_version"] == 3 and parsed["models"][0]["memory"]["weights"] == m.weights
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(report.NAMES)
     assert "profile.html" in summary(result)
 
 
 def test_a_model_alone(folders, tmp_path):
     result = run(folders[0], tmp_path, context=16)
-    assert result.baseline is None and result.quality["full"].against is None
-    assert result.quality["full"].perplexity.value == pytest.approx(VOCAB, rel=0.5)  # random weights know nothing
-    assert result.text.overlap.startswith("not checked: the model has no qkit manifest")
-    assert result.model.speed[0].read_gbs > 0
+    assert result.baseline is None and result.models[0].quality["full"].against is None
+    assert result.models[0].quality["full"].perplexity.value == pytest.approx(
+        VOCAB, rel=0.5
+    )  # random weights know nothing
+    assert result.models[0].overlap.startswith("not checked: the model has no qkit manifest")
+    assert result.models[0].speed[0].read_gbs > 0
 
 
 def test_missed_thresholds(folders, tmp_path):
@@ -125,9 +129,9 @@ def test_missed_thresholds(folders, tmp_path):
 def test_a_failure_of_the_memory_s_process_loses_nothing_else(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(footprint, "apart", lambda *given: "its process was ended by SIGKILL")
     result = run(folders[0], tmp_path, context=16)
-    m = result.model.memory
+    m = result.models[0].memory
     assert (m.total, m.kv_cache, m.activations, m.process, m.fits) == (None,) * 5 and m.weights > 0
-    assert m.problem == "its process was ended by SIGKILL" and result.model.speed[0].generate_tps > 0
+    assert m.problem == "its process was ended by SIGKILL" and result.models[0].speed[0].generate_tps > 0
     for body in [summary(result), *((tmp_path / "report" / n).read_text() for n in report.NAMES)]:
         assert "ended by SIGKILL" in body
     assert "memory of" in capsys.readouterr().err
@@ -150,14 +154,16 @@ def test_overlap_with_the_calibration_text_is_checked(folders, tmp_path, overlap
     manifest["identity"]["calibration"] = {"name": "their text", "sketch": sketch(source)}
     (folder / "qkit_manifest.json").write_text(json.dumps(manifest))
     if overlapping:
-        with pytest.raises(QkitError, match=r"shares .* of its words with the text that the model was calibrated on"):
+        with pytest.raises(
+            QkitError, match=r"shares .* of its words with the text that .*calibrated was calibrated on"
+        ):
             run(str(folder), tmp_path)
-        assert run(str(folder), tmp_path, context=16, allow_overlap=True).text.overlap.startswith("OVERLAPS: ")
+        assert run(str(folder), tmp_path, context=16, allow_overlap=True).models[0].overlap.startswith("OVERLAPS: ")
         assert "OVERLAPS: " in (tmp_path / "report" / "profile.md").read_text()
         return
     result = run(str(folder), tmp_path, context=16)
-    assert result.text.overlap.startswith("checked: no passage") and "their text" in result.text.overlap
-    assert "sketch" not in result.provenance["conversion"]["calibration"]
+    assert result.models[0].overlap.startswith("checked: no passage") and "their text" in result.models[0].overlap
+    assert "sketch" not in result.models[0].conversion["calibration"]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders, tmp_pa
 
     here = replace(detect.cpu(), available_bytes=1000)
     monkeypatch.setattr("qkit.measure.run.resolve", lambda name: here)
-    with pytest.raises(QkitError, match=r"for weights and .* for the logits of 256 tokens; cpu has 1\.0 kB free"):
+    with pytest.raises(QkitError, match=r"for weights and, even block by block, .*; cpu has 1\.0 kB free"):
         run(folders[0], tmp_path)
 
 
@@ -231,17 +237,18 @@ def test_what_fits_is_the_most_that_fits(folders):
 
     for device in ("cpu", "cuda:0"):
         exactly = replace(here, id=device, available_bytes=need(device, 100, 7))
-        fit.check(sizes, exactly, 100, 7, 128)
+        assert fit.check(fit.Load(sizes, exactly, 100, 7, 128))
         with pytest.raises(QkitError, match=r"at --batch 9 and --context 100 ") as caught:
-            fit.check(sizes, exactly, 100, 9, 128)
+            fit.check(fit.Load(sizes, exactly, 100, 9, 128))
         most = max(tokens for tokens in range(8, 100) if need(device, tokens, 9) <= exactly.available_bytes)
         assert caught.value.hint == (
             "the largest --batch that fits at --context 100 is 7; "
             f"the largest --context that fits at --batch 9 is {most}"
         )
         with pytest.raises(QkitError, match="free") as caught:
-            fit.check(sizes, replace(exactly, available_bytes=exactly.available_bytes - 1), 100, 7, 128)
+            fit.check(fit.Load(sizes, replace(exactly, available_bytes=exactly.available_bytes - 1), 100, 7, 128))
         assert "--batch that fits at --context 100 is 6" in caught.value.hint
+        assert not fit.check(fit.Load(sizes, replace(exactly, available_bytes=sizes[0].weights), 100, 7, 128))
 
 
 def test_the_head_takes_what_the_check_counts_for_it(tmp_path):

@@ -17,9 +17,8 @@ NAMES = ["max", "99.9", "99", "95", "90", "median", "10", "5", "1", "0.1", "min"
 
 
 def fixed(*tables):
-    """A logits function that plays back one [n_ctx, vocab] table per call."""
-    queue = [torch.as_tensor(t) for t in tables]
-    return lambda tokens: queue.pop(0)
+    """The logits [n_ctx, vocab] of each chunk, as given."""
+    return [torch.as_tensor(t) for t in tables]
 
 
 def oracle(base, model, tokens, start):
@@ -130,7 +129,7 @@ def test_slices_do_not_change_the_figures(monkeypatch, step):
     torch.manual_seed(3)
     base, model, tokens = torch.randn(9, 64), torch.randn(9, 64), torch.randint(0, 64, (1, 9))
     reference = quality.compare(fixed(base), fixed(model), tokens)
-    monkeypatch.setattr(quality, "_SLICE_ELEMENTS", step)
+    monkeypatch.setattr(quality, "SLICE_ELEMENTS", step)
     sliced = quality.compare(fixed(base), fixed(model), tokens)
     assert sliced["full"].against.kld.value == pytest.approx(reference["full"].against.kld.value, rel=1e-6)
     assert sliced["full"].perplexity.value == pytest.approx(reference["full"].perplexity.value, rel=1e-6)
@@ -145,7 +144,7 @@ def test_a_transformers_model():
     base = LlamaForCausalLM(config).eval()
     model = LlamaForCausalLM(config).eval()
     tokens = torch.randint(0, 300, (2, 16))
-    result = quality.compare(quality.model_logits(base), quality.model_logits(model), tokens)
+    result = quality.compare(quality.model_logits(base, tokens), quality.model_logits(model, tokens), tokens)
     with torch.no_grad():
         tables = [[m.double()(input_ids=c[None]).logits[0].numpy() for c in tokens] for m in (base, model)]
     rows = oracle(*tables, tokens.tolist(), 0)

@@ -36,7 +36,8 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     )  # fmt: skip
     row = Measured(
         name, name, "LlamaForCausalLM", 10**6, 10**6, {"I32": 7, "BF16": 3}, True, 4.25, "bfloat16", {name: 7},
-        {name: 7}, memory, formula, (speed, speed),
+        {name: 7}, memory, formula, True, (speed, speed), "alone", None, None, name, (), "ab", "ef",
+        {"method": name, "calibration": {"name": name}, "scheme": None},
     )  # fmt: skip
     e = Estimate(kld, 0.001)
     percentiles = dict.fromkeys(names(KLD_PERCENTILES), kld), dict.fromkeys(names(DELTA_P_PERCENTILES), -kld)
@@ -45,17 +46,17 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     provenance = {
         "qkit": "0", "python": "3", "torch": "2", "transformers": "5", "kernels": name, "system": "Linux",
         "date": "now",
-        "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp", "model_fingerprint": "ab",
-        "baseline_fingerprint": "cd" if baseline else None, "manifest_sha256": "ef",
-        "conversion": {"method": name, "calibration": {"name": name}, "scheme": None},
+        "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp",
     }  # fmt: skip
     device = {"id": "cpu", "name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,)}
     device["read_ceiling_gbs"] = 40.0
-    text = EvaluationText(name, "12", 4, 512, True, name)
+    text = EvaluationText(name, "12", 4, 512, True)
     plain = {"stored_types": {"BF16": 10}, "stored_quantized": False, "schemes": {}, "kernels": {}}
+    quality = Quality(4, 512, 1000, scores, "both loaded")
+    row = dataclasses.replace(row, quality=quality, on_frontier=True if baseline else None)
+    plain |= {"quality": None, "on_frontier": None, "manifest_sha256": None, "conversion": {}}
     base = dataclasses.replace(row, stored_bytes=4 * 10**6, **plain) if baseline else None
-    quality = Quality(4, 512, 1000, scores)
-    return Profile(row, base, quality, text, device, provenance, {"max_kld": 0.1}, failures, {name: name}, name)
+    return Profile((row,), base, (), text, device, provenance, {"max_kld": 0.1}, failures, {name: name}, name)
 
 
 class Page(HTMLParser):
@@ -140,9 +141,9 @@ def test_a_missed_threshold_is_seen_everywhere():
 
 def test_json_has_a_version_and_round_trips():
     parsed = json.loads(report.to_json(make(HOSTILE)))
-    assert parsed["schema_version"] == 2 and parsed["kind"] == "measured" and parsed["passed"] is True
-    assert parsed["model"]["name"] == HOSTILE
-    assert parsed["quality"]["protocols"]["llama.cpp"]["against"]["kld"] == {"value": 0.2, "error": 0.001}
+    assert parsed["schema_version"] == 3 and parsed["kind"] == "measured" and parsed["passed"] is True
+    assert parsed["models"][0]["name"] == HOSTILE
+    assert parsed["models"][0]["quality"]["protocols"]["llama.cpp"]["against"]["kld"] == {"value": 0.2, "error": 0.001}
 
 
 @pytest.mark.parametrize("baseline", [True, False])
@@ -165,7 +166,7 @@ def test_markdown_tables_cannot_be_broken_out_of(baseline):
 def test_files_are_written_whole(tmp_path):
     paths = report.write(make(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(report.NAMES) == sorted(p.name for p in paths)
-    assert json.loads(paths[0].read_text())["model"]["name"] == "model"
+    assert json.loads(paths[0].read_text())["models"][0]["name"] == "model"
     assert paths[2].read_text().startswith("<!doctype html>")
 
 
@@ -187,8 +188,10 @@ def bodies(result):
 
 
 def with_memory(result, **changes):
-    memory = dataclasses.replace(result.model.memory, **changes)
-    return dataclasses.replace(result, model=dataclasses.replace(result.model, memory=memory))
+    (row,) = result.models
+    return dataclasses.replace(
+        result, models=(dataclasses.replace(row, memory=dataclasses.replace(row.memory, **changes)),)
+    )
 
 
 def test_formula_figures_have_columns_of_their_own():
@@ -211,8 +214,8 @@ def test_the_context_is_named_beside_the_model_s_own_maximum():
         assert "whole context" not in body
     assert "at 512 tokens x batch 2" in report.summary(result)
     assert "at 512 tokens x batch 2 (--context)" in bodies(result)["html"]
-    unknown = dataclasses.replace(result.model, formula=Formula(1, 2, "f", None, None))
-    lines = tables.memory(dataclasses.replace(result, model=unknown, baseline=None))[1]
+    unknown = dataclasses.replace(result.models[0], formula=Formula(1, 2, "f", None, None))
+    lines = tables.memory(dataclasses.replace(result, models=(unknown,), baseline=None))[1]
     assert ["KV cache at unknown tokens x batch 2 (the model's own maximum)", "", "-"] in lines
 
 
@@ -236,7 +239,7 @@ def test_what_was_not_measured_is_said():
     for name, body in bodies(result).items():
         assert "not measured (its process was ended by SIGKILL)" in body or name == "markdown"
         assert "its process was ended by SIGKILL" in body
-    assert json.loads(report.to_json(result))["model"]["memory"]["total"] is None
+    assert json.loads(report.to_json(result))["models"][0]["memory"]["total"] is None
     assert wording.verdict(result) == "700.0 kB of weights, 30.0 tokens/s when generating."
 
 
@@ -304,13 +307,13 @@ def test_a_plain_baseline_is_not_called_quantized():
 
 
 def test_a_quantized_folder_is_named_by_its_scheme():
-    row = dataclasses.replace(make().model, schemes={"int4 symmetric g64": 210, "int8": 1})
+    row = dataclasses.replace(make().models[0], schemes={"int4 symmetric g64": 210, "int8": 1})
     assert row.quantized_as == "int4 symmetric g64, 4.25 bits per weight"
     assert dataclasses.replace(row, stored_quantized=False).as_baseline == ""
 
 
 def test_a_model_that_runs_dequantized_says_what_it_expands_to():
     result = make(baseline=False)
-    row = dataclasses.replace(result.model, schemes={}, stored_types={"Q4_1": 1}, stored_bytes=300_000)
-    note = wording.cards(dataclasses.replace(result, model=row))[0]["note"]
+    row = dataclasses.replace(result.models[0], schemes={}, stored_types={"Q4_1": 1}, stored_bytes=300_000)
+    note = wording.cards(dataclasses.replace(result, models=(row,)))[0]["note"]
     assert note == "4.25 bits per weight; expands to 700.0 kB in memory"
