@@ -17,8 +17,8 @@ from qkit.models.architecture import architecture
 W = 8  # every window and chunk
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 BASE = {
-    "vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 64,
-    "pad_token_id": 0,
+    "vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
 TINY = BASE | HEADS
 DIM = TINY | {"head_dim": 16}
@@ -89,7 +89,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "mamba_d_state": 8, "n_mamba_heads": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
     "nemotron_h": {k: v for k, v in DIM.items() if k != "num_hidden_layers"} | {
-        "hybrid_override_pattern": "M*-M", "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 8, "n_groups": 2},
+        "hybrid_override_pattern": "M*-M", "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 8,
+        "n_groups": 2},
     "mamba": SSM,
     "falcon_mamba": SSM,
     "mamba2": SSM | {"num_heads": 4, "head_dim": 32, "n_groups": 1},
@@ -248,8 +249,8 @@ def test_llama_cpp_rounds_to_cells():
 def test_the_formula_can_be_read():
     found = kv(of("Gemma-3-27B"), 8192, 2)
     assert found.formula == (
-        "batch 2 x (52 sliding layers x 1,023 tokens x 4,096 values x 2 bytes + "
-        "10 layers x 8,192 tokens x 4,096 values x 2 bytes)"
+        "batch 2 x (52 sliding layers x 1,023 tokens x 2 (K, V) x 16 KV heads x 128 dims x 2 bytes + "
+        "10 layers x 8,192 tokens x 2 (K, V) x 16 KV heads x 128 dims x 2 bytes)"
     )
     assert found.total == sum(found.by_kind.values())
 
