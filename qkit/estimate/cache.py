@@ -6,40 +6,19 @@ llama-kv-cache-iswa.cpp and llama-memory-recurrent.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fractions import Fraction
 
 from ..errors import QkitError
 from ..models.architecture import Architecture, Cache
-from ..spec.dtypes import ITEMSIZE
-from ..spec.ggml import GGML
 from .kv import Kv, Part
 from .paged import paged
+from .setting import Setting, caches, seen, share, value_bytes
+
+__all__ = ["ENGINES", "Setting", "kv", "kv_bytes"]
 
 ENGINES = ("transformers", "static", "vllm", "llama.cpp", "qkit")
 _CELLS = 256  # llama.cpp rounds the tokens of a sequence up to these
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an engine is told. One rank's share is counted.
-
-    tp              ranks that divide a layer's heads; where there are fewer KV heads than ranks, each rank has one, and
-                    a latent is on every rank whole
-    state_dtype     of states that need no type of their own: the model's
-    block           tokens of a page of vLLM's; 16 unless told otherwise (64 with some MLA kernels, 128 on CPUs)
-    in_flight       tokens that vLLM schedules in a step: what a sliding layer may hold beside its window
-    ubatch          the same of llama.cpp
-    encoder_tokens  of an encoder's output; None: as many as the decoder's
-    """
-
-    tp: int = 1
-    state_dtype: str = "BF16"
-    block: int = 16
-    in_flight: int = 2048
-    ubatch: int = 512
-    encoder_tokens: int | None = None
 
 
 def kv_bytes(
@@ -82,30 +61,8 @@ def kv(
     return Kv.of(parts)
 
 
-def value_bytes(dtype: str) -> Fraction:
-    """Bytes of one value, which in ggml's block types is no whole number."""
-    if dtype in ITEMSIZE:
-        return Fraction(ITEMSIZE[dtype])
-    if dtype in GGML:
-        return Fraction(GGML[dtype].block_bytes, GGML[dtype].block_size)
-    raise QkitError(f"{dtype!r} is no type of a KV cache", "use BF16, F16, F32, F8_E4M3, Q8_0, Q4_0, ...")
-
-
-def share(cache: Cache, tp: int) -> Fraction:
-    """The part of a layer's cache that one rank holds."""
-    if cache.kind == "state":
-        return Fraction(1, tp)
-    return Fraction(max(1, -(-cache.kv_heads // tp)), cache.kv_heads) if cache.kv_heads else Fraction(1)
-
-
-def caches(arch: Architecture) -> Iterator[Cache]:
-    for layer in arch.layers:
-        yield from layer.caches
-
-
 def _cross(cache: Cache, tokens: int, batch: int, size: Fraction, s: Setting) -> Part:
-    seen = cache.window or s.encoder_tokens or tokens
-    return Part.of("cross", cache.per_token, seen, batch, size, share(cache, s.tp))
+    return Part.kept(cache, seen(cache, tokens, s), batch, size, share(cache, s.tp))
 
 
 def _transformers(
@@ -114,7 +71,7 @@ def _transformers(
     for cache in caches(arch):
         if cache.kind == "state":
             own = value_bytes(cache.wide_dtype or s.state_dtype)
-            yield Part.of(cache.kind, cache.wide, 1, batch, own, share(cache, s.tp))
+            yield Part.state(cache.wide, batch, own, share(cache, s.tp))
         elif cache.kind == "cross":
             yield _cross(cache, tokens, batch, size, s)
         else:
@@ -122,21 +79,21 @@ def _transformers(
             if cache.window is not None:
                 # Between steps a dynamic cache has no use for the oldest token that the newest saw.
                 kept = min(tokens, cache.window if static else max(1, cache.window - 1))
-            yield Part.of(cache.kind, cache.per_token, kept, batch, size, share(cache, s.tp))
+            yield Part.kept(cache, kept, batch, size, share(cache, s.tp))
 
 
 def _llama_cpp(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setting) -> Iterable[Part]:
     cells = _rounded(tokens, _CELLS)
     for cache in caches(arch):
         if cache.kind == "state":
-            yield Part.of(cache.kind, cache.fixed, 1, batch, Fraction(4), share(cache, s.tp))
+            yield Part.state(cache.fixed, batch, Fraction(4), share(cache, s.tp))
         elif cache.kind == "cross":
             yield _cross(cache, tokens, batch, size, s)
         else:
             kept = cells
             if cache.window is not None:
                 kept = min(cells, _rounded(cache.window + s.ubatch, _CELLS))
-            yield Part.of(cache.kind, cache.per_token, kept, batch, size, share(cache, s.tp))
+            yield Part.kept(cache, kept, batch, size, share(cache, s.tp))
 
 
 def _rounded(n: int, to: int) -> int:

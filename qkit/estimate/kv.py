@@ -6,6 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..models.architecture import Cache
 
 _WORDS = {
     "full": "layers", "sliding": "sliding layers", "chunked": "chunked layers", "latent": "latent (MLA) layers",
@@ -18,7 +22,7 @@ class Part:
     """Layers of one kind that keep the same.
 
     values  that a token keeps, or a whole sequence where it is a state (tokens 1)
-    size    bytes of a value; share: of one rank
+    size    bytes of a value; share: of one rank; heads, dim: of keys and of values, where they are what is kept
     """
 
     kind: str
@@ -27,11 +31,21 @@ class Part:
     batch: int
     size: Fraction
     share: Fraction = Fraction(1)
+    heads: int = 0
+    dim: int = 0
     layers: int = 1
 
     @classmethod
-    def of(cls, kind: str, values: int, tokens: int, batch: int, size: Fraction, share: Fraction) -> Part:
-        return cls(kind, values, tokens, batch, size, share)
+    def kept(cls, cache: Cache, tokens: int, batch: int, size: Fraction, share: Fraction) -> Part:
+        """Of the tokens of one layer."""
+        alike = cache.per_token == 2 * cache.kv_heads * cache.head_dim
+        heads = int(cache.kv_heads * share) if alike else 0
+        return cls(cache.kind, cache.per_token, tokens, batch, size, share, heads, cache.head_dim if heads else 0)
+
+    @classmethod
+    def state(cls, values: int, batch: int, size: Fraction, share: Fraction) -> Part:
+        """Of one layer, whatever its tokens."""
+        return cls("state", values, 1, batch, size, share)
 
     @property
     def nbytes(self) -> int:
@@ -39,11 +53,13 @@ class Part:
 
     @property
     def words(self) -> str:
-        """ "28 sliding layers x 1,023 tokens x 2,048 values x 2 bytes"."""
+        """ "28 sliding layers x 1,023 tokens x 2 (K, V) x 16 KV heads x 128 dims x 2 bytes"."""
         if self.kind == "state":
             return f"{self.layers} states x {self.values:,} values x {_number(self.size)} bytes"
-        at = f"{self.layers} {_WORDS[self.kind]} x {self.tokens:,} tokens x {_number(self.values * self.share)} values"
-        return f"{at} x {_number(self.size)} bytes"
+        kept = f"{_number(self.values * self.share)} values"
+        if self.heads:
+            kept = f"2 (K, V) x {self.heads} KV heads x {self.dim} dims"
+        return f"{self.layers} {_WORDS[self.kind]} x {self.tokens:,} tokens x {kept} x {_number(self.size)} bytes"
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from ..models.architecture import Architecture, Cache
 from .kv import Kv, Part
-
-if TYPE_CHECKING:
-    from .cache import Setting
+from .setting import Setting, caches, seen, share, value_bytes
 
 _ALIGNED = 16  # tokens: pages of attention grow by these until a state fits in one
 
@@ -48,8 +45,6 @@ def _pages(tokens: int, block: int) -> int:
 
 def layout(arch: Architecture, size: Fraction, state_size: Fraction, s: Setting) -> tuple[list[Spec], int]:
     """(every layer as vLLM sees it, tokens of a page), whatever the length of a request."""
-    from .cache import caches, share, value_bytes
-
     specs: list[Spec] = []
     block = s.block
     for layer in arch.layers:
@@ -76,31 +71,23 @@ def layout(arch: Architecture, size: Fraction, state_size: Fraction, s: Setting)
 
 def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_size: Fraction, s: Setting) -> Kv:
     """What `batch` requests of `tokens` tokens may hold of vLLM's pool, on one rank."""
-    from .cache import caches, share, value_bytes
-
     specs, block = layout(arch, size, state_size, s)
     parts: list[Part] = []
     for c in caches(arch):
         if c.kind == "state":
             own_size = value_bytes(c.fixed_dtype) if c.fixed_dtype else state_size
-            parts.append(Part.of("state", c.fixed, 1, batch, own_size, share(c, s.tp)))
+            parts.append(Part.state(c.fixed, batch, own_size, share(c, s.tp)))
         else:
             kept = tokens if c.window is None or c.kind == "cross" else min(tokens, c.window)
-            kept = _cross_tokens(c, tokens, s) if c.kind == "cross" else kept
-            parts.append(Part.of(c.kind, c.per_token, kept, batch, size, share(c, s.tp)))
+            kept = seen(c, tokens, s) if c.kind == "cross" else kept
+            parts.append(Part.kept(c, kept, batch, size, share(c, s.tp)))
     total = batch * request(groups(specs), tokens, s.in_flight)
     counted = Kv.of(parts)
     return replace(counted, total=total, note=f"in pages of {block} tokens: {total:,} bytes")
 
 
 def _bytes(cache: Cache, size: Fraction, tp: int) -> Fraction:
-    from .cache import share
-
     return cache.per_token * share(cache, tp) * size
-
-
-def _cross_tokens(cache: Cache, tokens: int, s: Setting) -> int:
-    return cache.window or s.encoder_tokens or tokens
 
 
 def groups(specs: list[Spec]) -> tuple[tuple[int, Spec], ...]:

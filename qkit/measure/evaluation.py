@@ -50,10 +50,10 @@ def prepare(
 def _check_vocabularies(subjects: Sequence[Subject]) -> None:
     first = subjects[0]
     for other in subjects[1:]:
-        if other.sizes.vocab != first.sizes.vocab:
+        if other.sizes.arch.vocab != first.sizes.arch.vocab:
             raise QkitError(
-                f"the models have different vocabularies: {first.name} {first.sizes.vocab} and {other.name} "
-                f"{other.sizes.vocab} tokens",
+                f"the models have different vocabularies: {first.name} {first.sizes.arch.vocab} and {other.name} "
+                f"{other.sizes.arch.vocab} tokens",
                 "the baseline must be the model that was quantized",
             )
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import units
 from ..errors import QkitError
-from ..models.config import max_positions
+from ..estimate import cache
+from ..models.architecture import Architecture, architecture
 from ..models.skeleton import check_architecture
 from ..spec.dtypes import FLOATS, ITEMSIZE, named_dtype
-from . import memory, speed
+from . import speed
 
 if TYPE_CHECKING:
     from ..hardware.detect import LocalDevice
@@ -20,27 +21,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides a model's memory: its parsed config, bytes of a value as it runs and of its weights, its limits.
-
-    max_tokens  the most that its config says it takes; None where it says nothing
-    """
+    """What decides a model's memory: its architecture, the type it runs in, bytes of its weights."""
 
     label: str
-    config: Any
-    itemsize: int
+    arch: Architecture
+    dtype: str
     weights: int
-    vocab: int
-    hidden: int
-    intermediate: int
-    max_tokens: int | None
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most that its config says it takes; None where it says nothing."""
+        return self.arch.max_tokens
 
     def kv(self, tokens: int, batch: int) -> tuple[int, str]:
         """(bytes of the KV cache, the formula with its numbers)."""
-        return memory.kv_formula(self.config, tokens, batch, self.itemsize)
+        found = cache.kv(self.arch, tokens, batch, self.dtype, "qkit", cache.Setting(state_dtype=self.dtype))
+        return found.total, found.formula
 
     def layer(self, tokens: int, batch: int) -> int:
         """Bytes that one MLP takes at the least while a prompt runs: its input and residual, gate, up, product."""
-        return batch * tokens * self.itemsize * (2 * self.hidden + 3 * self.intermediate)
+        return batch * tokens * self.itemsize * (2 * self.arch.hidden + 3 * self.arch.intermediate)
 
     def head(self, batch: int, device: str) -> int:
         """Bytes that the logits of the last position take while they are made.
@@ -48,29 +52,19 @@ class Sizes:
         generate adds two float32 copies: one of its own, and one for a processor of scores. On the CPU torch copies
         the head's weight once a sequence in the 16-bit types, where it multiplies the last position of a prompt,
         whose rows are not adjacent: seen with 2.13, bf16 and f16, not with float32 nor on adjacent rows."""
-        copied = self.hidden * self.itemsize if device == "cpu" and self.itemsize == 2 else 0
-        return batch * self.vocab * (self.itemsize + 2 * 4 + copied)
+        copied = self.arch.hidden * self.itemsize if device == "cpu" and self.itemsize == 2 else 0
+        return batch * self.arch.vocab * (self.itemsize + 2 * 4 + copied)
 
 
 def sizes(source: Source) -> Sizes:
     """From config.json and the headers. Raises QkitError for an architecture that cannot run."""
-    from transformers import CONFIG_MAPPING
-
-    given = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    kind = check_architecture(given)
-    try:
-        config = CONFIG_MAPPING[kind].from_dict(given)
-    except Exception as error:  # transformers' validators raise classes of their own
-        hint = "check the values in config.json"
-        raise QkitError(f"transformers refuses the config of {source.label}: {error}", hint) from error
-    itemsize = ITEMSIZE[named_dtype(given.get("dtype") or given.get("torch_dtype")) or "BF16"]
+    check_architecture(source.config)
+    arch = architecture(source.config)
+    dtype = named_dtype(source.config.get("dtype") or source.config.get("torch_dtype")) or "BF16"
     metas = [source.meta(name) for name in source.names()]
     # Plain tensors are cast to the type that the model runs in; codes and small floats stay as they are.
-    weights = sum(m.numel * itemsize if m.dtype in FLOATS else m.nbytes for m in metas)
-    most = max_positions(given)
-    text = config.get_text_config()
-    intermediate = getattr(text, "intermediate_size", None) or 0
-    return Sizes(source.label, config, itemsize, weights, text.vocab_size, text.hidden_size, intermediate, most)
+    weights = sum(m.numel * ITEMSIZE[dtype] if m.dtype in FLOATS else m.nbytes for m in metas)
+    return Sizes(source.label, arch, dtype, weights)
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Load:
 
     @property
     def scoring(self) -> int:
-        return sum(self.n_ctx * m.vocab * m.itemsize for m in self.models)
+        return sum(self.n_ctx * m.arch.vocab * m.itemsize for m in self.models)
 
     @property
     def cache(self) -> int:

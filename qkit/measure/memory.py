@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..hardware import memory as process
+from ..models.architecture import architecture
 
 if TYPE_CHECKING:
     import torch
+
+
+_EXPERT = re.compile(r"\.experts(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -54,41 +59,26 @@ def weights_of(modules: Iterable[Any], embedding: Any) -> Weights:
     return Weights(**sums)
 
 
-def read_per_token(model: Any) -> int | None:
-    """Bytes of weights that one decode step reads: all, less an input embedding that only is looked up.
-
-    None for mixtures of experts, where it depends on the token.
-    """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        return None
+def read_per_token(model: Any) -> int:
+    """Bytes of weights that one decode step reads: all, less an input embedding that only is looked up; of experts
+    those that one token is given to, since sequences that are measured together are the same."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is embedding
-    return weights(model).total - (0 if tied else embedding.nbytes)
+    read = weights(model).total - (0 if tied else embedding.nbytes)
+    experts = sum(_held(module) for name, module in model.named_modules() if _EXPERT.search(name))
+    if not experts:
+        return read
+    arch = architecture(model.config.to_dict())
+    chosen = next(m for layer in arch.layers for m in layer.matrices if m.role == "expert")
+    return read - experts + round(experts * chosen.active / chosen.count)
 
 
-def kv_formula(config: Any, tokens: int, batch: int, itemsize: int) -> tuple[int, str]:
-    """Bytes of the KV cache of `batch` sequences of `tokens` tokens, and the formula with its numbers.
+def _held(module: Any) -> int:
+    from ..runtime import QuantLinear
 
-    A sliding-window layer keeps at most window - 1 past tokens between steps, as transformers' cache does.
-    """
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        sliding = text.num_hidden_layers if window and getattr(text, "use_sliding_window", True) else 0
-    else:
-        sliding = sum(kind == "sliding_attention" for kind in kinds) if window else 0
-    full = text.num_hidden_layers - sliding
-    kept = min(tokens, window - 1) if window else tokens
-    nbytes = 2 * batch * heads * dim * itemsize * (full * tokens + sliding * kept)
-    layers = f"{full} layers x {tokens:,} tokens"
-    if sliding:
-        layers = f"({layers} + {sliding} sliding layers x {kept:,} tokens)"
-    return nbytes, f"2 (K, V) x batch {batch} x {heads} KV heads x {dim} dims x {itemsize} bytes x {layers}"
+    held = module.tensors() if isinstance(module, QuantLinear) else module.buffers(recurse=False)
+    return sum(tensor.nbytes for tensor in [*module.parameters(recurse=False), *held])
 
 
 def cache_bytes(cache: Any) -> int:

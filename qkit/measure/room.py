@@ -113,11 +113,11 @@ def divide(
 def _tail(subject: Subject, chunks: int, n_ctx: int) -> int:
     """Bytes that scoring takes of a model that is not loaded: its last hidden states, its head, a chunk's logits."""
     sizes = subject.sizes
-    return _states(sizes, chunks, n_ctx) + subject.parts.head + n_ctx * sizes.vocab * sizes.itemsize
+    return _states(sizes, chunks, n_ctx) + subject.parts.head + n_ctx * sizes.arch.vocab * sizes.itemsize
 
 
 def _states(sizes: fit.Sizes, chunks: int, n_ctx: int) -> int:
-    nbytes = chunks * n_ctx * sizes.hidden * sizes.itemsize
+    nbytes = chunks * n_ctx * sizes.arch.hidden * sizes.itemsize
     return nbytes if nbytes <= IN_MEMORY else 0  # in a file else, whose pages the system can have back
 
 
@@ -126,7 +126,7 @@ def _check_streamed(subject: Subject, other: int, where: LocalDevice, chunks: in
     sizes, pieces = subject.sizes, subject.parts
     running = pieces.block + pieces.reading + sizes.layer(n_ctx, 1)
     logits = _tail(subject, chunks, n_ctx) - _states(sizes, chunks, n_ctx)
-    slices = 16 * min(quality.SLICE_ELEMENTS, n_ctx * sizes.vocab)  # float32 logits, exponentials, differences
+    slices = 16 * min(quality.SLICE_ELEMENTS, n_ctx * sizes.arch.vocab)  # float32 logits, exponentials, differences
     need = other + _states(sizes, chunks, n_ctx) + max(pieces.embedding, running, logits + slices)
     if need > where.available_bytes:
         raise QkitError(

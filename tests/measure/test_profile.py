@@ -8,9 +8,12 @@ import time
 
 import pytest
 import torch
+from models import make_model
 
+import qkit
 from qkit.errors import QkitError
-from qkit.measure import footprint, memory, profile, speed, summary
+from qkit.measure import fit, footprint, memory, profile, speed, summary
+from qkit.models.architecture import architecture
 from qkit.report import write as report
 from qkit.runtime import load
 from qkit.text import defaults as text
@@ -221,7 +224,6 @@ def test_what_fits_is_the_most_that_fits(folders):
     from dataclasses import replace
 
     from qkit.hardware import detect
-    from qkit.measure import fit
     from qkit.sources import open_source
 
     sizes = [fit.sizes(open_source(folder)) for folder in folders]
@@ -255,7 +257,6 @@ def test_the_head_takes_what_the_check_counts_for_it(tmp_path):
     """The logits of a large vocabulary outweigh the rest here, copies of the head's weight included."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qkit.measure import fit
     from qkit.sources import open_source
 
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 100_000})).bfloat16()
@@ -299,7 +300,8 @@ def test_the_kv_formula_is_what_the_cache_holds(kind, tokens, batch):
         out = model(input_ids=ids, use_cache=True)
         out = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
     assert out.past_key_values.get_seq_length() == tokens
-    formula, words = memory.kv_formula(model.config, tokens, batch, 4)
+    sizes = fit.Sizes(kind, architecture(model.config.to_dict()), "F32", 0)
+    formula, words = sizes.kv(tokens, batch)
     assert formula == memory.cache_bytes(out.past_key_values)
     assert f"batch {batch}" in words
 
@@ -316,12 +318,16 @@ def test_weights_are_counted_once(kind):
     assert memory.read_per_token(model) == (state if tied else state - embedding)
 
 
-def test_a_mixture_of_experts_has_no_fixed_read():
-    from types import SimpleNamespace
-
-    config = SimpleNamespace(num_local_experts=8)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    assert memory.read_per_token(model) is None
+@pytest.mark.parametrize("scheme", [None, "w4a16"])
+def test_of_experts_those_are_read_that_a_token_is_given_to(scheme, tmp_path):
+    folder = make_model(tmp_path / "source", "mixtral", intermediate_size=128)
+    if scheme:
+        folder = qkit.convert(folder, tmp_path / "out", scheme=scheme, method="rtn", group_size=32).out
+    model = load(folder)
+    matrices = 2 * 4 * 3 * 128 * 128  # layers, experts, matrices
+    each = 2 if scheme is None else 0.5 + 2 / 32
+    whole = memory.weights(model).total - 260 * 128 * 2
+    assert memory.read_per_token(model) == whole - matrices * each // 2
 
 
 @pytest.mark.parametrize("reset", [True, False])

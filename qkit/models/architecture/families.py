@@ -94,7 +94,8 @@ FAMILIES: dict[str, Family] = {
     "opt": replace(
         _OLD, embedding="model.decoder.embed_tokens", layers="model.decoder.layers", attention="self_attn",
         qkv=_LLAMA.qkv, out="out_proj", qkv_bias="enable_bias", mlp="", ffn=("fc1", "fc2"), mlp_bias="enable_bias",
-        norm_bias="layer_norm_elementwise_affine", outside=oddities.opt, final_norm=False, tied=True, embedding_width="word_embed_proj_dim",
+        norm_bias="layer_norm_elementwise_affine", outside=oddities.opt, final_norm=False,
+        tied=True, embedding_width="word_embed_proj_dim",
     ),
     "falcon": replace(
         _BLOOM, qkv_bias="bias", mlp_bias="bias", kv_heads=oddities.falcon_heads, norms=oddities.falcon_norms, tied=True
@@ -109,8 +110,8 @@ FAMILIES: dict[str, Family] = {
         qk_norm="heads", qk_norm_if="qk_layernorm",
     ),
     "starcoder2": replace(
-        _OLD, embedding="model.embed_tokens", layers="model.layers", attention="self_attn", qkv=_LLAMA.qkv, out="o_proj",
-        qkv_bias="use_bias", mlp_bias="use_bias", tied=True,
+        _OLD, embedding="model.embed_tokens", layers="model.layers", attention="self_attn", qkv=_LLAMA.qkv,
+        out="o_proj", qkv_bias="use_bias", mlp_bias="use_bias", tied=True,
     ),
     "cohere": Family(mlp_bias=False, norms=1, qk_norm="heads", qk_norm_if="use_qk_norm", tied=True),
     "cohere2": Family(mlp_bias=False, norms=1, rule=kinds.every(4), tied=True),
@@ -157,7 +158,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "minimax_m2": replace(_PLAIN, qk_norm="heads", moe=replace(_MIXTRAL, correction=True)),
     "ernie4_5": Family(qkv_bias="use_bias", mlp_bias="use_bias", tied=True),
-    "ernie4_5_moe": Family(qkv_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias", moe=replace(_DEEPSEEK, sparse=between)),
+    "ernie4_5_moe": Family(
+        qkv_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias", moe=replace(_DEEPSEEK, sparse=between)
+    ),
     "smollm3": replace(_LLAMA, rule=kinds.unrotated),
     "exaone4": replace(_PLAIN, qk_norm="head", rule=kinds.every(4)),
     "hunyuan_v1_dense": Family(mlp_bias=False, qk_norm="head"),
@@ -206,7 +209,8 @@ FAMILIES: dict[str, Family] = {
         moe=Moe("feed_forward", _W, sparse=after_one, correction="use_expert_bias"),
     ),
     "recurrent_gemma": Family(
-        attention="temporal_block", out_bias=True, mlp="mlp_block", mlp_bias=True, width=oddities.halved, rule=oddities.griffin_layers,
+        attention="temporal_block", out_bias=True, mlp="mlp_block", mlp_bias=True, width=oddities.halved,
+        rule=oddities.griffin_layers,
         mixer=oddities.local_attention, mixers={kinds.LINEAR: states.gated_recurrence}, tied=True,
     ),
     "rwkv": Family(

@@ -1,4 +1,4 @@
-"""What stands in place of attention and keeps a state instead of tokens: Mamba, linear attention, convolutions, RWKV."""
+"""What keeps a state in place of attention, which keeps tokens: Mamba, linear attention, convolutions, RWKV."""
 
 from __future__ import annotations
 

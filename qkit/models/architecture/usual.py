@@ -15,7 +15,9 @@ _NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_siz
 
 
 def usual(k: Keys) -> Family:
-    """Llama's layers, or DeepSeek's and experts where a config has their keys. Raises QkitError naming what is missing."""
+    """Llama's layers, or DeepSeek's and experts where a config has their keys.
+
+    Raises QkitError naming what is missing."""
     missing = [name for name in _NEEDED if k.get(name) is None]
     if k.get("intermediate_size") is None and k.get("moe_intermediate_size") is None:
         missing.append("intermediate_size")
