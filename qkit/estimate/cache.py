@@ -6,40 +6,19 @@ llama-kv-cache-iswa.cpp and llama-memory-recurrent.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fractions import Fraction
 
 from ..errors import QkitError
 from ..models.architecture import Architecture, Cache
-from ..spec.dtypes import ITEMSIZE
-from ..spec.ggml import GGML
 from .kv import Kv, Part
 from .paged import paged
+from .setting import Setting, caches, share, value_bytes
+
+__all__ = ["ENGINES", "Setting", "caches", "kv", "kv_bytes", "share", "value_bytes"]
 
 ENGINES = ("transformers", "static", "vllm", "llama.cpp", "qkit")
 _CELLS = 256  # llama.cpp rounds the tokens of a sequence up to these
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an engine is told. One rank's share is counted.
-
-    tp              ranks that divide a layer's heads; where there are fewer KV heads than ranks, each rank has one, and
-                    a latent is on every rank whole
-    state_dtype     of states that need no type of their own: the model's
-    block           tokens of a page of vLLM's; 16 unless told otherwise (64 with some MLA kernels, 128 on CPUs)
-    in_flight       tokens that vLLM schedules in a step: what a sliding layer may hold beside its window
-    ubatch          the same of llama.cpp
-    encoder_tokens  of an encoder's output; None: as many as the decoder's
-    """
-
-    tp: int = 1
-    state_dtype: str = "BF16"
-    block: int = 16
-    in_flight: int = 2048
-    ubatch: int = 512
-    encoder_tokens: int | None = None
 
 
 def kv_bytes(
@@ -80,27 +59,6 @@ def kv(
     else:
         raise QkitError(f"unknown engine {engine!r}", "known: " + ", ".join(ENGINES))
     return Kv.of(parts)
-
-
-def value_bytes(dtype: str) -> Fraction:
-    """Bytes of one value, which in ggml's block types is no whole number."""
-    if dtype in ITEMSIZE:
-        return Fraction(ITEMSIZE[dtype])
-    if dtype in GGML:
-        return Fraction(GGML[dtype].block_bytes, GGML[dtype].block_size)
-    raise QkitError(f"{dtype!r} is no type of a KV cache", "use BF16, F16, F32, F8_E4M3, Q8_0, Q4_0, ...")
-
-
-def share(cache: Cache, tp: int) -> Fraction:
-    """The part of a layer's cache that one rank holds."""
-    if cache.kind == "state":
-        return Fraction(1, tp)
-    return Fraction(max(1, -(-cache.kv_heads // tp)), cache.kv_heads) if cache.kv_heads else Fraction(1)
-
-
-def caches(arch: Architecture) -> Iterator[Cache]:
-    for layer in arch.layers:
-        yield from layer.caches
 
 
 def _cross(cache: Cache, tokens: int, batch: int, size: Fraction, s: Setting) -> Part:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from ..errors import QkitError
 from ..hardware.device import Target
 from ..models.architecture import Architecture
-from .cache import Setting
 from .overhead import Shape, Term, overhead, step
 from .parts import Weights
 from .sequence import Sequence
 from .serving import Serving, check_engine
+from .setting import Setting
 from .sharding import Held, held
 
 _LONG = 1 << 20  # tokens that stand for any context where only the step of a server is asked for

@@ -20,8 +20,8 @@ _HOST = 300 * _MIB
 _SMALL = 2  # bytes of a value in 16 bits
 
 _SAMPLED = (
-    "formula: what {:,} sequences x {:,} tokens of the vocabulary x {} bytes take beyond the activations, when vLLM tries "
-    "its sampler"
+    "formula: what {:,} sequences x {:,} tokens of the vocabulary x {} bytes take beyond the activations, when vLLM "
+    "tries its sampler"
 )
 _GRAPHS = "published logs: 0.43 GiB at 28 layers, 0.64 at 40 (vLLM 0.11-0.26): 16 MiB a layer"
 _BESIDE = (
@@ -38,8 +38,8 @@ _PROCESS = "assumed: a process with torch"
 
 @dataclass(frozen=True)
 class Term:
-    """name: "weights", "KV cache", "activations", "logits", "CUDA graphs", "runtime". text, values: the basis, put together
-    when it is read, because thousands of these are made and summed."""
+    """name: "weights", "KV cache", "activations", "logits", "CUDA graphs", "runtime". text, values: the basis, put
+    together when it is read, because thousands of these are made and summed."""
 
     name: str
     nbytes: int
@@ -92,7 +92,7 @@ def step(target: Target, context: int, batch: int, s: Serving) -> tuple[int, int
 def _vllm(shape: Shape, target: Target, context: int, batch: int, s: Serving) -> tuple[Term, ...]:
     tokens, sequences = step(target, context, batch, s)
     tp = target.count
-    # Gate, up and their product, with the stream, its norm and what comes of it; experts' outputs until they are summed.
+    # Gate, up and their product, with the stream, its norm and what comes of it; experts' outputs until they are added.
     mlp = 3 * shape.mlp / tp + 3 * shape.hidden + shape.chosen * shape.hidden
     wide = max(mlp, shape.attention / tp + 3 * shape.hidden)
     activations = math.ceil(tokens * wide * _SMALL)
@@ -115,6 +115,7 @@ def _llama_cpp(shape: Shape, target: Target, context: int, batch: int, s: Servin
     logits = tokens * shape.vocab * 4
     wide = tokens * (2 * shape.mlp + 2 * shape.hidden) * 4
     mask = tokens * cells * _SMALL
+    values: tuple[int, ...]
     text, values = _BATCH, (tokens, 2 * shape.mlp + 2 * shape.hidden)
     if not s.flash_attention:
         wide += shape.heads * tokens * cells * 4

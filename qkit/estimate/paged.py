@@ -11,13 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from ..models.architecture import Architecture, Cache
 from .kv import Kv, Part
-
-if TYPE_CHECKING:
-    from .cache import Setting
+from .setting import Setting, caches, share, value_bytes
 
 _ALIGNED = 16  # tokens: pages of attention grow by these until a state fits in one
 
@@ -48,8 +45,6 @@ def _pages(tokens: int, block: int) -> int:
 
 def layout(arch: Architecture, size: Fraction, state_size: Fraction, s: Setting) -> tuple[list[Spec], int]:
     """(every layer as vLLM sees it, tokens of a page), whatever the length of a request."""
-    from .cache import caches, share, value_bytes
-
     specs: list[Spec] = []
     block = s.block
     for layer in arch.layers:
@@ -76,8 +71,6 @@ def layout(arch: Architecture, size: Fraction, state_size: Fraction, s: Setting)
 
 def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_size: Fraction, s: Setting) -> Kv:
     """What `batch` requests of `tokens` tokens may hold of vLLM's pool, on one rank."""
-    from .cache import caches, share, value_bytes
-
     specs, block = layout(arch, size, state_size, s)
     parts: list[Part] = []
     for c in caches(arch):
@@ -94,8 +87,6 @@ def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_siz
 
 
 def _bytes(cache: Cache, size: Fraction, tp: int) -> Fraction:
-    from .cache import share
-
     return cache.per_token * share(cache, tp) * size
 
 

@@ -81,8 +81,8 @@ def attention_share(arch: Architecture, tp: int) -> float:
 
 
 def made(arch: Architecture, tp: int, quantized: bool) -> tuple[int, str]:
-    """(bytes of tensors that vLLM makes itself, in words): the table of rotations; of MLA the two halves of kv_b_proj that
-    it decodes with, which are views of one that is not quantized."""
+    """(bytes of tensors that vLLM makes itself, in words): the table of rotations; of MLA the two halves of kv_b_proj
+    that it decodes with, which are views of one that is not quantized."""
     rotated = next((layer.head_dim for layer in arch.layers if layer.head_dim), 0)
     up = [m for layer in arch.layers for m in layer.matrices if _up(m)]
     if up:
