@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import QkitError
 from ..hardware.device import Target
@@ -29,6 +30,10 @@ class Memory:
 
     def of(self, name: str) -> int:
         return sum(term.nbytes for term in self.terms if term.name == name)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """JSON: a term each."""
+        return [{"name": term.name, "bytes": term.nbytes, "basis": term.basis} for term in self.terms]
 
 
 @dataclass(frozen=True)
