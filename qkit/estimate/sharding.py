@@ -73,8 +73,12 @@ def padding(arch: Architecture, weights: Weights, tp: int) -> int:
     if experts is None or not coded:
         return 0
     width = experts.out if experts.inp == arch.hidden else experts.inp
-    wide = tp * -(-width // tp // _WIDTHS) * _WIDTHS / width
-    return int(coded * (wide * -(-arch.hidden // _STREAM) * _STREAM / arch.hidden - 1))
+    wide = tp * _up_to(-(-width // tp), _WIDTHS)
+    return coded * wide * _up_to(arch.hidden, _STREAM) // (width * arch.hidden) - coded
+
+
+def _up_to(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def attention_share(arch: Architecture, tp: int) -> float:
