@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,24 @@ def read_all(folder: Path) -> tuple[Device, ...]:
     found: list[Device] = []
     for path in paths:
         document = _parse(path)
-        wrong = next(problems(document, schema, schema), None)
+        wrong = problems(document, schema, schema)
         if wrong:
-            raise QkitError(f"{path.name}: {_named(wrong, document)}")
+            raise QkitError(f"{path.name}: {_named(wrong[0], document)}")
         found += (_device(entry, document["sources"], path.name) for entry in document["devices"])
-    twice = {d.id for d in found if sum(other.id == d.id for other in found) > 1}
+    twice = sorted(id for id, times in Counter(device.id for device in found).items() if times > 1)
     if twice:
-        raise QkitError(f"{folder}: {', '.join(sorted(twice))} stands there twice")
+        raise QkitError(f"{folder}: {', '.join(twice)} stands there twice")
     return tuple(found)
 
 
 def read_card(path: Path) -> Device:
-    """A device that a user describes in a JSON file: name, memory_gib, bandwidth_gbs, and any other field of the schema.
+    """A device that a user describes in a JSON file: name, memory_gib, bandwidth_gbs, any other field of the schema.
 
     Raises QkitError naming the file and the field.
     """
     schema = _card_schema()
     card = _parse(path, of_the_user=True)
-    wrong = list(problems(card, schema["$defs"]["card"], schema))
+    wrong = problems(card, schema["$defs"]["card"], schema)
     if wrong:
         others = len({problem.partition(": ")[0] for problem in wrong}) - 1
         more = f" (and {others} more)" if others else ""

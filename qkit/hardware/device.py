@@ -11,6 +11,7 @@ FIGURES = (
     "fp8_tflops", "fp4_tflops", "tdp_w", "link_gbs",
 )  # fmt: skip
 
+_GIVEN = "given by the user"
 # The part of memory that is usable where nobody has reported it: what drivers of cards leave; a system and its programs
 # keep a tenth of memory that they share with a GPU. What the system of a CPU keeps is its owner's affair.
 _USABLE = {"gpu": 0.97, "unified": 0.9, "cpu": 1.0}
@@ -94,7 +95,7 @@ class Device:
             name=f"{self.name}, {gib:g} GB",
             memory_gib=gib,
             usable_gib=usable(self.vendor, self.kind, gib),
-            sources={**self.sources, "memory_gib": "given by the user", "usable_gib": text},
+            sources={**self.sources, "memory_gib": _GIVEN, "usable_gib": text},
         )
 
 
@@ -118,5 +119,6 @@ class Target:
 
     @property
     def spec(self) -> str:
-        """As --device takes it: "h100-sxm:2"."""
-        return self.device.id if self.count == 1 else f"{self.device.id}:{self.count}"
+        """As --device takes it: "h100-sxm:2", "m3-max-40c-64g"."""
+        size = f"-{self.device.memory_gib:g}g" if self.device.sources.get("memory_gib") == _GIVEN else ""
+        return self.device.id + size + (f":{self.count}" if self.count > 1 else "")

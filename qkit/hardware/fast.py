@@ -35,7 +35,7 @@ def _of(device: Device) -> dict[str, str]:
 
 
 def _nvidia(capability: tuple[int, int]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     at = f"compute capability {capability[0]}.{capability[1]}"
     if capability >= (7, 5):
         marlin = f"Marlin, {at} (7.5 and later)"
@@ -54,7 +54,7 @@ def _nvidia(capability: tuple[int, int]) -> dict[str, str]:
 
 
 def _amd(gfx: str) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     if gfx.startswith(("gfx94", "gfx95", "gfx12")):
         found["fp8"] = f"vLLM on ROCm, {gfx} (gfx94x, gfx95x, gfx12x)"
     if gfx.startswith("gfx95"):

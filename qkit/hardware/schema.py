@@ -10,16 +10,22 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)  # json reads 1e999 as infinite
+
 
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda v: isinstance(v, dict),
     "array": lambda v: isinstance(v, list),
     "string": lambda v: isinstance(v, str),
-    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
-    "integer": lambda v: not isinstance(v, bool) and (isinstance(v, int) or (isinstance(v, float) and v.is_integer())),
+    "number": lambda v: not isinstance(v, bool) and (isinstance(v, int) or _finite(v)),
+    "integer": lambda v: not isinstance(v, bool) and (isinstance(v, int) or (_finite(v) and v.is_integer())),
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
 }
@@ -30,13 +36,15 @@ _WORDS = {
 _NOTES = {"$schema", "$id", "$defs", "title", "description"}
 
 
-def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str = "") -> Iterator[str]:
+def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str = "") -> list[str]:
     """What is wrong with `value`, each with the path of the field: "prices[0].usd: must be over 0, is -1"."""
+    found: list[str] = []
     for keyword, argument in schema.items():
         if keyword == "$ref":
-            yield from problems(value, _resolve(argument, root), root, at)
+            found += problems(value, _resolve(argument, root), root, at)
         elif keyword not in _NOTES:
-            yield from _CHECKS[keyword](value, argument, schema, root, at)
+            found += _CHECKS[keyword](value, argument, schema, root, at)
+    return found
 
 
 def _resolve(reference: str, root: dict[str, Any]) -> dict[str, Any]:
@@ -46,12 +54,8 @@ def _resolve(reference: str, root: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _is(value: Any, *types: str) -> bool:
-    return any(_TYPES[t](value) for t in types)
-
-
-def _say(at: str, what: str) -> str:
-    return f"{at}: {what}" if at else what
+def _say(at: str, what: str) -> tuple[str]:
+    return (f"{at}: {what}" if at else what,)
 
 
 def _show(value: Any) -> str:
@@ -59,74 +63,75 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _type(value: Any, types: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    types = [types] if isinstance(types, str) else types
-    if not _is(value, *types) or (isinstance(value, float) and not math.isfinite(value)):
-        yield _say(at, f"must be {' or '.join(_WORDS[t] for t in types)}, is {_show(value)}")
+def _type(value: Any, types: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    names = (types,) if isinstance(types, str) else types
+    for name in names:
+        if _TYPES[name](value):
+            return ()
+    return _say(at, f"must be {' or '.join(_WORDS[name] for name in names)}, is {_show(value)}")
 
 
-def _enum(value: Any, allowed: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if value not in allowed:
-        yield _say(at, f"must be one of {', '.join(map(str, allowed))}, is {_show(value)}")
+def _enum(value: Any, allowed: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    return () if value in allowed else _say(at, f"must be one of {', '.join(map(str, allowed))}, is {_show(value)}")
 
 
-def _required(value: Any, names: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from (_say(f"{at}.{name}" if at else name, "is missing") for name in names if name not in value)
+def _required(value: Any, names: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    missing = [name for name in names if name not in value] if isinstance(value, dict) else []
+    return [f"{_inner(at, name)}: is missing" for name in missing]
 
 
-def _properties(value: Any, known: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, inner in known.items():
-            if name in value:
-                yield from problems(value[name], inner, root, f"{at}.{name}" if at else name)
+def _properties(value: Any, known: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    present = [name for name in known if name in value] if isinstance(value, dict) else []
+    return [text for name in present for text in problems(value[name], known[name], root, _inner(at, name))]
 
 
-def _additional(value: Any, inner: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if not isinstance(value, dict):
-        return
+def _additional(value: Any, inner: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
     known = schema.get("properties", {})
-    for name in sorted(value.keys() - known.keys()):
-        path = f"{at}.{name}" if at else name
-        if inner is False:
-            near = difflib.get_close_matches(name, known, 1)
-            yield _say(path, f"is not a field{f'; {near[0]} is' if near else ''}")
-        else:
-            yield from problems(value[name], inner, root, path)
+    others = sorted(value.keys() - known.keys()) if isinstance(value, dict) else []
+    if inner is not False:
+        return [text for name in others for text in problems(value[name], inner, root, _inner(at, name))]
+    found = []
+    for name in others:
+        near = difflib.get_close_matches(name, known, 1)
+        found.append(f"{_inner(at, name)}: is not a field{f'; {near[0]} is' if near else ''}")
+    return found
 
 
-def _items(value: Any, inner: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if isinstance(value, list):
-        for i, entry in enumerate(value):
-            yield from problems(entry, inner, root, f"{at}[{i}]")
+def _inner(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else name
 
 
-def _min_items(value: Any, least: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if isinstance(value, list) and len(value) < least:
-        yield _say(at, f"must have {least} or more entries, has {len(value)}")
+def _items(value: Any, inner: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    entries = enumerate(value) if isinstance(value, list) else ()
+    return [text for i, entry in entries for text in problems(entry, inner, root, f"{at}[{i}]")]
 
 
-def _min_length(value: Any, least: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if isinstance(value, str) and len(value) < least:
-        yield _say(at, f"must have {least} or more characters, is {_show(value)}")
+def _min_items(value: Any, least: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    short = isinstance(value, list) and len(value) < least
+    return _say(at, f"must have {least} or more entries, has {len(value)}") if short else ()
 
 
-def _pattern(value: Any, pattern: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-    if isinstance(value, str) and not re.search(pattern, value):
-        yield _say(at, f"must match {pattern}, is {_show(value)}")
+def _min_length(value: Any, least: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    short = isinstance(value, str) and len(value) < least
+    return _say(at, f"must have {least} or more characters, is {_show(value)}") if short else ()
 
 
-def _bound(word: str, ok: Callable[[float, float], bool]) -> Callable[..., Iterator[str]]:
-    def check(value: Any, limit: Any, schema: Any, root: Any, at: str) -> Iterator[str]:
-        if _is(value, "number") and not ok(value, limit):
-            yield _say(at, f"must be {word} {limit}, is {_show(value)}")
+def _pattern(value: Any, pattern: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    wrong = isinstance(value, str) and not re.search(pattern, value)
+    return _say(at, f"must match {pattern}, is {_show(value)}") if wrong else ()
+
+
+def _bound(word: str, ok: Callable[[float, float], bool]) -> Callable[..., Iterable[str]]:
+    def check(value: Any, limit: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+        wrong = _TYPES["number"](value) and not ok(value, limit)
+        return _say(at, f"must be {word} {limit}, is {_show(value)}") if wrong else ()
 
     return check
 
 
-_CHECKS: dict[str, Callable[..., Iterator[str]]] = {
+_CHECKS: dict[str, Callable[..., Iterable[str]]] = {
     "type": _type, "enum": _enum, "required": _required, "properties": _properties,
     "additionalProperties": _additional, "items": _items, "minItems": _min_items, "minLength": _min_length,
-    "pattern": _pattern, "minimum": _bound("at least", lambda v, x: v >= x),
-    "maximum": _bound("at most", lambda v, x: v <= x), "exclusiveMinimum": _bound("over", lambda v, x: v > x),
+    "pattern": _pattern, "minimum": _bound("at least", operator.ge), "maximum": _bound("at most", operator.le),
+    "exclusiveMinimum": _bound("over", operator.gt),
 }  # fmt: skip
