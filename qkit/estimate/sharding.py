@@ -66,8 +66,8 @@ def _vllm(arch: Architecture, weights: Weights, tp: int) -> Held:
 
 
 def padding(arch: Architecture, weights: Weights, tp: int) -> int:
-    """Bytes that vLLM adds to experts in MXFP4, over all ranks: Marlin and Triton want a rank's width in 128s and the
-    model's in 256s (quantization/utils/marlin_utils_fp4.py), which gpt-oss' 2,880 is not."""
+    """Bytes that vLLM adds to experts in MXFP4, over all ranks: Marlin wants a rank's width in 128s and the model's in
+    256s (quantization/mxfp4.py, fused_moe/layer.py), which gpt-oss' 2,880 is not. Other kernels pad a little less."""
     experts = next((m for layer in arch.layers for m in layer.matrices if m.role == "expert"), None)
     coded = sum(p.nbytes for p in weights.parts if p.role == "expert" and p.quantized and p.values == 16 * p.scales)
     if experts is None or not coded:
