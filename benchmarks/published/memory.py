@@ -1,8 +1,8 @@
 """Published logs of what engines allocate, read from memory.csv, and what `qkit.estimate` says of the same.
 
 Columns: model; format and scheme (safetensors none: 16 bits); engine; version: of the engine, or the month of the log;
-device, devices; total_gib: of a device, where the log says it; utilization; context, batched_tokens, sequences: what the
-engine was told, or its default then; and per device, in GiB: weights, activations, other (the log's non-torch memory),
+device, devices; total_gib: of a device, where the log says it; utilization; context, batched_tokens, sequences: what
+the engine was told, or its default then. Per device, in GiB: weights, activations, other (the log's non-torch memory),
 graphs, kv_gib with kv_tokens; compute_mib: llama.cpp's compute buffer; file_gib: of a file. outlier: the parts that
 cannot agree, and why.
 """
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from published.rows import _architecture
-
 from qkit.estimate.memory import Memory, memory, sizes
 from qkit.estimate.parts import Weights
 from qkit.estimate.serving import Serving
@@ -24,6 +22,8 @@ from qkit.estimate.weights import of_architecture
 from qkit.hardware.catalogue import find
 from qkit.hardware.device import Device, Target
 from qkit.models.architecture import Architecture
+
+from .rows import _architecture
 
 GIB = 1 << 30
 MIB = 1 << 20

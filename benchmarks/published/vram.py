@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from published.rows import _architecture
-
 from qkit.estimate.memory import memory
 from qkit.estimate.weights import of_architecture
 from qkit.hardware.device import Device, Target
+
+from .rows import _architecture
 
 _GPU = Device("gpu", "GPU", "", "", "gpu", (), 80.0, 80.0, None)
 

@@ -60,8 +60,8 @@ class Options:
     )
     fit: str | None = option(
         None,
-        "instead of --scheme: the best one with which the result fits a device of `qkit devices` (h100-sxm:2 for two), or "
-        "a JSON file that describes one",
+        "instead of --scheme: the best one with which the result fits a device of `qkit devices` (h100-sxm:2 for two), "
+        "or a JSON file that describes one",
         metavar="DEVICE",
     )
     context: int | None = option(

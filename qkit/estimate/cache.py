@@ -15,7 +15,7 @@ from .kv import Kv, Part
 from .paged import paged
 from .setting import Setting, caches, seen, share, value_bytes
 
-__all__ = ["ENGINES", "Setting", "kv", "kv_bytes"]
+__all__ = ["ENGINES", "Setting", "caches", "kv", "kv_bytes", "share", "value_bytes"]
 
 ENGINES = ("transformers", "static", "vllm", "llama.cpp", "qkit")
 _CELLS = 256  # llama.cpp rounds the tokens of a sequence up to these

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import QkitError
 from ..hardware.device import Target
 from ..models.architecture import Architecture
-from .cache import Setting
 from .overhead import Shape, Term, overhead, step
 from .parts import Weights
 from .sequence import Sequence
 from .serving import Serving, check_engine
+from .setting import Setting
 from .sharding import Held, held
 
 _LONG = 1 << 20  # tokens that stand for any context where only the step of a server is asked for
@@ -29,6 +30,10 @@ class Memory:
 
     def of(self, name: str) -> int:
         return sum(term.nbytes for term in self.terms if term.name == name)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """JSON: a term each."""
+        return [{"name": term.name, "bytes": term.nbytes, "basis": term.basis} for term in self.terms]
 
 
 @dataclass(frozen=True)

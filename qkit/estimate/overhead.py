@@ -20,8 +20,8 @@ _HOST = 300 * _MIB
 _SMALL = 2  # bytes of a value in 16 bits
 
 _SAMPLED = (
-    "formula: what {:,} sequences x {:,} tokens of the vocabulary x {} bytes take beyond the activations, when vLLM tries "
-    "its sampler"
+    "formula: what {:,} sequences x {:,} tokens of the vocabulary x {} bytes take beyond the activations, when vLLM "
+    "tries its sampler"
 )
 _GRAPHS = "published logs: 0.43 GiB at 28 layers, 0.64 at 40 (vLLM 0.11-0.26): 16 MiB a layer"
 _BESIDE = (
@@ -38,8 +38,8 @@ _PROCESS = "assumed: a process with torch"
 
 @dataclass(frozen=True)
 class Term:
-    """name: "weights", "KV cache", "activations", "logits", "CUDA graphs", "runtime". text, values: the basis, put together
-    when it is read, because thousands of these are made and summed."""
+    """name: "weights", "KV cache", "activations", "logits", "CUDA graphs", "runtime". text, values: the basis, put
+    together when it is read, because thousands of these are made and summed."""
 
     name: str
     nbytes: int
@@ -92,7 +92,7 @@ def step(target: Target, context: int, batch: int, s: Serving) -> tuple[int, int
 def _vllm(shape: Shape, target: Target, context: int, batch: int, s: Serving) -> tuple[Term, ...]:
     tokens, sequences = step(target, context, batch, s)
     tp = target.count
-    # Gate, up and their product, with the stream, its norm and what comes of it; experts' outputs until they are summed.
+    # Gate, up and their product, with the stream, its norm and what comes of it; experts' outputs until they are added.
     mlp = 3 * shape.mlp / tp + 3 * shape.hidden + shape.chosen * shape.hidden
     wide = max(mlp, shape.attention / tp + 3 * shape.hidden)
     activations = math.ceil(tokens * wide * _SMALL)
@@ -115,6 +115,7 @@ def _llama_cpp(shape: Shape, target: Target, context: int, batch: int, s: Servin
     logits = tokens * shape.vocab * 4
     wide = tokens * (2 * shape.mlp + 2 * shape.hidden) * 4
     mask = tokens * cells * _SMALL
+    values: tuple[int, ...]
     text, values = _BATCH, (tokens, 2 * shape.mlp + 2 * shape.hidden)
     if not s.flash_attention:
         wide += shape.heads * tokens * cells * 4
@@ -132,10 +133,13 @@ def _torch(shape: Shape, target: Target, context: int, batch: int) -> tuple[Term
     tokens = context * batch
     wide = max(3 * shape.mlp + (3 + shape.chosen) * shape.hidden, shape.attention + 3 * shape.hidden)
     activations = math.ceil(tokens * wide * _SMALL)
-    logits = batch * shape.vocab * (_SMALL + 8)
     cuda = target.device.kind == "gpu"
+    # On a CPU torch copies the head's weight once a sequence where it multiplies the last position of a prompt: seen
+    # with 2.13, in the 16-bit types.
+    copied = shape.hidden * _SMALL if target.device.kind == "cpu" else 0
+    logits = batch * shape.vocab * (_SMALL + 8 + copied)
     return (
         Term("activations", activations, _PROMPT, (tokens, wide)),
-        Term("logits", logits, _LAST, (batch, shape.vocab)),
+        Term("logits", logits, _LAST + (", and a copy of the head for each" if copied else ""), (batch, shape.vocab)),
         Term("runtime", CONTEXT, _CONTEXT) if cuda else Term("runtime", _HOST, _PROCESS),
     )

@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from ..models.architecture import Architecture, Cache, Layer
-from .cache import Setting, caches, kv, value_bytes
+from .cache import kv
 from .paged import Spec, groups, layout, request
+from .setting import Setting, caches, value_bytes
 
 
 @dataclass

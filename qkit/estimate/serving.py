@@ -20,7 +20,7 @@ _TORCH_SHARE = 0.95  # torch's allocator cannot use every gap between tensors
 
 @dataclass(frozen=True)
 class Serving:
-    """batched_tokens  that vLLM puts into one step at most; sequences  that it runs at once. None: its default for the device
+    """batched_tokens  that vLLM puts into one step at most; sequences: that it runs at once. None: the device's default
     utilization     the part of a device's memory that vLLM takes
     ubatch          tokens of llama.cpp's physical batch; flash_attention: without it scores of all keys are kept
     sampler_bytes   that vLLM's sampler holds for each sequence and token of the vocabulary: logits in 16 and 32 bits,
@@ -43,8 +43,8 @@ def check_engine(engine: str) -> None:
 
 
 def batch_defaults(device: Device, devices: int = 1) -> tuple[int, int]:
-    """(tokens of a step, sequences) of vLLM's server on a device. A100 and GB10 have the memory of the next tier and are
-    kept out of it."""
+    """(tokens of a step, sequences) of vLLM's server on a device. A100 and GB10 have the memory of the next tier, and
+    are kept out of it."""
     if device.kind == "cpu":
         return 2048 * devices, 128 * devices
     gib = (device.memory_bytes or 0) / GIB

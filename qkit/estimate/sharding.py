@@ -12,6 +12,7 @@ from ..models.architecture import Architecture, Matrix
 from .parts import Weights
 
 _VOCAB_PAD = 64  # vLLM pads tables of tokens to a multiple of these rows
+_WIDTHS, _STREAM = 128, 256  # of experts in MXFP4
 _REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")  # down-projections of MLA: every rank has them whole
 
 
@@ -52,7 +53,7 @@ def _llama_cpp(arch: Architecture, weights: Weights, devices: int, shared_memory
 
 
 def _vllm(arch: Architecture, weights: Weights, tp: int) -> Held:
-    divided = weights.of_class("mlp", "expert", "shared", "tower") / tp
+    divided = (weights.of_class("mlp", "expert", "shared", "tower") + padding(arch, weights, tp)) / tp
     attention = weights.of_class("attention") * attention_share(arch, tp)
     padded = -(-arch.vocab // _VOCAB_PAD) * _VOCAB_PAD / arch.vocab
     tables = weights.of_class("embedding", "head") * padded / tp
@@ -62,6 +63,22 @@ def _vllm(arch: Architecture, weights: Weights, tp: int) -> Held:
         "all tensors" if tp == 1 else f"linears, experts and tables of tokens divided by {tp}, norms and routers whole"
     )
     return Held(-int(-(divided + attention + tables + whole + more) // 1), text + words)
+
+
+def padding(arch: Architecture, weights: Weights, tp: int) -> int:
+    """Bytes that vLLM adds to experts in MXFP4, over all ranks: Marlin wants a rank's width in 128s and the model's in
+    256s (quantization/mxfp4.py, fused_moe/layer.py), which gpt-oss' 2,880 is not. Other kernels pad a little less."""
+    experts = next((m for layer in arch.layers for m in layer.matrices if m.role == "expert"), None)
+    coded = sum(p.nbytes for p in weights.parts if p.role == "expert" and p.quantized and p.values == 16 * p.scales)
+    if experts is None or not coded:
+        return 0
+    width = experts.out if experts.inp == arch.hidden else experts.inp
+    wide = tp * _up_to(-(-width // tp), _WIDTHS)
+    return coded * wide * _up_to(arch.hidden, _STREAM) // (width * arch.hidden) - coded
+
+
+def _up_to(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def attention_share(arch: Architecture, tp: int) -> float:
@@ -81,8 +98,8 @@ def attention_share(arch: Architecture, tp: int) -> float:
 
 
 def made(arch: Architecture, tp: int, quantized: bool) -> tuple[int, str]:
-    """(bytes of tensors that vLLM makes itself, in words): the table of rotations; of MLA the two halves of kv_b_proj that
-    it decodes with, which are views of one that is not quantized."""
+    """(bytes of tensors that vLLM makes itself, in words): the table of rotations; of MLA the two halves of kv_b_proj
+    that it decodes with, which are views of one that is not quantized."""
     rotated = next((layer.head_dim for layer in arch.layers if layer.head_dim), 0)
     up = [m for layer in arch.layers for m in layer.matrices if _up(m)]
     if up:

@@ -15,7 +15,7 @@ from .parts import Weights
 from .serving import usable
 from .weights import of_architecture
 
-# Schemes of each format from the one that costs least quality on; the first is what a device without FP8 gets for "fp8".
+# Schemes of each format, from the one that costs least quality on. A device without FP8 gets w8a16 for "fp8".
 LADDERS: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("fp8", "w4a16"),
     "gptq": ("w8a16", "w4a16", "w3a16", "w2a16"),
@@ -130,7 +130,7 @@ def steps_down(
     now: tuple[str, str] = ("safetensors", "none"),
     formats: Formats | None = None,
 ) -> tuple[Step, ...]:
-    """What the formats that are sensible on a device would buy, and a cache of half the bytes, in the order of their bits.
+    """What the formats that are sensible on a device would buy, and a cache of half the bytes, by their bits.
 
     now      (format, scheme) that the model has: what is not smaller is left out
     formats  weights known from other targets
@@ -168,7 +168,7 @@ class Choice:
 
     @property
     def words(self) -> str:
-        """ "w4a16: the best scheme of compressed-tensors that fits h100-sxm in vllm, 4 x 8,192 tokens; expected ..."."""
+        """What was chosen, for which load, and what it is expected to take."""
         f = self.fit
         asked = f"{f.batch} x {f.context:,} tokens"
         text = f"{self.scheme}: the best scheme of {self.format} that fits {f.target.spec} in {f.engine}, {asked}; "
@@ -248,8 +248,8 @@ def _nothing(known: Formats, last: Fit, smallest: tuple[str, int], format: str) 
             break
     ways += _other(known, last, format)
     return QkitError(
-        f"no scheme of {format} fits {target.spec}: {scheme}, the smallest, needs {units.size(needed)} for {asked}, and "
-        f"{units.size(last.usable or 0)} are usable",
+        f"no scheme of {format} fits {target.spec}: {scheme}, the smallest, needs {units.size(needed)} for {asked}, "
+        f"and {units.size(last.usable or 0)} are usable",
         "it fits with " + ", or ".join(ways) if ways else "a smaller model, or a larger device, would fit",
     )
 

@@ -10,7 +10,7 @@ from qkit.estimate.cache import Setting, kv_bytes
 from qkit.estimate.memory import memory, sizes
 from qkit.estimate.sequence import Sequence
 from qkit.estimate.serving import ENGINES, Serving, batch_defaults, problem, usable
-from qkit.estimate.sharding import attention_share, held
+from qkit.estimate.sharding import attention_share, held, padding
 from qkit.estimate.weights import of_architecture
 from qkit.hardware.catalogue import parse
 from qkit.hardware.device import GIB, Device, Target
@@ -60,6 +60,9 @@ def test_transformers_by_hand():
     assert found.of("weights") == 8_030_261_248 * 2
     assert found.of("activations") == 3 * 4096 * (3 * 14336 + 3 * 4096) * 2
     assert found.of("logits") == 3 * 128256 * (2 + 4 + 4)
+    cpu = memory(arch, of_architecture(arch), Target(gpu(64.0, kind="cpu")), "qkit", 4096, 3)
+    assert cpu.of("logits") == 3 * 128256 * (2 + 4 + 4 + 4096 * 2)  # torch copies the head once a sequence
+    assert cpu.as_list()[0] == {"name": "weights", "bytes": 8_030_261_248 * 2, "basis": "formula: all tensors"}
 
 
 def test_tensor_parallel_divides_linears_and_pads_the_vocabulary():
@@ -93,6 +96,19 @@ def test_mla_keeps_its_latent_on_every_rank_and_decodes_with_a_second_kv_b_proj(
     rotations = 131072 * 64 * 2
     assert held(arch, plain, "vllm", 1).nbytes == plain.total - plain.of_class("mtp") + rotations
     assert held(arch, quantized, "vllm", 1).nbytes == quantized.total - quantized.of_class("mtp") + rotations + 2 * up
+
+
+def test_experts_in_mxfp4_are_padded_as_marlin_wants_them():
+    arch = shape("gpt-oss-20b")  # experts of 2,880 x 2,880
+    weights = of_architecture(arch, "mxfp4a16", "mxfp4")
+    coded = sum(p.nbytes for p in weights.parts if p.role == "expert" and p.quantized)
+    assert coded == 24 * 32 * 3 * 2880 * (2880 // 2 + 2880 // 32)
+    for tp, width in ((1, 2944), (2, 1536), (8, 384)):  # of a rank, in 128s
+        assert padding(arch, weights, tp) == coded * tp * width * 3072 // 2880**2 - coded
+    assert padding(arch, of_architecture(arch), 1) == 0
+    fits = shape("Mixtral-8x7B")  # 14,336 x 4,096
+    assert padding(fits, of_architecture(fits, "mxfp4a16", "compressed-tensors"), 2) == 0
+    assert padding(fits, of_architecture(fits, "w4a16", "compressed-tensors"), 64) == 0
 
 
 def test_layers_are_divided_whole():

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2]))
 
-from published import memory
+from benchmarks.published import memory
 
 ROWS = memory.read()
 FOUND = memory.compare(ROWS)

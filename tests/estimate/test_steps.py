@@ -117,7 +117,7 @@ def test_what_would_be_needed_is_said():
     with pytest.raises(QkitError) as error:
         best_scheme(arch, card(32.0), 4096, 1, "compressed-tensors")
     assert "--format gguf (q3_k" in error.value.hint
-    with pytest.raises(QkitError, match="memory of .* is not known") as error:
+    with pytest.raises(QkitError, match=r"memory of .* is not known") as error:
         best_scheme(arch, parse("epyc-9654")[0], 4096, 1, "gguf")
     assert "256GB" in error.value.hint
     with pytest.raises(QkitError, match="no schemes to choose from"):
