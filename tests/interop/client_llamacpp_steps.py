@@ -1,4 +1,4 @@
-"""Runs inside llama-cpp-python's own environment: what qkit's adapter for sweeps generates, and what the class Llama does.
+"""Runs inside llama-cpp-python's own environment: what qkit's adapter for sweeps generates, and what Llama does.
 
 Usage: client_llamacpp_steps.py JOB.json, {"adapter": path, "model": path, "prompts": [[...]], "generated": n}. Prints
 {"adapter": [[...]], "llama": [[...]], "first": seconds, "steps": [seconds]} as the last line."""
@@ -15,7 +15,8 @@ def main(job_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     prompts, count = job["prompts"], job["generated"]
     own = []
-    model = Llama(job["model"], n_ctx=512, n_threads=2, verbose=False)
+    # The adapter has llama.cpp's own default, which is flash attention where there is one; the class Llama has not.
+    model = Llama(job["model"], n_ctx=512, n_threads=2, flash_attn=True, verbose=False)
     for prompt in prompts:
         model.reset()
         given = model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)

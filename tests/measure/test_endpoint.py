@@ -15,7 +15,7 @@ from measure.sse_server import MODEL, Script, Server
 from qkit import cli
 from qkit.errors import QkitError
 from qkit.measure import measure_endpoint
-from qkit.measure.endpoint import load, render, request, run
+from qkit.measure.endpoint import load, render, request, run, stream
 from qkit.measure.endpoint.address import parse
 from qkit.measure.endpoint.prompts import Prompts
 from qkit.measure.endpoint.request import Ask, Outcome, send
@@ -357,6 +357,13 @@ def test_a_server_that_serves_nothing_is_an_error_with_its_words(serve):
     with pytest.raises(QkitError, match=words) as caught:
         measure_endpoint(server.url, **QUICK)
     assert "--context" in caught.value.hint
+
+    def long(number, body) -> Script:
+        """The route of chats is there too and has its own reason: it is not what the user has to know."""
+        return Script(status=400, body={"error": words if "prompt" in body else "no chat template"})
+
+    with pytest.raises(QkitError, match=words):
+        measure_endpoint(serve(long).url, **QUICK)
     broken = serve(lambda n, body: Script(status=500, body={"error": "dead"}))
     with pytest.raises(QkitError, match="HTTP 500: dead"):
         measure_endpoint(broken.url, **QUICK)
@@ -389,6 +396,7 @@ def test_what_a_stream_may_look_like(serve):
     assert ask_of(server, Script(done=False)).reason is None  # finished, without the end's mark
     assert ask_of(server, Script(model="org/" + MODEL)).reason is None
     assert ask_of(server, Script(usage=False)).counted == "chunks"
+    assert ask_of(server, Script(tokens=50, usage=32)).reason == "more tokens than asked"
     assert ask_of(server, Script(raw=b"")).reason == "stream cut short"
     assert ask_of(server, Script(raw=b"data: [DONE]\n\n")).reason == "no tokens"
     assert ask_of(server, Script(raw=b'data: {"choices": 3}\n\n')).reason == "malformed stream"
@@ -396,13 +404,19 @@ def test_what_a_stream_may_look_like(serve):
 
 
 def test_events_may_be_cut_anywhere():
-    stream = ': ping\r\n\r\ndata: {"a":\r\ndata: 1}\r\n\r\nevent: x\nid: 1\ndata:two é\n\ndata: [DONE]\n'.encode()
-    for size in (1, 2, 3, 7, len(stream)):
+    given = ': ping\r\n\r\ndata: {"a":\r\ndata: 1}\r\n\r\nevent: x\nid: 1\ndata:two é\n\ndata: [DONE]\n'.encode()
+    for size in (1, 2, 3, 7, len(given)):
         events = Events()
-        found = [data for at in range(0, len(stream), size) for data in events.feed(stream[at : at + size])]
+        found = [data for at in range(0, len(given), size) for data in events.feed(given[at : at + size])]
         assert found == ['{"a":\n1}', "two é"] and events.end() == ["[DONE]"]
     with pytest.raises(Broken):
         Events().feed(b"<html>\n")
+
+
+def test_a_line_without_an_end_is_no_event(monkeypatch):
+    monkeypatch.setattr(stream, "_LONGEST", 100)
+    with pytest.raises(Broken, match="more than 100 bytes"):
+        Events().feed(b"data: " + b"x" * 100)
 
 
 def test_which_chunks_carry_a_token():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAMES = ("endpoint.json", "endpoint.md")
 # What a running server has decided already, or does not say.
-_APART = ("baseline", "max_kld", "engine", "engine_python", "sweep", "batch", "allow_overlap")
+_APART = ("baseline", "device", "max_kld", "engine", "engine_python", "sweep", "batch", "allow_overlap")
 
 
 def profile_endpoint(model: str | None, options: Options, folder: Path) -> Endpoint:

@@ -15,6 +15,7 @@ _PROBE = 2000  # characters of the first prompt
 _LEAST = 24  # characters: the number that a prompt begins with, and a word
 _PER_TOKEN = 4.0  # characters of English, where the server does not say how many tokens a prompt had
 _TRIES = 3
+_NO_ROUTE = (404, 405, 501)
 _FINAL = (400, 401, 403, 404, 405, 413, 422, 501)  # the same request gets the same answer
 
 
@@ -96,7 +97,9 @@ def _shapes(model: str) -> Sequence[Ask]:
 def _first(
     address: Address, model: str, prompts: Prompts, timeout: float, outcomes: list[Outcome]
 ) -> tuple[Ask, Outcome]:
-    """The first shape that the server takes, with what it answered."""
+    """The first shape that the server takes, with what it answered.
+
+    Raises QkitError with the words of the first route that is there, at its plainest."""
     shapes = list(_shapes(model))
     refused: Outcome | None = None
     while shapes:
@@ -104,8 +107,9 @@ def _first(
         outcome = _tried(address, shape, prompts, timeout, outcomes)
         if outcome.reason is None:
             return shape, outcome
-        refused = outcome
-        if outcome.status in (404, 405, 501):  # no such route
+        if refused is None or refused.status in _NO_ROUTE or shape.route == COMPLETIONS:
+            refused = outcome
+        if outcome.status in _NO_ROUTE:
             shapes = [s for s in shapes if s.route != shape.route]
         elif outcome.status not in (400, 422):  # not a matter of the request's shape
             break

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DONE = "[DONE]"
+_LONGEST = 16 << 20  # bytes of a line: a chunk has a few hundred
 
 
 class Broken(Exception):
@@ -36,6 +37,8 @@ class Events:
                 found.append(self._take())
             elif line and b":" not in line:  # a field of the format has a colon after its name
                 raise Broken("malformed stream", f"a line that is no event: {line[:100]!r}")
+        if len(self._rest) > _LONGEST:
+            raise Broken("malformed stream", f"a line of more than {_LONGEST} bytes")
         return found
 
     def end(self) -> list[str]:
