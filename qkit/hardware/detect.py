@@ -70,7 +70,7 @@ def resolve(name: str) -> LocalDevice:
             return device
     hint = "present: " + ", ".join(f"{d.id} ({d.name})" for d in here)
     if any(d.id == wanted for d in catalogue()):
-        raise QkitError(f"{wanted} is in the catalogue but not in this machine, and qkit cannot predict yet", hint)
+        raise QkitError(f"{wanted} is in the catalogue but not in this machine", hint)
     raise QkitError(f"there is no device {name!r} here", hint)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from ..estimate.command import Predicted
+from ..estimate.command import summary as predicted_summary
 from ..report import write
 from .endpoint import Endpoint, measure_endpoint, render
 from .run import profile
 from .types import Profile
 
 
-def summary(result: Profile | Endpoint) -> str:
+def summary(result: Profile | Endpoint | Predicted) -> str:
     """What the command line prints."""
+    if isinstance(result, Predicted):
+        return predicted_summary(result)
     return render.summary(result) if isinstance(result, Endpoint) else write.summary(result)
 
 
-__all__ = ["Endpoint", "Profile", "measure_endpoint", "profile", "summary"]
+__all__ = ["Endpoint", "Predicted", "Profile", "measure_endpoint", "profile", "summary"]

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
-from ..spec.dtypes import TensorMeta
-from ..storage.files import natural_key, read_json
+from ..storage.files import read_json
 from ..storage.local import at
-from .types import Sidecar, Source, Stored
-
-if TYPE_CHECKING:
-    import torch
+from .headers import Headers
+from .types import Source
 
 CONFIG = "config.json"
-
-
-class Described:
-    """`Source` without files. No tensors where there is a config alone."""
-
-    def __init__(self, label: str, base_model: str, config: dict[str, Any], metas: Mapping[str, TensorMeta]):
-        self.label, self.base_model, self.config = label, base_model, config
-        self._metas = {name: metas[name] for name in sorted(metas, key=natural_key)}
-        quantized = bool(config.get("quantization_config") or config.get("compression_config"))
-        types = dict(Counter(m.dtype for m in self._metas.values()))
-        self.stored = Stored(sum(m.nbytes for m in self._metas.values()), types, quantized)
-        self.folder: Path | None = None
-        self.sidecars: tuple[Sidecar, ...] = ()
-        self.metadata: dict[str, Any] = {}
-        self.fingerprint = ""
-
-    def names(self) -> list[str]:
-        return list(self._metas)
-
-    def meta(self, name: str) -> TensorMeta:
-        return self._metas[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        raise QkitError(f"{self.label} was looked at by its headers alone: {name!r} cannot be read")
-
-    def read_part(self, name: str, index: int) -> torch.Tensor:
-        return self.read(name)
 
 
 def is_config_alone(spec: str) -> bool:
@@ -84,11 +51,11 @@ def _only_config(folder: Path) -> bool:
     return CONFIG in names and not any(name.endswith(weights) for name in names)
 
 
-def _config_alone(folder: Path, name: str, label: str) -> Described:
+def _config_alone(folder: Path, name: str, label: str) -> Headers:
     config = read_json(at(folder), name, "it should be a model's config.json")
     if not isinstance(config, dict) or not ({"model_type", "architectures", "text_config"} & set(config)):
         raise QkitError(f"{label} is not a model's config", "name a config.json as the Hub has it, with model_type")
     kind = config.get("model_type")
     named = config.get("_name_or_path")
     base = named if isinstance(named, str) and named and not named.startswith((".", os.sep)) else f"{kind} model"
-    return Described(label, base, config, {})
+    return Headers(label, base, config, {})

@@ -11,8 +11,8 @@ from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import os_error, read_json
 from ..storage.local import at
-from .described import Described
 from .folder import PICKLE_HINT, FolderSource
+from .headers import Headers
 from .types import Source
 
 # No pickles, no other framework's weights, no second copy in a subfolder ("*" also matches "/" here).
@@ -72,7 +72,7 @@ def describe_hub(spec: str) -> Source:
         for name, info in file.tensors.items()
     }
     config = read_json(at(Path(place).parent), "config.json", "fetch config.json again")
-    return Described(spec, repo, config, metas)
+    return Headers(spec, repo, config, metas)
 
 
 class _Unreachable(QkitError):

@@ -463,7 +463,7 @@ def test_a_profile_of_an_endpoint(serve, tmp_path, capsys):
         (["--endpoint", "http://127.0.0.1:1/v1"], "does not answer"),
         (["--endpoint", "http://127.0.0.1:1/v1", "--concurrency", "0"], "--concurrency must be at least 1"),
         (["--endpoint", "http://127.0.0.1:1/v1", "--timeout", "0"], "--timeout must be above 0"),
-        ([], "there is no model to measure"),
+        ([], "no model was named"),
     ],
 )
 def test_what_a_profile_of_an_endpoint_refuses(given, said, tmp_path, capsys):

@@ -189,10 +189,17 @@ def test_bad_options_are_refused_before_work(folders, tmp_path, options, message
 
 
 def test_devices_that_are_not_here(folders, tmp_path):
-    with pytest.raises(QkitError, match="cannot predict yet"):
-        profile(folders[0], device="mi300x", out=str(tmp_path / "r"))
     with pytest.raises(QkitError, match="no device"):
         profile(folders[0], device="cuda:99", out=str(tmp_path / "r"))
+    with pytest.raises(QkitError, match="one at a time"):
+        profile(folders[0], device=("cpu", "rtx-4090"), out=str(tmp_path / "r"))
+    with pytest.raises(QkitError, match="unknown device") as caught:
+        profile(folders[0], device="rtx-4009", out=str(tmp_path / "r"))
+    assert "rtx-4090" in caught.value.hint
+    with pytest.raises(QkitError, match="--baseline is for what is measured"):
+        profile(folders[0], device="mi300x", baseline=folders[0], out=str(tmp_path / "r"))
+    found = profile(folders[0], device="mi300x", out=str(tmp_path / "r"))
+    assert found.estimates[0].answers[0].fit.fits and found.as_dict()["kind"] == "predicted"
 
 
 def test_an_unusable_output_folder(folders, tmp_path):
