@@ -221,16 +221,18 @@ def _with_frontier(rows: list[Measured], base: Measured | None) -> list[Measured
     compared = [row for row in rows if row.quality and row.quality[HEADLINE].against]
     if base is None:
         return rows
-    flags = on_frontier([point(row) for row in compared])
+    flags = on_frontier([_point(row) for row in compared])
     known = {row.name: flag for row, flag in zip(compared, flags, strict=True)}
     return [replace(row, on_frontier=known.get(row.name)) for row in rows]
 
 
-def point(row: Measured) -> Point:
+def _point(row: Measured) -> Point:
     assert row.quality is not None
     against = row.quality[HEADLINE].against
     assert against is not None
-    return Point(row.stored_bytes, against.kld.value, row.speed[0].generate_tps if row.speed else None)
+    # Against the baseline's runs at the same time where there were such: a machine is not as fast at any time.
+    rate = row.speed[0].generate_tps if row.speed else None
+    return Point(row.stored_bytes, against.kld.value, row.faster or rate)
 
 
 def _missed(result: Profile) -> list[str]:

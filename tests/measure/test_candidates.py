@@ -142,9 +142,7 @@ def test_what_cannot_even_be_streamed_is_refused_before_it_is_read(folders, tmp_
     monkeypatch.setattr("qkit.runtime.frame.Frame.fill", lambda *given: pytest.fail("read"))
     here = replace(detect.cpu(), available_bytes=100_000)
     monkeypatch.setattr(run, "_allowed", lambda *given: here)
-    with pytest.raises(
-        QkitError, match=r"even block by block, .* its largest decoder block .* cpu has 100\.0 kB"
-    ):
+    with pytest.raises(QkitError, match=r"even block by block, .* its largest decoder block .* cpu has 100\.0 kB"):
         go(folders["w4"], tmp_path, baseline=folders["base"])
     assert not list(tmp_path.iterdir())
 
