@@ -12,6 +12,7 @@ from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores
 from ..methods import METHODS
 from ..models.families import BLOCK
+from ..text.tokenizer import held
 from .options import Options
 from .tasks import Shard, Task, block_schemes
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 # whose table stands in the README.
 BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
 RETAINED = 290 << 20
-TOKENIZER = 15  # bytes that a tokenizer takes for each of its tokenizer.json
 MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
 # `benchmarks/convert_speed.py` on 2 Zen 5 cores and halved: a prediction had better be kept than beaten.
@@ -58,7 +58,7 @@ def predict(
     limit = min(options.max_memory or here, here)
     base = memory.resident() + (BASE_MEMORY_CALIBRATED if method.needs or observed else BASE_MEMORY)
     if method.needs or observed:
-        base += TOKENIZER * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
+        base += held(source)
     tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
     workers = usable

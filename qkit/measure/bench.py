@@ -108,9 +108,14 @@ class Baseline:
         """[n_ctx, vocab] for each chunk of the evaluation text."""
         return self._logits()
 
-    def saw(self, speeds: list[Speed]) -> None:
-        """Runs of the baseline beside a model, one for each batch size."""
-        self._times.append(speeds)
+    def saw(self, theirs: list[Speed], ours: list[Speed]) -> float:
+        """Of runs in turns with a model, for each batch size: how many times as fast the model was."""
+        self._times.append(ours)
+        return theirs[0].generate_tps / ours[0].generate_tps
+
+    def beaten_by(self, theirs: list[Speed]) -> float | None:
+        """The same of runs at another time than those of the baseline; None where it was not timed."""
+        return theirs[0].generate_tps / self._times[0][0].generate_tps if self._times else None
 
     def row(self) -> Measured:
         speeds = [speed.pooled(each, self._read, self.bench.ceiling) for each in zip(*self._times, strict=True)]
@@ -134,11 +139,13 @@ def _loaded(bench: Bench, subject: Subject, found: Footprint | str, baseline: Ba
     beside = baseline.model if baseline else None
     errors: dict[str, Exception] = {}
     speeds: list[Speed] = []
-    scores = None
+    faster = scores = None
     try:
         speeds, *others = bench.time([model, *([beside] if beside is not None else [])], subject.name)
         if baseline and others:
-            baseline.saw(others[0])
+            faster = baseline.saw(speeds, others[0])
+        elif baseline:
+            faster = baseline.beaten_by(speeds)
     except Exception as error:
         errors["speed"] = error
     try:
@@ -150,7 +157,9 @@ def _loaded(bench: Bench, subject: Subject, found: Footprint | str, baseline: Ba
     how = IN_TURNS if beside is not None else ALONE
     problems = [f"{what}: {said(error)}" for what, error in errors.items()]
     run = facts.of_loaded(model)
-    return bench.row(subject, run, found, speeds=speeds, speed_how=how, quality=scores, problems=problems)
+    return bench.row(
+        subject, run, found, speeds=speeds, speed_how=how, faster=faster, quality=scores, problems=problems
+    )
 
 
 def _streamed(bench: Bench, subject: Subject, found: Footprint | str, baseline: Baseline | None) -> Measured:

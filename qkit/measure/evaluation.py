@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +30,22 @@ def prepare(
 
     Raises QkitError for a model without a tokenizer, for models that read text differently, for a text that is shorter
     than a chunk or that a model was calibrated on."""
+    from ..runtime import load_tokenizer
     from ..text.defaults import evaluation_text
     from ..text.read import read_text
     from ..text.windows import token_windows
 
     _check_vocabularies([*models, *([baseline] if baseline else [])])
-    tokenizers = _tokenizers(models, baseline, options.trust_remote_code)
-    first, tokenizer = tokenizers[0]
+    tokenizer = load_tokenizer(models[0].source, options.trust_remote_code)
     named = evaluation_text() if options.text is None else read_text(options.text, tokenizer)
-    for other, theirs in tokenizers[1:]:
-        _check_same(first, tokenizer, other, theirs, named.content[:_PROBE])
+    for other in [*models[1:], *([baseline] if baseline else [])]:
+        try:
+            theirs = load_tokenizer(other.source, options.trust_remote_code)
+        except QkitError:
+            if other is not baseline:  # which may be weights alone
+                raise
+        else:
+            _check_same(models[0], tokenizer, other, theirs, named.content[:_PROBE])
     tokens, prefix, bos = token_windows(named, tokenizer, options.chunks, n_ctx, allow_fewer=True)
     words = named.words(prefix)
     checked = tuple(replace(each, overlap=_overlap(each, named, words, options.allow_overlap)) for each in models)
@@ -56,17 +61,6 @@ def _check_vocabularies(subjects: Sequence[Subject]) -> None:
                 f"{other.sizes.arch.vocab} tokens",
                 "the baseline must be the model that was quantized",
             )
-
-
-def _tokenizers(models: Sequence[Subject], baseline: Subject | None, trusted: bool) -> list[tuple[Subject, Any]]:
-    """A baseline may be weights alone."""
-    from ..runtime import load_tokenizer
-
-    found = [(each, load_tokenizer(each.source, trusted)) for each in models]
-    if baseline is not None:
-        with suppress(QkitError):
-            found.append((baseline, load_tokenizer(baseline.source, trusted)))
-    return found
 
 
 def _check_same(one: Subject, ours: Any, other: Subject, theirs: Any, probe: str) -> None:

@@ -51,6 +51,7 @@ def measured(
     batch: int,
     speeds: Sequence[Speed],
     speed_how: str,
+    faster: float | None = None,
     quality: Quality | None = None,
     problems: Sequence[str] = (),
 ) -> Measured:
@@ -75,6 +76,7 @@ def measured(
         loaded=subject.loaded,
         speed=tuple(speeds),
         speed_how=speed_how,
+        faster=faster,
         quality=quality,
         on_frontier=None,
         overlap=subject.overlap,

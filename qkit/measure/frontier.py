@@ -10,25 +10,25 @@ SAME_RATE = 0.03  # tokens/s of one model measured twice in a row on an idle mac
 
 @dataclass(frozen=True)
 class Point:
-    """nbytes on disk; kld: mean KL divergence; tps: tokens/s, None where it was not timed."""
+    """nbytes on disk; kld: mean KL divergence; rate: tokens/s, or times the baseline's; None where it was not timed."""
 
     nbytes: int
     kld: float
-    tps: float | None
+    rate: float | None
 
 
 def on_frontier(points: Sequence[Point]) -> list[bool]:
     """For each point, whether none of the others beats it.
 
-    One beats another that is nowhere better, and somewhere worse: in bytes, in KL divergence, and in tokens/s where
-    both have them and they differ by more than SAME_RATE."""
+    One beats another that is nowhere better, and somewhere worse: in bytes, in KL divergence, and in rate where
+    both have one and they differ by more than SAME_RATE."""
     return [not any(_beats(other, each) for other in points) for each in points]
 
 
 def _beats(a: Point, b: Point) -> bool:
     faster = slower = False
-    if a.tps is not None and b.tps is not None:
-        faster, slower = a.tps > b.tps * (1 + SAME_RATE), b.tps > a.tps * (1 + SAME_RATE)
+    if a.rate is not None and b.rate is not None:
+        faster, slower = a.rate > b.rate * (1 + SAME_RATE), b.rate > a.rate * (1 + SAME_RATE)
     if a.nbytes > b.nbytes or a.kld > b.kld or slower:
         return False
     return a.nbytes < b.nbytes or a.kld < b.kld or faster

@@ -18,6 +18,7 @@ from ..models.config import max_positions
 from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
+from ..text.tokenizer import held
 from . import bench, evaluation, facts, fit, footprint, room, speed
 from .endpoint.command import profile_endpoint
 from .endpoint.run import default_name
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 HEADLINE = "llama.cpp"  # the protocol that thresholds and headlines use; the report shows both
 N_CTX = 512
-_WORKING = 128 << 20  # bytes that this process takes beside models once they run: code, tokenizer, text, allocators
+_WORKING = 128 << 20  # bytes that this process takes beside models and tokenizers once they run: code, text, allocators
 
 FORMULAS = {
     "weights": "sum over the loaded model's parameters and buffers, each storage once",
@@ -119,7 +120,9 @@ def _measured(names: list[str], options: Options) -> Profile:
     limit = min(max_positions(each.source.config) or 1 << 30 for each in everyone)
     context = _context(options.context, limit)
     n_ctx = min(N_CTX, limit)
-    allowed = _allowed(where, options.max_memory)
+    # Two tokenizers at a time are compared.
+    tokenizers = 2 * max(held(each.source) for each in everyone)
+    allowed = _allowed(where, options.max_memory, tokenizers)
     placed = room.divide(subjects, baseline, allowed, context, max(options.batch), options.chunks, n_ctx)
     tokens, text, checked = evaluation.prepare(placed.models, placed.baseline, options, n_ctx)
     placed = replace(placed, models=checked)
@@ -226,15 +229,16 @@ def _open(name: str) -> Subject:
     return room.Subject(name, source, sizes, room.parts(source, sizes.itemsize))
 
 
-def _allowed(where: LocalDevice, most: int | None) -> LocalDevice:
-    """The device with what models may take of it: what is free, and at most what --max-memory leaves them."""
+def _allowed(where: LocalDevice, most: int | None, beside: int) -> LocalDevice:
+    """The device with what models may take of it: what is free, and at most what --max-memory leaves them. beside:
+    bytes that this process is going to take for something else."""
     if most is None:
         return where
     if where.id == "cpu":
         import torch  # noqa: F401  for its share of what is resident
         import transformers  # noqa: F401
 
-        most -= process.resident() + _WORKING
+        most -= process.resident() + _WORKING + beside
     return replace(where, available_bytes=max(0, min(where.available_bytes, most)))
 
 
@@ -272,16 +276,18 @@ def _with_frontier(rows: list[Measured], base: Measured | None) -> list[Measured
     compared = [row for row in rows if row.quality and row.quality[HEADLINE].against]
     if base is None:
         return rows
-    flags = on_frontier([point(row) for row in compared])
+    flags = on_frontier([_point(row) for row in compared])
     known = {row.name: flag for row, flag in zip(compared, flags, strict=True)}
     return [replace(row, on_frontier=known.get(row.name)) for row in rows]
 
 
-def point(row: Measured) -> Point:
+def _point(row: Measured) -> Point:
     assert row.quality is not None
     against = row.quality[HEADLINE].against
     assert against is not None
-    return Point(row.stored_bytes, against.kld.value, row.speed[0].generate_tps if row.speed else None)
+    # Against the baseline's runs at the same time where there were such: a machine is not as fast at any time.
+    rate = row.speed[0].generate_tps if row.speed else None
+    return Point(row.stored_bytes, against.kld.value, row.faster or rate)
 
 
 def _missed(result: Profile) -> list[str]:

@@ -105,6 +105,8 @@ class Measured:
     kernels           kernel name -> quantized linears that use it
     loaded            whether it was loaded whole; else it ran block by block, and speed is empty
     speed_how         with what in turns the runs were timed; where speed is empty, why
+    faster            times the baseline's `generate_tps` at the first batch size, of runs in turns with it where there
+                      were such; None where either was not timed
     quality           None of a baseline, and where it failed
     on_frontier       whether no other candidate is as small, as close to the baseline and as fast (`frontier`); None
                       without a baseline and of it
@@ -129,6 +131,7 @@ class Measured:
     loaded: bool
     speed: tuple[Speed, ...]
     speed_how: str
+    faster: float | None
     quality: Quality | None
     on_frontier: bool | None
     overlap: str

@@ -151,7 +151,7 @@ class Mark:
 
 
 def frontier(marks: Sequence[Mark]) -> Markup:
-    """KL divergence, on a logarithmic axis, against size; a line joins those that no smaller one is closer than."""
+    """KL divergence, on a logarithmic axis, against size; filled are those worth having."""
     positive = [m.kld for m in marks if m.kld > 0]
     if not positive:
         return _svg([_text(0, 16, "every model agrees with the baseline exactly", "label")], 24, "All values are zero")
@@ -178,9 +178,6 @@ def frontier(marks: Sequence[Mark]) -> Markup:
         out.append(_text(x(tick), bottom + 18, units.size(tick), "tick", "middle"))
     out.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     ordered = sorted(marks, key=lambda m: (m.nbytes, m.kld))
-    joined = [m for i, m in enumerate(ordered) if all(m.kld < other.kld for other in ordered[:i])]
-    line = " ".join(f"{x(m.nbytes):.1f},{y(m.kld):.1f}" for m in joined)
-    out.append(f'<polyline class="joined" points="{line}"/>')
     for m in marks:
         cx, cy = x(m.nbytes), y(m.kld)
         upper, lower = y(m.kld + 2 * m.error), y(m.kld - 2 * m.error)
@@ -203,8 +200,11 @@ def _ticks(start: float, end: float) -> list[float]:
     return [n * step for n in range(math.ceil(start / step), math.floor(end / step) + 1)]
 
 
-_CHARACTER, _LINE = 7.3, 15.0  # of 13 px text: its mean width, seldom exceeded, and the room for a line
-_LONGEST = 30
+_CHARACTER, _LINE = (
+    8.0,
+    15.0,
+)  # of 13 px text: a character in the widest of the page's fonts, and a line
+_LONGEST = 28
 
 
 def _labels(points: Sequence[tuple[str, float, float]], top: float, bottom: float) -> list[str]:
@@ -214,16 +214,17 @@ def _labels(points: Sequence[tuple[str, float, float]], top: float, bottom: floa
     for name, px, py in sorted(points, key=lambda p: p[2]):
         shown = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
         width = _CHARACTER * len(shown)
-        at = px + 10 if px + 10 + width <= WIDTH else max(0.0, px - 10 - width)
+        right = px + 10 + width <= WIDTH
+        at = px + 10 if right else max(0.0, px - 10 - width)
         steps = sorted((sign * n * _LINE / 3 for n in range(3 * len(points) + 9) for sign in (1, -1)), key=abs)
         inside = [py + step for step in steps if top + 6 <= py + step <= bottom - 2] or [py]
         boxes = [(at, middle - 9, at + width, middle + 6) for middle in inside]
         box = next((b for b in boxes if not any(_meet(b, other) for other in taken)), boxes[0])
         taken.append(box)
         if abs(box[1] + 9 - py) > _LINE / 2:
-            edge = at - 2 if at > px else at + width + 2
+            edge = at - 2 if right else at + width + 2
             out.append(f'<line class="leader" x1="{px:.1f}" x2="{edge:.1f}" y1="{py:.1f}" y2="{box[1] + 8:.1f}"/>')
-        out.append(_text(at, box[1] + 13, shown, "label"))
+        out.append(_text(at if right else at + width, box[1] + 13, shown, "label", "start" if right else "end"))
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import units
@@ -25,35 +26,32 @@ def heads(result: Profile) -> list[str]:
 
 
 def candidates(result: Profile) -> Table:
-    """Several models side by side: size, distance to the baseline, speed."""
-    head = ["model", "on disk", "bits per weight", *_DISTANCE[bool(result.baseline)], "generate tok/s", "memory"]
-    head += ["frontier"] if result.baseline else []
-    lines = []
-    for name, row in zip(heads(result), rows(result), strict=True):
-        scores = wording.headline(result, row)
-        rate = f"{row.speed[0].generate_tps:,.1f}" if row.speed else "-"
-        line = [name, units.size(row.stored_bytes), f"{row.bits_per_weight:.2f}"]
-        if row is result.baseline:
-            line += ["", "", *([""] if result.baseline else [])]
-        elif scores is None:
-            line += ["-"] * len(_DISTANCE[bool(result.baseline)])
-        elif scores.against is None:
-            line += [pm(scores.perplexity)]
-        else:
-            top = scores.against.same_top
-            line += [pm(scores.against.kld), f"{percent(top.value)} ± {percent(top.error)}", pm(scores.perplexity)]
-        line += [rate, _size(row.memory.total)]
-        lines.append(line + (["" if row.on_frontier is None else _yes(row.on_frontier)] if result.baseline else []))
-    for failed in result.failed:
-        lines.append([wording.short(failed.name), f"failed: {failed.problem}", *[""] * (len(head) - 2)])
-    return head, lines
+    """Several models side by side: size, distance to the baseline, speed; last the baseline, and what failed."""
+    columns: dict[str, Callable[[Measured], str]] = {
+        "on disk": lambda row: units.size(row.stored_bytes),
+        "bits per weight": lambda row: f"{row.bits_per_weight:.2f}",
+    }
+    if result.baseline:
+        columns["mean KL divergence"] = lambda row: _distance(result, row, lambda d: pm(d.kld))
+        columns["top-1 agreement"] = lambda row: _distance(
+            result, row, lambda d: f"{percent(d.same_top.value)} ± {percent(d.same_top.error)}"
+        )
+    columns["perplexity"] = lambda row: pm(s.perplexity) if (s := wording.headline(result, row)) else "-"
+    columns["generate tok/s"] = lambda row: f"{row.speed[0].generate_tps:,.1f}" if row.speed else "-"
+    if result.baseline:
+        columns["x the baseline's"] = lambda row: "-" if row.faster is None else f"{row.faster:.2f}"
+    columns["memory"] = lambda row: _size(row.memory.total)
+    if result.baseline:
+        columns["frontier"] = lambda row: {True: "yes", False: "no", None: "-"}[row.on_frontier]
+    named = zip(heads(result), rows(result), strict=True)
+    lines = [[name, *(cell(row) for cell in columns.values())] for name, row in named]
+    lines += [[wording.short(each.name), "failed", *[""] * (len(columns) - 1)] for each in result.failed]
+    return ["", *columns], lines
 
 
-_DISTANCE = {True: ["mean KL divergence", "top-1 agreement", "perplexity"], False: ["perplexity"]}
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _distance(result: Profile, row: Measured, shown: Callable[[Divergence], str]) -> str:
+    scores = wording.headline(result, row)
+    return shown(scores.against) if scores and scores.against else "-"
 
 
 def quality(result: Profile) -> Table | None:
@@ -84,7 +82,12 @@ def quality(result: Profile) -> Table | None:
             ["mean Δp", *(f"{percent(a.delta_p.value)} ± {percent(a.delta_p.error)}" for a in known)],
             ["RMS Δp", *(f"{percent(a.delta_p_rms.value)} ± {percent(a.delta_p_rms.error)}" for a in known)],
         ]
-    return ["", *(name for name, _ in columns)], lines
+    names = [name for name, _ in columns]
+    if len(result.models) == 1:
+        return ["", *names], lines
+    # Of several models, a row for each: there are more of them than figures.
+    turned = zip(names, *(line[1:] for line in lines), strict=True)
+    return ["", *(line[0] for line in lines)], [list(row) for row in turned]
 
 
 def percentiles(row: Measured) -> Table | None:

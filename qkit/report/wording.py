@@ -36,8 +36,14 @@ def names(result: Profile) -> list[str]:
 
 
 def title(result: Profile) -> str:
-    found = names(result)
-    return found[0] if len(found) == 1 else f"{len(found)} models: " + ", ".join(found)
+    if not is_several(result):
+        return names(result)[0]
+    against = f" against {short(result.baseline.name)}" if result.baseline else ""
+    return f"{len(result.models) + len(result.failed)} models{against}"
+
+
+def is_several(result: Profile) -> bool:
+    return len(result.models) + len(result.failed) > 1
 
 
 def headline(result: Profile, row: Measured) -> Scores | None:
@@ -100,9 +106,8 @@ def _rate_card(row: Measured, base: Measured | None) -> dict[str, str]:
         return {"title": "Generate", "value": "not timed", "note": untimed(row)}
     first = row.speed[0]
     note = f"bare step {first.decode_tps:.1f}, prefill {first.prefill_tps:,.0f} tok/s"
-    if base and base.speed:
-        faster = first.generate_tps / base.speed[0].generate_tps
-        note = f"{faster:.2f}x the baseline's {base.speed[0].generate_tps:.1f}; {note}"
+    if base and base.speed and row.faster is not None:
+        note = f"{row.faster:.2f}x the baseline's {base.speed[0].generate_tps:.1f}; {note}"
     return {"title": f"Generate, batch {first.batch}", "value": f"{first.generate_tps:.1f} tok/s", "note": note}
 
 
@@ -133,7 +138,7 @@ def _cards_of_several(result: Profile) -> list[dict[str, str]]:
         found.append({"title": "Lowest perplexity", "value": value, "note": f"{name}, no baseline given"})
     timed = [(name, row) for name, row in named if row.speed]
     if timed:
-        name, row = max(timed, key=lambda each: each[1].speed[0].generate_tps)
+        name, row = max(timed, key=lambda each: each[1].faster or each[1].speed[0].generate_tps)
         card = _rate_card(row, result.baseline)
         found.append(
             {**card, "title": f"Fastest generate, batch {row.speed[0].batch}", "note": f"{name}, {card['note']}"}
@@ -190,9 +195,8 @@ def _verdict_of_one(result: Profile) -> str:
         stored = f"the {stored} stored of a baseline that is itself quantized ({base.quantized_as})"
         it = "that baseline"
     kept = f"{words} {stored}, chooses the same next token as {it} {compared.same_top.value:.1%} of the time"
-    if row.speed and base.speed:
-        ratio = row.speed[0].generate_tps / base.speed[0].generate_tps
-        return f"{kept}, and generates at {ratio:.2f} times its speed."
+    if row.faster is not None:
+        return f"{kept}, and generates at {row.faster:.2f} times its speed."
     kept = kept.replace(", chooses", " and chooses")
     return f"{kept}. Speed was not compared: {untimed(base if row.speed else row)}."
 

@@ -13,7 +13,7 @@ from ..measure.types import Measured, Memory, Profile
 from . import charts, tables
 from .layout import cell, markdown, plain
 from .tables import Table
-from .wording import against, cards, fit_words, headline, setting, status, title, verdict
+from .wording import against, cards, fit_words, headline, is_several, setting, status, title, verdict
 
 NAMES = ("profile.json", "profile.md", "profile.html")
 
@@ -40,7 +40,8 @@ def to_markdown(result: Profile) -> str:
     if said:
         out += [f"**{cell(said)}**", ""]
     out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
-    for name, table in _sections(result):
+    several = [("Side by side", tables.candidates(result))] if is_several(result) else []
+    for name, table in [*several, *_sections(result)]:
         out += ["", f"## {cell(name)}", "", *markdown(*table)]
     out += ["", "## How each figure is defined", ""]
     out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
@@ -54,14 +55,15 @@ def _longest_run(text: str) -> int:
     return max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
 
 
+_QUALITY = "Quality"
+
+
 def _sections(result: Profile) -> list[tuple[str, Table]]:
     """What every report shows; the last are the facts."""
     compared = against(result)
-    several = [("Side by side", tables.candidates(result))] if len(result.models) > 1 or result.failed else []
     scored, timed = tables.quality(result), tables.speed(result)
     return [
-        *several,
-        *([(f"Quality {compared}".rstrip(), scored)] if scored else []),
+        *([(f"{_QUALITY} {compared}".rstrip(), scored)] if scored else []),
         *([("Speed (measured)", timed)] if timed else []),
         ("Memory", tables.memory(result)),
         *sweeps.sections(result.sweeps),
@@ -91,14 +93,16 @@ def to_html(result: Profile) -> str:
     named = list(zip(tables.heads(result), tables.rows(result), strict=True))
     one = result.models[0] if len(result.models) == 1 else None
     sections = _sections(result)
+    scored = next((each for each in sections if each[0].startswith(_QUALITY)), None)
     return environment.from_string(template).render(
         title=title(result),
         verdict=verdict(result),
         status=status(result),
         passed=result.passed,
         cards=cards(result),
-        beside=sections[0] if sections[0][0].startswith(("Quality", "Side")) else None,
-        sections=sections[1:] if sections[0][0].startswith(("Quality", "Side")) else sections,
+        candidates=tables.candidates(result) if is_several(result) else None,
+        quality=None if one is None else scored,
+        sections=[each for each in sections if one is None or each is not scored],
         folded=_folded(result),
         formulas=result.formulas,
         command=result.provenance["command"],
@@ -160,12 +164,13 @@ def _memory_note(memory: Memory) -> str:
 
 
 def summary(result: Profile) -> str:
-    """What the command line prints: the headline, both protocols, where the report is."""
+    """What the command line prints: the headline, both protocols or the models side by side, where the report is."""
     top, text = cards(result), result.text
     width = max(len(c["title"]) for c in top)
-    lines = [title(result) if len(result.models) > 1 else result.models[0].name, ""]
+    lines = [title(result) if is_several(result) else result.models[0].name, ""]
     lines += [f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top]
-    for _, table in [each for each in _sections(result) if not each[0].startswith(("Memory", "Measured on"))]:
+    shown = [tables.candidates(result) if is_several(result) else tables.quality(result), tables.speed(result)]
+    for table in filter(None, shown):
         lines += ["", *plain(*table)]
     lines.append("")
     for name, row in zip(tables.heads(result), result.models, strict=False):

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ..sources.types import Source
 
 
+_HELD = 15  # bytes that a tokenizer takes for each of its tokenizer.json
+
+
+def held(source: Source) -> int:
+    """About the bytes of memory that the tokenizer of a checkpoint takes."""
+    return _HELD * sum(s.nbytes for s in source.sidecars if s.name == "tokenizer.json")
+
+
 def load_tokenizer(source: str | os.PathLike[str] | Source, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer that travels with a checkpoint. Raises QkitError where there is none.
 

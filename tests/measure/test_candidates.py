@@ -88,9 +88,11 @@ def test_several_without_a_baseline(folders, tmp_path):
     assert [row.on_frontier for row in result.models] == [None, None] and result.baseline is None
     assert [row.quality.how for row in result.models] == ["loaded", "loaded"]
     body = summary(result)
-    assert "Lowest perplexity" in body and "frontier" not in body and "measured one after the other" in (
-        tmp_path / "profile.md"
-    ).read_text()
+    assert (
+        "Lowest perplexity" in body
+        and "frontier" not in body
+        and "measured one after the other" in (tmp_path / "profile.md").read_text()
+    )
 
 
 BUDGETS = {
@@ -104,7 +106,7 @@ BUDGETS = {
 @pytest.mark.parametrize("how", list(BUDGETS))
 def test_the_memory_decides_how_and_the_figures_stay(how, folders, pair, tmp_path, monkeypatch):
     here = detect.cpu()
-    monkeypatch.setattr(run, "_allowed", lambda where, most: replace(here, available_bytes=BUDGETS[how]))
+    monkeypatch.setattr(run, "_allowed", lambda *given: replace(here, available_bytes=BUDGETS[how]))
     result = go(folders["w4"], tmp_path, baseline=folders["base"])
     (row,), base = result.models, result.baseline
     assert row.quality.how == how
@@ -124,7 +126,7 @@ def test_the_memory_decides_how_and_the_figures_stay(how, folders, pair, tmp_pat
 
 def test_a_model_that_does_not_fit_is_scored_against_one_that_does(folders, pair, tmp_path, monkeypatch):
     here = replace(detect.cpu(), available_bytes=BUDGETS["baseline streamed block by block"])
-    monkeypatch.setattr(run, "_allowed", lambda where, most: here)
+    monkeypatch.setattr(run, "_allowed", lambda *given: here)
     result = go(folders["base"], tmp_path, baseline=folders["w4"], min_tps=1.0)
     assert result.models[0].quality.how == "model streamed block by block" and result.baseline.speed
     against = result.models[0].quality["full"].against
@@ -139,8 +141,8 @@ def test_a_model_that_does_not_fit_is_scored_against_one_that_does(folders, pair
 def test_what_cannot_even_be_streamed_is_refused_before_it_is_read(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("qkit.runtime.frame.Frame.fill", lambda *given: pytest.fail("read"))
     here = replace(detect.cpu(), available_bytes=100_000)
-    monkeypatch.setattr(run, "_allowed", lambda where, most: here)
-    with pytest.raises(QkitError, match=r"even block by block, .* its largest decoder block takes .* cpu has 100\.0 kB"):
+    monkeypatch.setattr(run, "_allowed", lambda *given: here)
+    with pytest.raises(QkitError, match=r"even block by block, .* its largest decoder block .* cpu has 100\.0 kB"):
         go(folders["w4"], tmp_path, baseline=folders["base"])
     assert not list(tmp_path.iterdir())
 
@@ -148,11 +150,11 @@ def test_what_cannot_even_be_streamed_is_refused_before_it_is_read(folders, tmp_
 def test_max_memory_is_of_the_process(monkeypatch):
     here = replace(detect.cpu(), available_bytes=8 << 30)
     monkeypatch.setattr("qkit.hardware.memory.resident", lambda: 1 << 30)
-    assert run._allowed(here, None) is here
-    assert run._allowed(here, 3 << 30).available_bytes == (2 << 30) - run._WORKING
-    assert run._allowed(here, 64 << 30).available_bytes == 8 << 30
-    assert run._allowed(here, 1 << 20).available_bytes == 0
-    assert run._allowed(replace(here, id="cuda:0"), 3 << 30).available_bytes == 3 << 30
+    assert run._allowed(here, None, 5) is here
+    assert run._allowed(here, 3 << 30, 1 << 20).available_bytes == (2 << 30) - (1 << 20) - run._WORKING
+    assert run._allowed(here, 64 << 30, 0).available_bytes == 8 << 30
+    assert run._allowed(here, 1 << 20, 0).available_bytes == 0
+    assert run._allowed(replace(here, id="cuda:0"), 3 << 30, 1 << 20).available_bytes == 3 << 30
 
 
 def test_parts_are_what_the_pieces_take(folders):

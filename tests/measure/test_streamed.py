@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from models import FAMILIES, FUSED, TINY, make_model
@@ -96,3 +101,42 @@ def test_quantized_checkpoints(options, llama, tmp_path):
     streamed = Streamed(Frame(open_source(out), "cpu")).run(tokens)
     assert all(torch.equal(a, b) for a, b in zip(streamed.logits(), want, strict=True))
     assert streamed.weights == memory.weights(model)
+
+
+SCRIPT = """
+import json, sys
+import torch, transformers
+from qkit.hardware import memory as process
+from qkit.measure import footprint, profile, speed
+footprint.apart = lambda *given: "not looked at"
+speed.GENERATED, speed.REPEATS, speed._CEILING_BYTES = 4, 1, 1 << 20
+torch.set_num_threads(1)
+before = process.resident()
+most = before + int(sys.argv[2]) if int(sys.argv[2]) else None
+result = profile(sys.argv[1], device="cpu", out=sys.argv[3], chunks=2, context=16, max_memory=most)
+scores = result.models[0].quality["full"].perplexity
+print(json.dumps([most, before, process.peak_resident(), result.models[0].loaded, scores.value]))
+"""
+
+
+def test_max_memory_is_kept(tmp_path):
+    """In processes of their own: a model of ten blocks that fits, and one that does not."""
+    folder = make_model(
+        tmp_path / "model", hidden_size=768, intermediate_size=2560, num_hidden_layers=10, num_attention_heads=12,
+        num_key_value_heads=12, head_dim=64, max_position_embeddings=128,
+    )  # fmt: skip
+    weights = open_source(str(folder)).stored.nbytes
+    found = []
+    for most in (0, 400 << 20):
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(folder), str(most), str(tmp_path / "r")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    (_, before, peak, loaded, figure), (most, own, least, whole, same) = found
+    assert loaded and not whole and figure == same
+    assert least <= most and peak - before > weights
+    assert (peak - before) - (least - own) > weights / 2

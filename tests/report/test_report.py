@@ -36,7 +36,7 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     )  # fmt: skip
     row = Measured(
         name, name, "LlamaForCausalLM", 10**6, 10**6, {"I32": 7, "BF16": 3}, True, 4.25, "bfloat16", {name: 7},
-        {name: 7}, memory, formula, True, (speed, speed), "alone", None, None, name, (), "ab", "ef",
+        {name: 7}, memory, formula, True, (speed, speed), "alone", 1.0, None, None, name, (), "ab", "ef",
         {"method": name, "calibration": {"name": name}, "scheme": None},
     )  # fmt: skip
     e = Estimate(kld, 0.001)
