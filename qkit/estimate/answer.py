@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..hardware.device import Target
@@ -23,7 +24,7 @@ _ENOUGH = 0.1  # seconds to the first token that nobody notices
 
 @dataclass(frozen=True)
 class Money:
-    """usd_per_hour, utilization, inputs: as `cost.costs`; price in words. hosted: dollars a million tokens in and out."""
+    """usd_per_hour, utilization, inputs: as `cost.costs`. hosted: dollars a million tokens in and out."""
 
     usd_per_hour: float | None = None
     utilization: float = 0.5
@@ -44,8 +45,8 @@ class First:
 
 @dataclass(frozen=True)
 class Speeds:
-    """decode: new tokens a second over all sequences, at the context and batch asked for; prefill: of one prompt of that
-    context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each of them.
+    """decode: new tokens a second over all sequences, at the context and batch asked for; prefill: of one prompt of
+    that context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each of them.
     instant: the longest prompt whose first token comes within 0.1 s; None: not even 16 tokens."""
 
     decode: Prediction
@@ -112,7 +113,9 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
 
     def first(prompt: int) -> First | None:
         found = predict(work, filling, Load("prefill", 1, prompt, 0))
-        return found and First(prompt, prompt / found.tokens_per_s, prompt / found.high, prompt / found.low)
+        if found is None:
+            return None
+        return First(prompt, prompt / found.tokens_per_s, prompt / found.high, prompt / found.low)
 
     at, filled = decode(fit.batch, fit.context), predict(work, filling, Load("prefill", 1, fit.context, 0))
     if at is None or filled is None:
@@ -125,18 +128,22 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
     if detailed:
         batches = [(n, p) for n in BATCHES if n <= most and (p := decode(n, fit.context))]
         lengths = sorted({*PROMPTS, fit.context})
-        contexts = [(n, p) for n in lengths if n <= fit.most and fit.fits_at(n, fit.batch) and (p := decode(fit.batch, n))]
+        contexts = [
+            (n, p) for n in lengths if n <= fit.most and fit.fits_at(n, fit.batch) and (p := decode(fit.batch, n))
+        ]
         prompts = [n for n in lengths if n <= fit.most]
     firsts = tuple(f for n in prompts if (f := first(n)))
-    return Speeds(at, filled, loaded, firsts, tuple(batches), tuple(contexts), _instant(first, fit.most) if detailed else None)
+    return Speeds(
+        at, filled, loaded, firsts, tuple(batches), tuple(contexts), _instant(first, fit.most) if detailed else None
+    )
 
 
-def _instant(first: object, most: int) -> int | None:
+def _instant(first: Callable[[int], First | None], most: int) -> int | None:
     """The longest prompt answered within 0.1 s, by halving."""
     from .fit import largest
 
     def within(n: int) -> bool:
-        found = first(16 * n)  # type: ignore[operator]
+        found = first(16 * n)
         return found is not None and found.seconds <= _ENOUGH
 
     found = largest(within, max(1, most // 16))

@@ -76,9 +76,7 @@ def estimate(model: str, targets: Sequence[Target], asked: Asked | None = None) 
     return Estimate(found, asked, context, kv_dtype, answers, steps, money)
 
 
-def _fits(
-    found: Subject, targets: Sequence[Target], asked: Asked, context: int, kv_dtype: str | None
-) -> list[Fit]:
+def _fits(found: Subject, targets: Sequence[Target], asked: Asked, context: int, kv_dtype: str | None) -> list[Fit]:
     """In the order of the targets; those that run the same engine are computed together."""
     engines = [asked.engine or engine_of(_format(found), t.device) for t in targets]
     fits: dict[int, Fit] = {}

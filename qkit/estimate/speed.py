@@ -167,7 +167,9 @@ def basis(setting: Setting, fit: Fitted) -> str:
     known = fit.terms
     device = any(("bandwidth", "device", setting.device.id) == term for term in known)
     engine = ("bandwidth", "engine", setting.engine.name) in known
-    pair = any(t[:2] == ("compute", "engine, device") and t[2] == f"{setting.engine.name}, {setting.device.id}" for t in known)
+    pair = any(
+        t[:2] == ("compute", "engine, device") and t[2] == f"{setting.engine.name}, {setting.device.id}" for t in known
+    )
     if pair:
         return f"published figures of {setting.engine.name} on {setting.device.name}"
     if engine:

@@ -78,9 +78,13 @@ def profile(
     if options.endpoint is not None:
         if len(names) > 1:
             raise QkitError("--endpoint takes the name of one model", "run it once for each")
-        return profile_endpoint(names[0] if names else None, options, _out_folder(options.out, [default_name(options.endpoint)]))
+        return profile_endpoint(
+            names[0] if names else None, options, _out_folder(options.out, [default_name(options.endpoint)])
+        )
     if not names:
-        raise QkitError("no model was named", "name a folder, a .gguf file, a Hub id, demo, or a running server with --endpoint URL")
+        raise QkitError(
+            "no model was named", "name a folder, a .gguf file, a Hub id, demo, or a running server with --endpoint URL"
+        )
     targets = _targets(names, options)
     if targets is not None:
         from ..estimate.command import predict
