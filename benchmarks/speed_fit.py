@@ -6,7 +6,7 @@
     ... --plot FILE.svg                                        # predicted against published, one point a figure
 
 Columns of a file: `published/rows.py`. Held out: figures are divided into three parts, each predicted by a fit of the
-other two; all figures of one group (a model with an engine and a device; or a model; a device; an engine) are in one part.
+other two; all figures of one group (a model with an engine and a device; a model; a device; an engine) are in one.
 Intervals are meant to hold nine in ten. The last line of stdout is one JSON document.
 """
 

@@ -46,7 +46,7 @@ class First:
 @dataclass(frozen=True)
 class Speeds:
     """decode: new tokens a second over all sequences, at the context and batch asked for; prefill: of one prompt of
-    that context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each of them.
+    that context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each.
     instant: the longest prompt whose first token comes within 0.1 s; None: not even 16 tokens."""
 
     decode: Prediction

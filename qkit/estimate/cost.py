@@ -1,4 +1,4 @@
-"""Dollars per million tokens on a device that is rented or bought, and the volume from which it beats a hosted model."""
+"""Dollars per million tokens on a device that is rented or bought, and from which volume that beats a hosted model."""
 
 from __future__ import annotations
 
