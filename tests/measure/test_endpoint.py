@@ -135,6 +135,16 @@ def test_a_server_that_dies_midway_leaves_what_was_measured(serve):
     assert found.unmeasured == (4,) and found.problem.startswith("at concurrency 2 all 8 requests failed")
     assert not found.passed and found.failures == (found.problem,)
     json.dumps(found.as_dict(), allow_nan=False)
+    shown = render.summary(found)
+    assert "not tried" in shown and "concurrency 4" in shown and shown.endswith(found.problem)
+
+
+def test_a_level_that_has_no_time_for_all_of_its_requests_says_so(serve):
+    server = serve(lambda number, body: Script(after=0.05))
+    found = measure_endpoint(server.url, **{**QUICK, "concurrency": (2,), "level_seconds": 0.01})
+    (level,) = found.levels
+    assert level.requests == level.succeeded == 2 and found.passed
+    assert "2 of 8 requests were sent in the time of a level" in render.summary(found)
 
 
 def test_streams_cut_in_flight_when_the_server_dies(serve):
