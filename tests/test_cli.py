@@ -31,7 +31,7 @@ def test_a_command_is_its_function(command):
     """Every argument of the function can be given on the command line, and nothing else."""
     module, _, name = command.function.partition(":")
     function = getattr(importlib.import_module(f"qkit.{module}"), name)
-    argv = [command.name, *(["M"] if command.model else []), *(["-o", "O"] if command.out else [])]
+    argv = [command.name, *("M" for _ in command.inputs), *(["-o", "O"] if command.out else [])]
     given = vars(build_parser().parse_args(argv))
     bound = python_inspect.signature(function).bind(**{k: v for k, v in given.items() if k not in ("command", "json")})
     keywords = {n for n, p in python_inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
@@ -72,6 +72,12 @@ def test_a_command_is_its_function(command):
         ["profile", "demo", "--context", "99999999"],
         ["profile", "demo", "--text", "missing.txt"],
         ["profile", ""],
+        ["profile", "demo", "demo"],
+        ["profile", "demo", "--max-memory", "much"],
+        ["profile", "demo", "--max-memory", "1kB"],
+        ["compare"],
+        ["compare", "missing.json", "missing.json"],
+        ["compare", "missing.json", "missing.json", "--max-slowdown", "fast"],
         ["inspect", ""],
         ["inspect"],
         ["inspect", "nowhere/at/all", "--verify"],

@@ -14,6 +14,7 @@ from qkit.cli import main
 from qkit.comparison import KLD, MEMORY, RATE, SCHEMA_VERSION, compare
 from qkit.errors import QkitError
 from qkit.measure import types
+from qkit.measure.quality import Estimate
 from qkit.measure.types import Failed
 from qkit.report import write as report
 from qkit.report.changes import text
@@ -23,9 +24,7 @@ def changed(result, *, kld=None, tps=None, memory=None, name=None, nbytes=None, 
     (row,) = result.models
     if kld is not None:
         scores = row.quality["llama.cpp"]
-        against = dataclasses.replace(
-            scores.against, kld=dataclasses.replace(scores.against.kld, value=kld, error=error)
-        )
+        against = dataclasses.replace(scores.against, kld=Estimate(kld, error))
         protocols = {**row.quality.protocols, "llama.cpp": dataclasses.replace(scores, against=against)}
         row = dataclasses.replace(row, quality=dataclasses.replace(row.quality, protocols=protocols))
     if tps is not None:
@@ -65,7 +64,8 @@ def test_figures_and_what_is_beyond_chance(tmp_path):
 @pytest.mark.parametrize(("options", "failures"), [
     ({}, []),
     ({"max_kld_increase": 0.06, "max_slowdown": 21, "max_memory_increase": 11}, []),
-    ({"max_kld_increase": 0.04}, ["mean KL divergence rose by 0.05 (beyond the error), more than --max-kld-increase 0.04"]),
+    ({"max_kld_increase": 0.04},
+     ["mean KL divergence rose by 0.05 (beyond the error), more than --max-kld-increase 0.04"]),
     ({"max_slowdown": 19}, ["generate is slower by 20.0 %, more than --max-slowdown 19"]),
     ({"max_memory_increase": 9}, ["memory rose by 10.0 %, more than --max-memory-increase 9"]),
 ])  # fmt: skip
