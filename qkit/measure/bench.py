@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..hardware import memory as process
 from ..progress import track
 from . import facts, memory, quality, speed, states
 from .streamed import Streamed
@@ -212,6 +213,7 @@ def said(error: Exception) -> str:
 def free(device: str) -> None:
     """Give back the memory of what nobody holds any more."""
     gc.collect()
+    process.give_back()
     if device != "cpu":
         import torch
 
