@@ -51,7 +51,7 @@ def kv(
         raise QkitError("tokens, batch, tensor parallelism and block size are 1 or more")
     size = value_bytes(dtype)
     if engine == "vllm":
-        return paged(arch, tokens, batch, size, value_bytes(s.state_dtype), s)
+        return paged(arch, tokens, batch, size, s)
     if engine in ("transformers", "qkit", "static"):
         parts = _transformers(arch, tokens, batch, size, engine == "static", s)
     elif engine == "llama.cpp":
