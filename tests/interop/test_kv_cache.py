@@ -1,14 +1,17 @@
-"""What vLLM itself counts for the KV cache of a request, against `qkit.estimate`."""
+"""What vLLM itself counts for the KV cache of a request, and what llama.cpp makes, against `qkit.estimate`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from interop import clients
 
 from qkit.estimate.cache import Setting, kv_bytes
 from qkit.models.architecture import architecture
+from qkit.sources import open_source
+from qkit.spec.ggml import GGML
 
 TINY = {
     "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -84,3 +87,22 @@ def test_a_request_in_vllm(name: str, counted) -> None:
     arch = architecture(config)
     ours = {str(tokens): kv_bytes(arch, tokens, engine="vllm", setting=setting) for tokens in TOKENS}
     assert ours == theirs["bytes"]
+
+
+# (tokens, sequences, n_ubatch, type of the cache)
+LLAMA_CPP = [
+    (300, 1, 512, "F16"), (512, 1, 512, "F16"), (2048, 1, 512, "F16"), (4096, 1, 128, "F16"), (2048, 3, 512, "F16"),
+    (2048, 1, 512, "Q8_0"),
+]  # fmt: skip
+
+
+def test_sequences_in_llama_cpp(tmp_path) -> None:
+    """Gemma 3 270M: 15 layers with a window of 512 and 3 without."""
+    gemma = str(clients.once(clients.gemma)())
+    settings = [[tokens, batch, ubatch, GGML[kind].number] for tokens, batch, ubatch, kind in LLAMA_CPP]
+    job = {"model": gemma, "settings": settings, "out": str(tmp_path / "found.json")}
+    clients.once(lambda: clients.run("llamacpp", job, tmp_path, "client_llamacpp_cache.py"))()
+    arch = architecture(open_source(gemma).config)
+    for (tokens, batch, ubatch, kind), theirs in zip(LLAMA_CPP, json.loads(Path(job["out"]).read_text()), strict=True):
+        ours = kv_bytes(arch, tokens, batch, kind, "llama.cpp", Setting(ubatch=ubatch))
+        assert ours / 2**20 == pytest.approx(sum(theirs), abs=0.01), (tokens, batch, ubatch, kind)
