@@ -25,7 +25,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         if self.engine == "vllm":
-            specs, _ = layout(self.arch, value_bytes(self.dtype), value_bytes(self.setting.state_dtype), self.setting)
+            specs, _ = layout(self.arch, value_bytes(self.dtype), self.setting)
             self._pool = groups(specs)
             return
         counted: Counter[Cache] = Counter(caches(self.arch))

@@ -202,7 +202,7 @@ def of(name: str) -> Any:
 def test_what_another_token_costs(name, per_token):
     for engine in ("transformers", "vllm", "llama.cpp"):
         at = [kv_bytes(of(name), n, engine=engine, setting=Setting(block=256)) for n in (2**14, 2**15)]
-        assert (at[1] - at[0]) / 2**14 == pytest.approx(per_token, rel=0.01), engine  # pages of states round
+        assert (at[1] - at[0]) / 2**14 == pytest.approx(per_token, rel=0.03), engine  # pages with states are large
 
 
 def test_the_type_of_the_cache_leaves_states_alone():
@@ -242,6 +242,8 @@ def test_groups_of_layers_share_a_pool():
 def test_llama_cpp_rounds_to_cells():
     llama, gemma = of("Llama-3.1-8B"), of("Gemma-3-27B")
     assert kv_bytes(llama, 257, engine="llama.cpp") == kv_bytes(llama, 512)
+    mistral = of("Mistral-7B")
+    assert kv_bytes(mistral, 8192, engine="llama.cpp") == kv_bytes(llama, 8192, engine="llama.cpp")
     full, sliding = 2 * 16 * 128 * 2 * 10, 2 * 16 * 128 * 2 * 52
     assert kv_bytes(gemma, 8192, engine="llama.cpp") == full * 8192 + sliding * (1024 + 512)
 

@@ -160,4 +160,4 @@ def test_without_a_network(tmp_path: Path) -> None:
     (cache / "refs" / "main").write_text(SHA)
     lines = _shown("https://huggingface.co", tmp_path, "offline", "org/name", "org/cached")
     assert "cannot reach the Hub for org/name" in lines[0]
-    assert lines[1].startswith("org/cached 4 ")
+    assert lines[-1].startswith("org/cached 4 ")
