@@ -52,13 +52,16 @@ def kv(
     size = value_bytes(dtype)
     if engine == "vllm":
         return paged(arch, tokens, batch, size, s)
+    return Kv.of(parts(arch, tokens, batch, size, engine, s))
+
+
+def parts(arch: Architecture, tokens: int, batch: int, size: Fraction, engine: str, s: Setting) -> Iterable[Part]:
+    """One for each cache of the layers, in their order; of engines without pages."""
     if engine in ("transformers", "qkit", "static"):
-        parts = _transformers(arch, tokens, batch, size, engine == "static", s)
-    elif engine == "llama.cpp":
-        parts = _llama_cpp(arch, tokens, batch, size, s)
-    else:
-        raise QkitError(f"unknown engine {engine!r}", "known: " + ", ".join(ENGINES))
-    return Kv.of(parts)
+        return _transformers(arch, tokens, batch, size, engine == "static", s)
+    if engine == "llama.cpp":
+        return _llama_cpp(arch, tokens, batch, size, s)
+    raise QkitError(f"unknown engine {engine!r}", "known: " + ", ".join(ENGINES))
 
 
 def _cross(cache: Cache, tokens: int, batch: int, size: Fraction, s: Setting) -> Part:

@@ -48,8 +48,8 @@ def _pages(tokens: int, block: int) -> int:
 def layout(arch: Architecture, size: Fraction, s: Setting) -> tuple[list[Spec], int]:
     """(every layer as vLLM sees it, tokens of a page), whatever the length of a request."""
     attention = [c for c in caches(arch) if c.kind != "state"]
-    states = [sum(_bytes(c, size, s) for c in layer.caches if c.kind == "state") for layer in arch.layers]
-    states = [held for held in states if held]  # all states of a layer are one page
+    kept = [[_bytes(c, size, s) for c in layer.caches if c.kind == "state"] for layer in arch.layers]
+    states = [sum(own, Fraction(0)) for own in kept if own]  # all states of a layer are one page
     block = _block(attention, states, size, s)
     page = max((_page(c, block, size, s) for c in attention), default=0)
     specs = [Spec("state", None, 0, max(page, math.ceil(held))) for held in states]
