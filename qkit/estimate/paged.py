@@ -48,8 +48,8 @@ def _pages(tokens: int, block: int) -> int:
 def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setting) -> Kv:
     """What `batch` requests of `tokens` tokens may hold of vLLM's pool, on one rank."""
     attention = [c for c in caches(arch) if c.kind != "state"]
-    states = [sum(_bytes(c, size, s) for c in layer.caches if c.kind == "state") for layer in arch.layers]
-    states = [held for held in states if held]  # all states of a layer are one page
+    kept = [[_bytes(c, size, s) for c in layer.caches if c.kind == "state"] for layer in arch.layers]
+    states = [sum(of_layer, Fraction()) for of_layer in kept if of_layer]  # all of a layer are one page
     block = _block(attention, states, size, s)
     page = max((_page(c, block, size, s) for c in attention), default=0)
     specs = [Spec("state", None, 0, max(page, math.ceil(held))) for held in states]
@@ -79,7 +79,7 @@ def _parts(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setti
         elif c.kind == "cross":
             yield Part.kept(c, seen(c, tokens, s), batch, size, share(c, s.tp))
         else:
-            yield Part.kept(c, min(tokens, c.window or tokens), batch, size, share(c, s.tp))
+            yield Part.kept(c, min(tokens, c.window or tokens), batch, _size(c, size), share(c, s.tp))
 
 
 def _page(cache: Cache, block: int, size: Fraction, s: Setting) -> int:
@@ -90,7 +90,14 @@ def _bytes(cache: Cache, size: Fraction, s: Setting) -> Fraction:
     """Of one token, or of a state."""
     if cache.kind == "state":
         return cache.fixed * share(cache, s.tp) * state_bytes(cache, s)
-    return cache.per_token * share(cache, s.tp) * size
+    return cache.per_token * share(cache, s.tp) * _size(cache, size)
+
+
+def _size(cache: Cache, size: Fraction) -> Fraction:
+    """Bytes of a value of a token. Keys of an indexer are FP8 whatever the cache, with a float32 for 128 of them."""
+    return (
+        Fraction(cache.per_token + 4 * _pages(cache.per_token, 128), cache.per_token) if cache.kind == "index" else size
+    )
 
 
 def _request(specs: list[Spec], tokens: int, in_flight: int) -> int:

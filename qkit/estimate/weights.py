@@ -85,8 +85,10 @@ def _choices(arch: Architecture, scheme: str | LayerSpec | None, fmt: Format, dt
     """Name of a matrix -> its settled scheme, for those that are quantized, by the rules that `convert` follows."""
     from ..conversion.recipe import settle
 
-    rule = rule_for("*", scheme, None) if isinstance(scheme, str) else scheme and Rule("*", scheme)
-    if rule is None or isinstance(rule.scheme, Keep):
+    if scheme is None:
+        return {}
+    rule = rule_for("*", scheme, None) if isinstance(scheme, str) else Rule("*", scheme)
+    if isinstance(rule.scheme, Keep):
         return {}
     if rule.scheme.kind not in fmt.kinds:
         raise QkitError(f"format {fmt.name} does not hold {rule.scheme.describe()}", "choose another scheme or format")
