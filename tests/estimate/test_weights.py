@@ -45,8 +45,8 @@ def model(tmp_path_factory, request) -> Path:
     return make_model(tmp_path_factory.mktemp(family) / "m", family, **{**WIDE, **EXPERTS.get(family, {})})
 
 
-def planned(source, format: str, scheme: str | None) -> list:
-    plan = make_plan(source, Path("/tmp/never"), Options(format=format, scheme=scheme, method="rtn"))
+def planned(source, format: str, scheme: str | None, method: str = "rtn") -> list:
+    plan = make_plan(source, Path("/tmp/never"), Options(format=format, scheme=scheme, method=method))
     return plan.tasks
 
 
@@ -72,6 +72,9 @@ def test_the_bytes_of_a_gguf_file_are_those_of_a_conversion(model):
         arch = dataclasses.replace(arch, embedding=dataclasses.replace(arch.embedding, out=259))
     for mix in MIXES:
         assert of_architecture(arch, mix, "gguf").total == sum(t.bytes_out for t in planned(source, "gguf", mix)), mix
+    for mix in ("q4_0", "iq4_xs", "q4_k_m"):
+        tasks = planned(source, "gguf", mix, "imatrix")
+        assert of_architecture(arch, mix, "gguf", importance=True).total == sum(t.bytes_out for t in tasks), mix
 
 
 @pytest.mark.parametrize("kind", SHRUNK)
