@@ -87,7 +87,7 @@ def _parts(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setti
         elif c.kind == "cross":
             yield Part.kept(c, seen(c, tokens, s), batch, size, share(c, s.tp))
         else:
-            yield Part.kept(c, min(tokens, c.window or tokens), batch, size, share(c, s.tp))
+            yield Part.kept(c, min(tokens, c.window or tokens), batch, _size(c, size), share(c, s.tp))
 
 
 def _page(cache: Cache, block: int, size: Fraction, s: Setting) -> int:
@@ -98,7 +98,14 @@ def _bytes(cache: Cache, size: Fraction, s: Setting) -> Fraction:
     """Of one token, or of a state."""
     if cache.kind == "state":
         return cache.fixed * share(cache, s.tp) * state_bytes(cache, s)
-    return cache.per_token * share(cache, s.tp) * size
+    return cache.per_token * share(cache, s.tp) * _size(cache, size)
+
+
+def _size(cache: Cache, size: Fraction) -> Fraction:
+    """Bytes of a value of a token. Keys of an indexer are FP8 whatever the cache, with a float32 for 128 of them."""
+    return (
+        Fraction(cache.per_token + 4 * _pages(cache.per_token, 128), cache.per_token) if cache.kind == "index" else size
+    )
 
 
 def groups(specs: list[Spec]) -> tuple[tuple[int, Spec], ...]:
