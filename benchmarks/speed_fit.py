@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -114,7 +115,10 @@ def main() -> None:
             print(table(f"{title}, of the first division", by(answers, group)))
         print("Farthest off, of the first division:\n" + worst(answers))
         if not args.check:
-            made = fitting.fit(found, prior)
+            made = replace(
+                fitting.fit(found, prior),
+                source=f"{len(found)} figures of {args.figures.name}, by benchmarks/speed_fit.py",
+            )
             target = profile_path("speed.json")
             target.write_text(json.dumps(as_dict(made), indent=1) + "\n", encoding="utf-8")
             print(f"\nwrote {target}")

@@ -104,7 +104,7 @@ class Fitted:
 
     base      log rates; launch's by family
     spread    quantity -> level -> standard deviation of its terms
-    noise     of log tokens/s, by kind of figure
+    noise     of log tokens/s, by kind of figure, and of an engine of which there is none
     terms     (value, standard deviation) of each that figures speak of
     together  what is left of those deviations in a sum of terms, whose errors cancel in part since the same figures
               told them

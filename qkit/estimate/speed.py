@@ -147,6 +147,8 @@ def _log_and_deviation(
     tokens, time, n = run(logs)
     log = math.log(tokens / time)
     variance = fit.noise[load.kind] ** 2
+    if ("bandwidth", "engine", setting.engine.name) not in fit.terms:  # how it goes about a step is a guess
+        variance += fit.noise["unseen engine"] ** 2
     for quantity, terms in setting.terms().items():
         moved, took, _ = run({**logs, quantity: logs[quantity] + _STEP})
         slope = (math.log(moved / took) - log) / _STEP

@@ -275,6 +275,24 @@ def test_what_is_no_figure(tmp_path: Path):
     assert 8.5e9 < found[0].work.values + found[0].work.head_values < 9.5e9  # like the nearest that is known
 
 
+def test_figures_of_engines_and_devices_that_were_never_fitted():
+    """The shipped fit against the table that it never sees: benchmarks/speed_fit.py --score prints the same."""
+    found, skipped = rows.read(Path(rows.__file__).with_name("figures.csv"))
+    answers = fitting.check(found, fitted())
+    assert len(answers) > 500 and len(skipped) < 0.15 * len(found)
+    errors = sorted(abs(a.error) for a in answers)
+    assert sum(a.covered for a in answers) >= 0.8 * len(answers)
+    assert errors[len(errors) // 2] <= 0.3
+    unseen = [a for a in answers if ("bandwidth", "engine", a.row.setting.engine.name) not in fitted().terms]
+    assert len(unseen) > 100 and sum(a.covered for a in unseen) >= 0.8 * len(unseen)
+    known = [a for a in answers if a.row.setting.engine.name in ("vllm", "llama.cpp")]
+
+    def width(some: list[fitting.Checked]) -> float:
+        return sorted(a.predicted.high / a.predicted.low for a in some)[len(some) // 2]
+
+    assert width(unseen) > width(known)
+
+
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> list[rows.Row]:
     path = request.config.getoption("--speed-figures")
