@@ -133,7 +133,7 @@ def check(load: Load) -> bool:
     raise QkitError(
         f"{names} at --batch {load.batch} and --context {load.context} needs {units.size(load.weights)} for weights, "
         f"{units.size(load.cache)} for the KV cache and {units.size(load.passing)} for logits and activations; "
-        f"{load.where.id} has {units.size(load.where.available_bytes)} free",
+        f"{load.where.id} has {units.size(load.where.available_bytes)} for it",
         "; ".join(remedies),
     )
 

@@ -18,17 +18,19 @@ from .states import IN_MEMORY
 if TYPE_CHECKING:
     from ..hardware.detect import LocalDevice
     from ..sources.types import Source
+    from ..spec.dtypes import TensorMeta
 
 
 @dataclass(frozen=True)
 class Parts:
     """Bytes of the pieces that a model runs in: embedding, largest decoder block, and what comes after the blocks.
-    reading: what is in the way while a tensor of a block is read."""
+    reading, reading_around: what more is held while a tensor of a block is read, and one of the rest."""
 
     embedding: int
     block: int
     head: int
     reading: int
+    reading_around: int
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,33 @@ class Room:
 def parts(source: Source, itemsize: int) -> Parts:
     """From the headers. Plain tensors are held in the type that the model runs in, of itemsize bytes."""
     blocks: Counter[str] = Counter()
-    embedding = after = reading = 0
+    embedding = after = 0
+    reading = [0, 0]
     for name in source.names():
         meta = source.meta(name)
         held = meta.numel * itemsize if meta.dtype in FLOATS else meta.nbytes
         block = BLOCK.search(name)
+        reading[not block] = max(reading[not block], _reading(source, meta, held))
         if block:
             blocks[name[: block.end()]] += held
-            # A tensor as it is stored beside the same in the model's type, or codes beside their kernel's layout; of
-            # experts in one tensor one at a time.
-            reading = max(reading, 2 * max(held, meta.nbytes) // (meta.shape[0] if len(meta.shape) == 3 else 1))
         elif module_of(name).rpartition(".")[2] in EMBEDDINGS:
             embedding += held
         else:
             after += held
     if is_tied(source):
         after += embedding
-    return Parts(embedding, max(blocks.values(), default=0), after, reading)
+    return Parts(embedding, max(blocks.values(), default=0), after, *reading)
+
+
+def _reading(source: Source, meta: TensorMeta, held: int) -> int:
+    """Bytes beside a tensor while it is read: what it is unpacked from; of experts in one tensor one at a time."""
+    if meta.dtype not in FLOATS:  # codes, unpacked and packed again: 2 to 3 bytes for each of 4 bits were seen
+        nbytes = 8 * meta.nbytes
+    elif source.stored.quantized and "quantization_config" not in source.config:  # GGUF: values as it gives them
+        nbytes = 4 * meta.numel + meta.nbytes
+    else:
+        nbytes = meta.nbytes if meta.nbytes != held else 0
+    return nbytes // (meta.shape[0] if len(meta.shape) == 3 else 1)
 
 
 def divide(
@@ -96,22 +108,32 @@ def divide(
     def loads(*subjects: Subject) -> fit.Load:
         return fit.Load([s.sizes for s in subjects], where, context, batch, n_ctx)
 
+    def scores(load: fit.Load, each: Subject) -> bool:
+        return load.weights + load.scoring + _working(each, baseline, n_ctx) <= free
+
     placed = []
     for each in models:
         load = loads(each)
-        loaded = load.weights + load.scoring + tail <= free and fit.check(load)
+        loaded = scores(load, each) and load.weights + load.scoring + tail <= free and fit.check(load)
         placed.append(replace(each, loaded=loaded))
-    beside = baseline is not None and all(each.loaded and loads(each, baseline).fits for each in placed)
+
+    def beside(each: Subject, other: Subject) -> bool:
+        load = loads(each, other)
+        return each.loaded and load.fits and scores(load, each)
+
+    together = baseline is not None and all(beside(each, baseline) for each in placed)
     if baseline is not None:
-        baseline = replace(baseline, loaded=beside or loads(baseline).fits)
-    for each in [*placed, *([baseline] if baseline else [])]:
+        baseline = replace(baseline, loaded=together or loads(baseline).fits)
+    for each in placed:
         if not each.loaded:
-            _check_streamed(each, tail if each is not baseline else 0, where, chunks, n_ctx)
-    return Room(tuple(placed), baseline, beside)
+            _check_streamed(each, baseline, where, chunks, n_ctx)
+    if baseline is not None and not baseline.loaded:
+        _check_streamed(baseline, None, where, chunks, n_ctx)
+    return Room(tuple(placed), baseline, together)
 
 
 def _tail(subject: Subject, chunks: int, n_ctx: int) -> int:
-    """Bytes that scoring takes of a model that is not loaded: its last hidden states, its head, a chunk's logits."""
+    """Bytes that scoring holds of a model that is not loaded: its last hidden states, its head, a chunk's logits."""
     sizes = subject.sizes
     return _states(sizes, chunks, n_ctx) + subject.parts.head + n_ctx * sizes.arch.vocab * sizes.itemsize
 
@@ -121,17 +143,26 @@ def _states(sizes: fit.Sizes, chunks: int, n_ctx: int) -> int:
     return nbytes if nbytes <= IN_MEMORY else 0  # in a file else, whose pages the system can have back
 
 
-def _check_streamed(subject: Subject, other: int, where: LocalDevice, chunks: int, n_ctx: int) -> None:
-    """other: what the baseline keeps meanwhile."""
+def _working(subject: Subject, baseline: Subject | None, n_ctx: int) -> int:
+    """Bytes beside heads and logits while scoring: a head as it is read, then what is made of a few positions at a
+    time: logits, exponentials and differences in float32."""
+    slices = 16 * min(quality.SLICE_ELEMENTS, n_ctx * subject.sizes.arch.vocab)
+    return max(slices, *(each.parts.reading_around for each in (subject, baseline) if each))
+
+
+def _check_streamed(subject: Subject, baseline: Subject | None, where: LocalDevice, chunks: int, n_ctx: int) -> None:
+    """baseline: what the model is compared with."""
     sizes, pieces = subject.sizes, subject.parts
+    states = _states(sizes, chunks, n_ctx)
+    embedding = pieces.embedding + pieces.reading_around
     running = pieces.block + pieces.reading + sizes.layer(n_ctx, 1)
-    logits = _tail(subject, chunks, n_ctx) - _states(sizes, chunks, n_ctx)
-    slices = 16 * min(quality.SLICE_ELEMENTS, n_ctx * sizes.arch.vocab)  # float32 logits, exponentials, differences
-    need = other + _states(sizes, chunks, n_ctx) + max(pieces.embedding, running, logits + slices)
+    scoring = _tail(subject, chunks, n_ctx) - states + _working(subject, baseline, n_ctx)
+    other = _tail(baseline, chunks, n_ctx) if baseline else 0
+    need = max(states + max(embedding, running), states + scoring + other)
     if need > where.available_bytes:
         raise QkitError(
             f"{subject.name} needs {units.size(sizes.weights)} for weights and, even block by block, "
             f"{units.size(need)}: its largest decoder block takes {units.size(pieces.block)}, its output head "
-            f"{units.size(pieces.head)}; {where.id} has {units.size(where.available_bytes)} free",
+            f"{units.size(pieces.head)}; {where.id} has {units.size(where.available_bytes)} for it",
             "use a device with more memory, or raise --max-memory",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import units
 from ..comparison import Change, Comparison, Pair, short
-from .layout import cell, markdown, plain
+from .text import cell, markdown_table, plain_table
 
 
 def text(result: Comparison) -> str:
@@ -12,12 +12,12 @@ def text(result: Comparison) -> str:
     return _markdown(result) if result.markdown else _plain(result)
 
 
-_HEAD = ("", "before", "after", "change", "")
+_HEAD = ["", "before", "after", "change", ""]
 
 
-def _lines(pair: Pair) -> list[tuple[str, ...]]:
+def _lines(pair: Pair) -> list[list[str]]:
     return [
-        (c.figure, _shown(c.before, c.unit), _shown(c.after, c.unit), _moved(c), c.verdict)
+        [c.figure, _shown(c.before, c.unit), _shown(c.after, c.unit), _moved(c), c.verdict]
         for c in pair.changes
         if c.before is not None or c.after is not None
     ]
@@ -65,7 +65,7 @@ def _said(result: Comparison) -> list[str]:
 def _plain(result: Comparison) -> str:
     out: list[str] = []
     for pair in result.pairs:
-        out += [_title(pair), "", *plain(_HEAD, _lines(pair)), ""]
+        out += [_title(pair), "", *plain_table(_HEAD, _lines(pair)), ""]
     return "\n".join([*out, *(f"  {line}" for line in _said(result))]).rstrip()
 
 
@@ -75,5 +75,5 @@ def _markdown(result: Comparison) -> str:
     for line in _said(result):
         out += ["", f"**{cell(line)}**"]
     for pair in result.pairs:
-        out += ["", f"#### {cell(_title(pair))}", "", *markdown(_HEAD, _lines(pair))]
+        out += ["", f"#### {cell(_title(pair))}", "", *markdown_table(_HEAD, _lines(pair))]
     return "\n".join(out)

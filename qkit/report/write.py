@@ -11,8 +11,8 @@ from .. import units
 from ..measure.engines import render as sweeps
 from ..measure.types import Measured, Memory, Profile
 from . import charts, tables
-from .layout import cell, markdown, plain
 from .tables import Table
+from .text import cell, markdown_table, plain_table
 from .wording import against, cards, fit_words, headline, is_several, setting, status, title, verdict
 
 NAMES = ("profile.json", "profile.md", "profile.html")
@@ -39,10 +39,10 @@ def to_markdown(result: Profile) -> str:
     out = [f"# {cell(title(result))}", "", cell(verdict(result)), ""]
     if said:
         out += [f"**{cell(said)}**", ""]
-    out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
+    out += markdown_table(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
     several = [("Side by side", tables.candidates(result))] if is_several(result) else []
     for name, table in [*several, *_sections(result)]:
-        out += ["", f"## {cell(name)}", "", *markdown(*table)]
+        out += ["", f"## {cell(name)}", "", *markdown_table(*table)]
     out += ["", "## How each figure is defined", ""]
     out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
     fence = "`" * max(3, 1 + _longest_run(result.provenance["command"]))
@@ -171,7 +171,7 @@ def summary(result: Profile) -> str:
     lines += [f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top]
     shown = [tables.candidates(result) if is_several(result) else tables.quality(result), tables.speed(result)]
     for table in filter(None, shown):
-        lines += ["", *plain(*table)]
+        lines += ["", *plain_table(*table)]
     lines.append("")
     for name, row in zip(tables.heads(result), result.models, strict=False):
         memory, of = row.memory, f"{name}: " if len(result.models) > 1 else ""

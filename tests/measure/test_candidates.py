@@ -157,7 +157,7 @@ def test_max_memory_is_of_the_process(monkeypatch):
     assert run._allowed(replace(here, id="cuda:0"), 3 << 30, 1 << 20).available_bytes == 3 << 30
 
 
-def test_parts_are_what_the_pieces_take(folders):
+def test_parts_are_what_the_pieces_take(folders, tmp_path):
     from qkit.runtime import load
 
     source = open_source(folders["base"])
@@ -166,7 +166,11 @@ def test_parts_are_what_the_pieces_take(folders):
     assert found.block == sum(p.nbytes for p in model.model.layers[0].parameters())
     assert found.embedding == model.model.embed_tokens.weight.nbytes
     assert found.head == model.lm_head.weight.nbytes + model.model.norm.weight.nbytes
-    assert found.reading == 2 * model.model.layers[0].mlp.up_proj.weight.nbytes
+    assert (found.reading, found.reading_around) == (0, 0)  # it is held as it is stored
+    up = model.model.layers[0].mlp.up_proj.weight.numel()
+    assert room.parts(open_source(folders["w4"]), 2).reading == 8 * up // 2
+    wide = make_model(tmp_path / "wide", dtype=torch.float32)
+    assert room.parts(open_source(str(wide)), 2).reading == 4 * 256 * 128
 
 
 def test_a_tied_head_is_the_embedding_again(tmp_path):

@@ -215,7 +215,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders, tmp_pa
 
     here = replace(detect.cpu(), available_bytes=1000)
     monkeypatch.setattr("qkit.measure.run.resolve", lambda name: here)
-    with pytest.raises(QkitError, match=r"for weights and, even block by block, .*; cpu has 1\.0 kB free"):
+    with pytest.raises(QkitError, match=r"for weights and, even block by block, .*; cpu has 1\.0 kB for it"):
         run(folders[0], tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_what_fits_is_the_most_that_fits(folders):
             "the largest --batch that fits at --context 100 is 7; "
             f"the largest --context that fits at --batch 9 is {most}"
         )
-        with pytest.raises(QkitError, match="free") as caught:
+        with pytest.raises(QkitError, match="for it") as caught:
             fit.check(fit.Load(sizes, replace(exactly, available_bytes=exactly.available_bytes - 1), 100, 7, 128))
         assert "--batch that fits at --context 100 is 6" in caught.value.hint
         assert not fit.check(fit.Load(sizes, replace(exactly, available_bytes=sizes[0].weights), 100, 7, 128))

@@ -1,25 +1,25 @@
-"""A table, which is a header and rows of text, as Markdown and for a terminal."""
+"""Tables as text: for a terminal, and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 
 def cell(text: str) -> str:
-    """Text that is no markup, in one line."""
+    """Text as a cell or a line of Markdown holds it: its marks as they are written, on one line."""
     for mark in "\\`*_[]<>|#":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     return ["| " + " | ".join(cell(c) for c in row) + " |" for row in [head]] + [
         "|" + " --- |" * len(head),
         *("| " + " | ".join(cell(c) for c in row) + " |" for row in lines),
     ]
 
 
-def plain(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def plain_table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """The lines of a table in columns, two spaces apart."""
     rows = [head, *lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
