@@ -104,7 +104,9 @@ def prefill(work: Traffic, has: Ceilings, how: Manner, rates: Rates, sequences: 
     reading = passes * _read(work, how, tokens / passes) / (has.bandwidth * rates.bandwidth * count)
     computing = 2 * tokens * work.values / (has.peak * rates.compute * count)
     attention = work.attention(tokens, prompt / 2) / (has.plain * count * rates.compute * rates.attention)
-    seconds = _with_launches(_both(reading, computing) + attention, passes * work.layers * rates.launch, how)
+    # Logits are of the last position alone: what counts is that the head's weights are read.
+    head = work.head_bytes / (has.bandwidth * rates.bandwidth * count)
+    seconds = _with_launches(_both(reading, computing) + attention + head, passes * work.layers * rates.launch, how)
     if how.serial and has.count > 1:
         stages = passes * has.count / (passes + has.count - 1)
         seconds /= min(stages, max(1.0, rates.pipeline))

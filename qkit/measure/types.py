@@ -1,4 +1,5 @@
-"""What a profile holds. Every figure here was measured on this machine, but those of `Formula`."""
+"""What a profile holds. Every figure here was measured on this machine, but those of `Formula` and what stands under
+`Measured.predicted`."""
 
 from __future__ import annotations
 
@@ -113,6 +114,13 @@ class Measured:
     overlap           whether the evaluation text was told apart from this model's calibration text
     problems          what failed, in words; the rest was measured
     fingerprint       of the source; manifest_sha256, conversion: of the qkit manifest, where there is one
+    predicted         what was predicted from the headers before it ran, for this device, the engine qkit and what was
+                      measured; None where nothing was asked. Parts are None where nothing supports them:
+                        decode, prefill  {tokens_per_s, low, high}, first {seconds, low, high}: of the first of `speed`,
+                                         bare steps; the interval holds nine in ten
+                        memory           {total, parts: name -> bytes}, weights {bytes}, kv_cache {bytes}
+                      each with `measured`, and `error`: predicted / measured - 1, both None where it was not measured;
+                      basis: what a figure rests on, in words; problem: why parts are None, or None
     """
 
     name: str
@@ -139,6 +147,7 @@ class Measured:
     fingerprint: str
     manifest_sha256: str | None
     conversion: dict[str, Any]
+    predicted: dict[str, Any] | None = None
 
     @property
     def quantized_as(self) -> str | None:
