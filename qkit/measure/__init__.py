@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..estimate.command import Predicted
+from ..estimate.result import Predicted
 from ..estimate.command import summary as predicted_summary
 from ..report import write
 from .endpoint import Endpoint, measure_endpoint, render

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from markupsafe import Markup
@@ -10,27 +9,19 @@ from markupsafe import Markup
 from .. import units
 from ..measure.engines import render as sweeps
 from ..measure.types import Measured, Memory, Profile
-from . import charts, tables
-from .layout import cell, markdown, plain
+from . import charts, page, tables
+from .folder import NAMES, save
+from .layout import as_json, cell, fenced, markdown, plain
 from .tables import Table
 from .wording import against, cards, fit_words, headline, is_several, setting, status, title, verdict
 
-NAMES = ("profile.json", "profile.md", "profile.html")
-
-
 def write(result: Profile, folder: Path) -> list[Path]:
     """Write the three files into `folder`, each whole or not at all. Raises QkitError where that fails."""
-    from ..storage.local import LocalStore
-    from ..storage.writer import write_file
-
-    bodies = (to_json(result), to_markdown(result), to_html(result))
-    for name, body in zip(NAMES, bodies, strict=True):
-        write_file(LocalStore(folder), name, body.encode())
-    return [folder / name for name in NAMES]
+    return save(folder, (to_json(result), to_markdown(result), to_html(result)))
 
 
 def to_json(result: Profile) -> str:
-    return json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n"
+    return as_json(result.as_dict())
 
 
 def to_markdown(result: Profile) -> str:
@@ -45,14 +36,9 @@ def to_markdown(result: Profile) -> str:
         out += ["", f"## {cell(name)}", "", *markdown(*table)]
     out += ["", "## How each figure is defined", ""]
     out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
-    fence = "`" * max(3, 1 + _longest_run(result.provenance["command"]))
-    out += ["", "## Reproduce", "", fence, result.provenance["command"], fence, ""]
+    out += ["", "## Reproduce", "", *fenced(result.provenance["command"]), ""]
     out += [f"Percentiles, fingerprints and every time: {NAMES[0]}, {NAMES[2]}.", ""]
     return "\n".join(out)
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
 
 
 _QUALITY = "Quality"
@@ -79,22 +65,17 @@ def _folded(result: Profile) -> list[tuple[str, Table, str]]:
         of = f"of {name} " if len(result.models) > 1 else ""
         if found:
             folded.append((f"Percentiles {of}{against(result)}".rstrip(), found, ""))
-    return [*folded, ("Hashes and how it was converted", tables.records(result), "facts")]
+    return [*folded, ("Hashes and how it was converted", tables.records(result), "facts headless")]
 
 
 def to_html(result: Profile) -> str:
     """One self-contained page: inline style and charts, no script, nothing fetched."""
-    import jinja2
-
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     named = list(zip(tables.heads(result), tables.rows(result), strict=True))
     one = result.models[0] if len(result.models) == 1 else None
     sections = _sections(result)
     scored = next((each for each in sections if each[0].startswith(_QUALITY)), None)
-    return environment.from_string(template).render(
+    return page.render(
+        "measured.html.jinja",
         title=title(result),
         verdict=verdict(result),
         status=status(result),
@@ -106,7 +87,7 @@ def to_html(result: Profile) -> str:
         folded=_folded(result),
         formulas=result.formulas,
         command=result.provenance["command"],
-        legend=_parts(result.models[0].memory),
+        legend=[(part.css, part.name) for part in _parts(result.models[0].memory)],
         memory_chart=charts.stacked_bars([(head, _parts(row.memory)) for head, row in named]),
         memory_note=_memory_note(result.models[0].memory),
         fit=fit_words(one.memory) if one else "",
