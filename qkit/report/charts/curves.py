@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from .svg import WIDTH, Scale, beside, dot, frame, line, nothing, path, short, svg, text, ticks
+from .svg import WIDTH, Box, Scale, along, beside, dot, frame, line, nothing, path, svg, text, ticks
 from .times import amount
 
-TOP, BOTTOM, LEFT, RIGHT = 14.0, 214.0, 52.0, WIDTH - 10.0
+TOP, BOTTOM, LEFT, RIGHT = 28.0, 228.0, 52.0, WIDTH - 10.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def curves(series: Sequence[Curve], what: str, along: str) -> Markup:
                 out.append(line(f"curve-{each.css}", x(n), y(least), x(n), y(most)))
             title = f"{each.name}, {along} {n:,}: {amount(value)} tokens/s{known}"
             out.append(dot(f"fill-{each.css}", x(n), y(value), title, 4))
-    out.append(text((LEFT + RIGHT) / 2, BOTTOM + 36, along, "tick", "middle"))
+    out += [text((LEFT + RIGHT) / 2, BOTTOM + 36, along, "tick", "middle"), text(0, 12, "tokens/s", "tick")]
     return svg(out, BOTTOM + 42, f"{what}. " + "; ".join(_spoken(each, along) for each in series))
 
 
@@ -87,7 +87,7 @@ def bills(rented: Sequence[Bill], hosted: float | None) -> Markup:
     if not rented:
         return nothing("no price is known", "Cost: no price is known")
     paying = [each.first for each in rented if each.first is not None]
-    most = max(2.2 * max(each.capacity for each in rented), *(1.3 * volume for volume in paying), 0.0)
+    most = max(2.2 * min(each.capacity for each in rented), *(1.3 * volume for volume in paying), 0.0)
     top = max([_bill(each, most) for each in rented] + [hosted * most if hosted else 0.0])
     top = min(top, 4 * max(hosted * most, max(each.monthly for each in rented))) if hosted else top
     x, y = Scale(0, most, LEFT + 8, RIGHT), Scale(0, top * 1.05, BOTTOM, TOP)
@@ -95,9 +95,11 @@ def bills(rented: Sequence[Bill], hosted: float | None) -> Markup:
         x, y, [(t, f"{t:,.0f}" if most >= 10 else f"{t:g}") for t in ticks(0, most)], [(t, money(t)) for t in ticks(0, y.high)]
     )
     names: list[tuple[str, float, float]] = []
+    avoid: list[Box] = []
     for each in rented:
-        points = _stairs(each, most, y.high)
-        out.append(path(f"curve-{each.css}", [(x(a), y(b)) for a, b in points]))
+        stairs = [(x(a), y(b)) for a, b in _stairs(each, most, y.high)]
+        avoid += [box for a, b in zip(stairs, stairs[1:], strict=False) for box in along(a, b)]
+        out.append(path(f"curve-{each.css}", stairs))
         if each.first is not None:
             title = f"{each.name} pays from {each.first:,.0f} million tokens a month, {money(each.monthly)}"
             out.append(dot(f"fill-{each.css}", x(each.first), y(each.monthly), title, 5.5))
@@ -105,8 +107,10 @@ def bills(rented: Sequence[Bill], hosted: float | None) -> Markup:
     if hosted:
         ends = min(most, y.high / hosted)
         out.append(line("hosted", x(0), y(0), x(ends), y(hosted * ends), f"hosted: {money(hosted)} a million tokens"))
-    out += beside(names, TOP, BOTTOM)
-    out.append(text((x.start + x.end) / 2, BOTTOM + 36, "million tokens a month", "tick", "middle"))
+        avoid += along((x(0), y(0)), (x(ends), y(hosted * ends)))
+    out += beside([each for i, each in enumerate(names) if each not in names[:i]], TOP, BOTTOM, avoid)
+    middle = (x.start + x.end) / 2
+    out += [text(middle, BOTTOM + 36, "million tokens a month", "tick", "middle"), text(0, 12, "a month", "tick")]
     words = [_said(each) for each in rented]
     words += [f"hosted: {money(hosted)} a million tokens"] if hosted else ["no hosted price is known"]
     return svg(out, BOTTOM + 42, "Dollars a month against tokens a month. " + "; ".join(words))

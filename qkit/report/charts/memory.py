@@ -35,7 +35,8 @@ def stacked_bars(bars: Sequence[tuple[str, Sequence[Part]]]) -> Markup:
     return svg(out, y, "Memory by part. " + summary)
 
 
-def _segments(parts: Sequence[Part], x: Scale, y: float, height: float) -> list[str]:
+def _segments(parts: Sequence[Part], x: Scale, y: float, height: float, limit: float | None = None) -> list[str]:
+    """limit: where a line will cross them, which their sizes keep clear of."""
     total = max(1, sum(p.nbytes for p in parts))
     out, at = [], 0.0
     for part in parts:
@@ -46,9 +47,21 @@ def _segments(parts: Sequence[Part], x: Scale, y: float, height: float) -> list[
         shown = max(0.5, end - start - 1.5)
         title = f"{part.name}: {units.size(part.nbytes)}, {part.nbytes / total:.1%}"
         out.append(rect(f"fill-{part.css}", start, y, shown, height, title, min(3, height / 4)))
-        if end - start > 62 and height > 20:
-            out.append(text(start + shown / 2, y + height / 2 + 4, units.size(part.nbytes), "on-fill", "middle"))
+        middle = _middle(start, start + shown, limit)
+        if height > 20 and middle is not None:
+            out.append(text(middle, y + height / 2 + 4, units.size(part.nbytes), "on-fill", "middle"))
     return out
+
+
+_LABEL = 62.0  # that a size takes
+
+
+def _middle(start: float, end: float, limit: float | None) -> float | None:
+    """Where a size is written in a segment: in the middle of it, or of the larger part beside the line that crosses it;
+    None where there is no room."""
+    if limit is not None and start < limit < end and abs(limit - (start + end) / 2) < _LABEL / 2 + 4:
+        start, end = (start, limit) if limit - start > end - limit else (limit, end)
+    return (start + end) / 2 if end - start > _LABEL else None
 
 
 def _words(parts: Sequence[Part]) -> str:
@@ -120,7 +133,7 @@ def _against(row: Held, x: Scale, y: float, height: float) -> list[str]:
     out = []
     if row.nominal:
         out.append(rect("room", x(0), y, x(row.nominal) - x(0), height, f"{row.name}: {units.size(row.nominal)} nominal"))
-    out += _segments(row.parts, x, y + 3, height - 6)
+    out += _segments(row.parts, x, y + 3, height - 6, None if row.usable is None else x(row.usable))
     if row.usable is not None:
         out.append(line("limit", x(row.usable), y - 3, x(row.usable), y + height + 3, f"{units.size(row.usable)} usable"))
     return out

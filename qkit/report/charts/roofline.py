@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from .svg import WIDTH, Scale, beside, dot, frame, line, nothing, path, power, svg, text
+from .svg import CHARACTER, WIDTH, Box, Scale, along, beside, dot, frame, line, nothing, path, power, svg, text
 
-TOP, BOTTOM = 14.0, 236.0
+TOP, BOTTOM = 28.0, 250.0
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,38 @@ def roofline(bandwidth: float, peak: float | None, spots: Sequence[Spot], how: s
     out = frame(x, y, [(t, _plain(t)) for t in _powers(x)], [(t, _rate(t)) for t in _powers(y)])
     start = max(x_low, y_low / bandwidth)
     turn = min(x_high, ridge) if ridge else min(x_high, y_high / bandwidth)
-    roof = [(x(start), y(bandwidth * start)), (x(turn), y(bandwidth * turn))]
-    out.append(path("roof", [*roof, (x(x_high), y(peak))] if peak else roof))
-    if peak:
-        out.append(text(WIDTH - 8, y(peak) - 7, f"{_rate(peak)}op/s at most", "tick", "end"))
+    edge = [(x(start), y(bandwidth * start)), (x(turn), y(bandwidth * turn))]
+    edge += [(x(x_high), y(peak))] if peak else []
+    out.append(path("roof", edge))
+    avoid = [box for a, b in zip(edge, edge[1:], strict=False) for box in along(a, b)]
     middle = math.sqrt(start * turn)
-    out.append(text(x(middle) - 8, y(bandwidth * middle) - 6, f"{bandwidth / 1e9:,.0f} GB/s", "tick", "end"))
+    out.append(_caption(f"{bandwidth / 1e9:,.0f} GB/s", x(middle) - 8, y(bandwidth * middle) - 6, avoid))
+    if peak:
+        # In the corner that the roof cuts off, where no point is; where that has no room, above the roof's end.
+        words = f"{_rate(peak)}op/s at most"
+        inside = x(turn) - 6 - CHARACTER * len(words) > x.start
+        out.append(_caption(words, *((x(turn) - 6, y(peak) + 4) if inside else (x.end, y(peak) - 7)), avoid))
     for s in spots:
         if s.low is not None and s.high is not None:
-            out.append(line("stem", x(s.x), y(s.low), x(s.x), y(s.high)))
+            ends = (x(s.x), y(s.low)), (x(s.x), y(s.high))
+            out.append(line("stem", *ends[0], *ends[1]))
+            avoid += along(*ends)
     for s in spots:
         out.append(dot("fill-kv" if s.prefill else "fill-packed", x(s.x), y(s.y), _words(s, bandwidth, peak), 4.5))
-    out += beside([(s.name, x(s.x), y(s.y)) for s in spots], TOP, BOTTOM)
+    out += beside([(s.name, x(s.x), y(s.y)) for s in spots], TOP, BOTTOM, avoid)
+    out.append(text(0, 12, "op/s", "tick"))
     out.append(text((x.start + x.end) / 2, BOTTOM + 36, "operations a byte", "tick", "middle"))
     ceiling = f"{_rate(peak)}op/s" if peak else "unknown"
     summary = "; ".join(_words(s, bandwidth, peak) for s in spots)
     return svg(
         out, BOTTOM + 42, f"Roofline, {how}: ceilings {bandwidth / 1e9:,.0f} GB/s and {ceiling}. {summary}"
     )
+
+
+def _caption(words: str, x: float, y: float, avoid: list[Box]) -> str:
+    """Text that ends at (x, y), and is avoided from now on."""
+    avoid.append((x - CHARACTER * len(words), y - 11, x, y + 3))
+    return text(x, y, words, "tick", "end")
 
 
 def reached(x: float, y: float, bandwidth: float, peak: float | None) -> float:

@@ -118,21 +118,26 @@ def short(name: str, longest: int) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
 def beside(
-    points: Sequence[tuple[str, float, float]], top: float, bottom: float, size: float = CHARACTER, longest: int = 28
+    points: Sequence[tuple[str, float, float]], top: float, bottom: float, avoid: Sequence[Box] = (), longest: int = 28
 ) -> list[str]:
-    """Names beside their points, each moved up or down to where it covers neither a point nor another name."""
+    """Names beside their points, each moved up or down to where it covers neither a point nor another name, nor what is
+    to be avoided where that can be helped."""
     taken = [(px - 6, py - 6, px + 6, py + 6) for _, px, py in points]
     out = []
     for name, px, py in sorted(points, key=lambda p: p[2]):
         shown = short(name, longest)
-        width = size * len(shown)
+        width = CHARACTER * len(shown)
         right = px + 10 + width <= WIDTH
         at = px + 10 if right else max(0.0, px - 10 - width)
         steps = sorted((sign * n * LINE / 3 for n in range(3 * len(points) + 9) for sign in (1, -1)), key=abs)
         inside = [py + step for step in steps if top + 6 <= py + step <= bottom - 2] or [py]
         boxes = [(at, middle - 9, at + width, middle + 6) for middle in inside]
-        box = next((b for b in boxes if not any(_meet(b, other) for other in taken)), boxes[0])
+        free = [b for b in boxes if not any(_meet(b, other) for other in taken)] or boxes[:1]
+        box = next((b for b in free if not any(_meet(b, other) for other in avoid)), free[0])
         taken.append(box)
         if abs(box[1] + 9 - py) > LINE / 2:
             edge = at - 2 if right else at + width + 2
@@ -141,7 +146,14 @@ def beside(
     return out
 
 
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """Boxes that cover a line, for `beside` to avoid it."""
+    count = max(1, int(max(abs(end[0] - start[0]), abs(end[1] - start[1])) / 6))
+    spots = [tuple(a + (b - a) * i / count for a, b in zip(start, end, strict=True)) for i in range(count + 1)]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in spots]
+
+
+def _meet(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

@@ -78,7 +78,8 @@ def roof(a: Answer) -> Markup | None:
 def _spots(found: Roof) -> list[charts.Spot]:
     """Decode at the first, the last and a middle batch, and prefill: what a drawing has room for."""
     decodes = [s for s in found.spots if s.phase == "decode"]
-    kept = {decodes[i].sequences for i in (0, len(decodes) // 2, -1)} if decodes else set()
+    most = decodes[-1].sequences if decodes else 1
+    kept = {1, most, *[s.sequences for s in decodes if s.sequences**2 <= most][-1:]}
     return [
         charts.Spot(_name(s), s.phase == "prefill", s.operations_per_byte, s.operations_per_s, s.low, s.high)
         for s in found.spots

@@ -149,6 +149,8 @@ def of_many(result: Estimate) -> str:
     if not fitting:
         return f"{what} fits none of {len(known)} devices with {result.context:,} tokens of context."
     said = f"{what} fits {len(fitting)} of {len(known)} devices with {result.context:,} tokens of context"
+    if len(fitting) == 1:
+        return f"{said}. {of_one(result, result.answers.index(fitting[0]))}"
     least = smallest(fitting)
     parts = [f"the smallest is {least.target.spec} ({units.size(least.fit.usable or 0)} usable{'' if least.target.count == 1 else ' each'})"]
     timed = [a for a in fitting if a.speeds]
