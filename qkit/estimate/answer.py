@@ -132,7 +132,8 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
         counts = sorted({*(n for n in BATCHES if n < most), most})
         batches = [(n, p) for n in counts if (p := decode(n, fit.context))]
         lengths = sorted({*PROMPTS, fit.context})
-        contexts = [(n, p) for n in lengths if n <= fit.most and fit.fits_at(n, fit.batch) and (p := decode(fit.batch, n))]
+        kept = [n for n in lengths if n <= fit.most and (fit.usable is None or fit.fits_at(n, fit.batch))]
+        contexts = [(n, p) for n in kept if (p := decode(fit.batch, n))]
         prompts = [n for n in lengths if n <= fit.most]
     firsts = tuple(f for n in prompts if (f := first(n)))
     if not detailed:

@@ -113,6 +113,9 @@ class Measured:
     overlap           whether the evaluation text was told apart from this model's calibration text
     problems          what failed, in words; the rest was measured
     fingerprint       of the source; manifest_sha256, conversion: of the qkit manifest, where there is one
+    active_parameters  that one token is multiplied with; None where nobody counted them
+    predicted         what was predicted for this device, engine and setting before anything ran: "decode" and "prefill"
+                      (tokens_per_s, low, high), "first" (seconds, low, high), "memory" (total), each where it is known
     """
 
     name: str
@@ -139,6 +142,8 @@ class Measured:
     fingerprint: str
     manifest_sha256: str | None
     conversion: dict[str, Any]
+    active_parameters: int | None = None
+    predicted: dict[str, Any] | None = None
 
     @property
     def quantized_as(self) -> str | None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from .. import units
 from ..measure.engines import render as sweeps
-from ..measure.types import Measured, Memory, Profile
-from . import charts, page, tables
+from ..measure.types import Memory, Profile
+from . import beside, drawings, page, tables
 from .folder import NAMES, save
 from .layout import as_json, cell, fenced, markdown, plain
 from .tables import Table
@@ -51,6 +49,7 @@ def _sections(result: Profile) -> list[tuple[str, Table]]:
     return [
         *([(f"{_QUALITY} {compared}".rstrip(), scored)] if scored else []),
         *([("Speed (measured)", timed)] if timed else []),
+        *([("Predicted against measured", both)] if (both := beside.table(result)) else []),
         ("Memory", tables.memory(result)),
         *sweeps.sections(result.sweeps),
         ("Measured on", tables.facts(result)),
@@ -87,14 +86,17 @@ def to_html(result: Profile) -> str:
         folded=_folded(result),
         formulas=result.formulas,
         command=result.provenance["command"],
-        legend=[(part.css, part.name) for part in _parts(result.models[0].memory)],
-        memory_chart=charts.stacked_bars([(head, _parts(row.memory)) for head, row in named]),
+        legend=[(part.css, part.name) for part in drawings.parts(result.models[0].memory)],
+        memory_chart=drawings.memory(named),
         memory_note=_memory_note(result.models[0].memory),
         fit=fit_words(one.memory) if one else "",
-        kld_chart=_kld_chart(result, one) if one else None,
-        frontier_chart=_frontier_chart(result),
+        kld_chart=drawings.divergence(result, one) if one else None,
+        frontier_chart=drawings.frontier(result),
         against=against(result),
-        latency_chart=_latency_chart(named),
+        latency_chart=drawings.latency(named),
+        roof_chart=drawings.roof(result) if one else None,
+        sweep_charts=drawings.sweeps(result.sweeps),
+        swept=drawings.swept(result.sweeps),
         protocol=result.provenance["headline_protocol"],
         text=result.text,
         overlap=tables.overlap(result),
@@ -102,40 +104,6 @@ def to_html(result: Profile) -> str:
         version=result.provenance["qkit"],
         date=result.provenance["date"],
     )
-
-
-def _kld_chart(result: Profile, row: Measured) -> Markup | None:
-    scores = headline(result, row)
-    compared = scores.against if scores else None
-    return charts.log_percentiles(compared.kld_percentiles, compared.kld.value) if compared else None
-
-
-def _frontier_chart(result: Profile) -> Markup | None:
-    """Of several models that were compared with one."""
-    points = []
-    for name, row in zip(tables.heads(result), result.models, strict=False):
-        scores = headline(result, row)
-        if scores and scores.against:
-            kld = scores.against.kld
-            points.append(charts.Mark(name, row.stored_bytes, kld.value, kld.error, bool(row.on_frontier)))
-    return charts.frontier(points) if len(points) > 1 else None
-
-
-def _latency_chart(named: list[tuple[str, Measured]]) -> Markup | None:
-    timed = [("base" if name == "baseline" else "packed", name, row.speed[0].tpot) for name, row in named if row.speed]
-    return charts.histogram(timed) if timed else None
-
-
-def _parts(memory: Memory) -> list[charts.Part]:
-    """The measured total by part; what was not measured has no bytes here."""
-    return [
-        charts.Part("packed", "packed linears", memory.packed),
-        charts.Part("embeddings", "embedding", memory.embeddings),
-        charts.Part("unquantized", "not quantized", memory.unquantized),
-        charts.Part("kv", "KV cache", memory.kv_cache or 0),
-        charts.Part("activations", "activations", memory.activations or 0),
-        charts.Part("process", "the process", memory.process or 0),
-    ]
 
 
 def _memory_note(memory: Memory) -> str:
@@ -151,6 +119,7 @@ def summary(result: Profile) -> str:
     lines = [title(result) if is_several(result) else result.models[0].name, ""]
     lines += [f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top]
     shown = [tables.candidates(result) if is_several(result) else tables.quality(result), tables.speed(result)]
+    shown.append(beside.table(result))
     for table in filter(None, shown):
         lines += ["", *plain(*table)]
     lines.append("")

@@ -116,7 +116,7 @@ class Browser:
         found = []
         for e in self.events:
             if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
-                found.append(json.dumps(e["params"])[:400])
+                found.append(json.dumps(e["params"])[:2000])
         return found
 
     def screenshot(self, path: Path) -> None:
