@@ -26,7 +26,10 @@ class Options:
         None, "exit with 1 if the mean KL divergence rises by more than X", parse=number, metavar="X"
     )
     max_slowdown: float | None = option(
-        None, "exit with 1 if generate, or predicted decode, gets slower by more than PCT percent", parse=number, metavar="PCT"
+        None,
+        "exit with 1 if generate, or predicted decode, gets slower by more than PCT percent",
+        parse=number,
+        metavar="PCT",
     )
     max_memory_increase: float | None = option(
         None, "exit with 1 if the memory rises by more than PCT percent", parse=number, metavar="PCT"
@@ -180,7 +183,7 @@ def _pairs(before: Document, after: Document) -> tuple[list[tuple[str, str]], li
     """(names of what is compared, names of what has no other)."""
     ours, theirs = rows(before), rows(after)
     if len(ours) == len(theirs) == 1:
-        return [(*ours, *theirs)], []
+        return [(next(iter(ours)), next(iter(theirs)))], []
     common = [name for name in ours if name in theirs]
     if not common:
         raise QkitError(

@@ -1,7 +1,7 @@
 """Headless Chromium, driven through its DevTools protocol over a pair of pipes: nothing but the browser is needed.
 
-https://chromedevtools.github.io/devtools-protocol/; --remote-debugging-pipe: messages of JSON, each ended by a zero byte, in on
-file descriptor 3 and out on 4.
+https://chromedevtools.github.io/devtools-protocol/; --remote-debugging-pipe: messages of JSON, each ended by a zero
+byte, in on file descriptor 3 and out on 4.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Profiles of every kind, for whoever shows them: measured ones made of plain numbers, predictions of published configs."""
+"""Profiles of every kind, for whoever shows them: measured ones of plain numbers, predictions of published configs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qkit.estimate.command import predict
 from qkit.estimate.result import Predicted
-from qkit.hardware.catalogue import parse
+from qkit.hardware.catalogue import find, parse
 from qkit.measure.engines.types import Point, Sweep, measured_point
 from qkit.measure.options import Options
 from qkit.measure.quality import DELTA_P_PERCENTILES, KLD_PERCENTILES, Divergence, Estimate, Quality, Scores
@@ -44,10 +44,13 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     provenance = {
         "qkit": "0", "python": "3", "torch": "2", "transformers": "5", "kernels": name, "system": "Linux",
         "date": "now",
-        "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp",
+        "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp", "memory_allowed": 10**9,
     }  # fmt: skip
-    device = {"id": "cpu", "name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,)}
-    device["read_ceiling_gbs"] = 40.0
+    device = {
+        "id": "cpu", "name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "available_bytes": 10**9,
+        "features": (name,),
+        "catalogue_id": "epyc-9654", "catalogue": dataclasses.asdict(find("epyc-9654")), "read_ceiling_gbs": 40.0,
+    }  # fmt: skip
     text = EvaluationText(name, "12", 4, 512, True)
     plain = {"stored_types": {"BF16": 10}, "stored_quantized": False, "schemes": {}, "kernels": {}}
     quality = Quality(4, 512, 1000, scores, "both loaded")
@@ -58,18 +61,23 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
 
 
 PREDICTED = {
-    "decode": {"tokens_per_s": 60.0, "low": 45.0, "high": 80.0, "basis": "figures of qkit on other devices"},
+    "decode": {
+        "tokens_per_s": 60.0, "low": 45.0, "high": 80.0, "bound": "memory", "sequences": 1.0,
+        "basis": "figures of qkit on other devices",
+    },
     "prefill": {"tokens_per_s": 700.0, "low": 350.0, "high": 800.0},
     "first": {"prompt": 512, "seconds": 0.7, "low": 0.6, "high": 1.4},
     "memory": {"total": 900_000_000, "parts": {"weights": 700_000}},
-}
+}  # fmt: skip
 
 
 def compared() -> Profile:
     """One whose predictions for this device stand beside its figures."""
     result = make()
     row = dataclasses.replace(result.models[0], predicted=PREDICTED, active_parameters=900_000)
-    timed = tuple(dataclasses.replace(s, batch=n, read_gbs=20.0 / n, read_share=0.5 / n) for n, s in enumerate(row.speed, 1))
+    timed = tuple(
+        dataclasses.replace(s, batch=n, read_gbs=20.0 / n, read_share=0.5 / n) for n, s in enumerate(row.speed, 1)
+    )
     return dataclasses.replace(result, models=(dataclasses.replace(row, speed=timed),))
 
 
@@ -93,7 +101,9 @@ def swept() -> Profile:
                 continue
             steps = [0.01 * batch**0.5 * (1 + context / 8192)] * 7
             points.append(
-                measured_point(plan, warmups=1, ttft=[context / 800], tpot=steps, generate=[(1.0, 0.5)], peak_bytes=10**9)
+                measured_point(
+                    plan, warmups=1, ttft=[context / 800], tpot=steps, generate=[(1.0, 0.5)], peak_bytes=10**9
+                )
             )
     found = Sweep("qkit", "qkit 0.1", "model", {"dtype": "bfloat16", "threads": 2}, tuple(points))
     return dataclasses.replace(make(), sweeps=(found, dataclasses.replace(found, engine="llama.cpp")))
@@ -123,7 +133,13 @@ def predictions(root: Path) -> dict[str, Predicted]:
         "one": predicted(root / "one", ["Llama-3.3-70B"], ["h100-sxm"], scheme="w4a16"),
         "four": predicted(root / "four", ["Llama-3.3-70B"], ["h100-sxm", "rtx-4090:2", "mi300x", "p40"]),
         "all": predicted(root / "all", ["Llama-3.3-70B"], ["all"], scheme="w4a16"),
-        "two": predicted(root / "two", ["Llama-3.1-8B", "Mixtral-8x7B"], ["rtx-4090", "epyc-9654"], api_price=(1.5,), price_per_hour=0.4),
+        "two": predicted(
+            root / "two",
+            ["Llama-3.1-8B", "Mixtral-8x7B"],
+            ["rtx-4090", "epyc-9654"],
+            api_price=(1.5,),
+            price_per_hour=0.4,
+        ),
     }
 
 

@@ -24,7 +24,7 @@ _ENOUGH = 0.1  # seconds to the first token that nobody notices
 
 @dataclass(frozen=True)
 class Money:
-    """usd_per_hour, utilization, inputs: as `cost.costs`; price in words. hosted: dollars a million tokens in and out."""
+    """usd_per_hour, utilization, inputs: as `cost.costs`. hosted: dollars a million tokens in and out."""
 
     usd_per_hour: float | None = None
     utilization: float = 0.5
@@ -45,8 +45,8 @@ class First:
 
 @dataclass(frozen=True)
 class Speeds:
-    """decode: new tokens a second over all sequences, at the context and batch asked for; prefill: of one prompt of that
-    context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each of them.
+    """decode: new tokens a second over all sequences, at the context and batch asked for; prefill: of one prompt of
+    that context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each.
     instant: the longest prompt whose first token comes within 0.1 s; None: not even 16 tokens. roof: where these loads
     stand under the device's ceilings; None where no curves were asked for."""
 
@@ -118,7 +118,7 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
 
     def first(prompt: int) -> First | None:
         found = prefill(prompt)
-        return found and First(prompt, prompt / found.tokens_per_s, prompt / found.high, prompt / found.low)
+        return First(prompt, prompt / found.tokens_per_s, prompt / found.high, prompt / found.low) if found else None
 
     at, filled = decode(fit.batch, fit.context), prefill(fit.context)
     if at is None or filled is None:
@@ -140,7 +140,7 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
         return Speeds(at, filled, loaded, firsts, (), (), None, None)
     has = ceilings(decoding.device, decoding.count, decoding.kernel, decoding.engine)
     fills = tuple((n, p) for n in prompts if n in (PROMPTS[0], fit.context) and (p := prefill(n)))
-    under = has and roof(work, has, manner(decoding), fit.context, tuple(batches), fills)
+    under = None if has is None else roof(work, has, manner(decoding), fit.context, tuple(batches), fills)
     return Speeds(at, filled, loaded, firsts, tuple(batches), tuple(contexts), _instant(first, fit.most), under)
 
 

@@ -36,7 +36,7 @@ def predict(models: Sequence[str], targets: Sequence[Target], options: Options) 
     for name in ("baseline", "text", "max_kld", "endpoint"):
         if getattr(options, name, None) is not None:
             raise QkitError(
-                f"--{name.replace('_', '-')} is for what is measured, and nothing is measured on a device that is not here",
+                f"--{name.replace('_', '-')} is for what is measured, and nothing is on a device that is not here",
                 "leave it out, or name a device of this machine: `qkit devices` lists those",
             )
     if len(options.batch) > 1:
@@ -65,7 +65,8 @@ def _missed(estimates: Sequence[Estimate], min_tps: float | None) -> tuple[str, 
     if min_tps is None:
         return ()
     return tuple(
-        f"{each.subject.label} on {a.target.spec}: {a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, below {min_tps:g}"
+        f"{each.subject.label} on {a.target.spec}: {a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, "
+        f"below {min_tps:g}"
         for each in estimates
         for a in each.answers
         if a.speeds is not None and a.speeds.decode.tokens_per_s < min_tps

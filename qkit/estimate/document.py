@@ -21,19 +21,20 @@ SCHEMA_VERSION = 3
 
 CONTEXT_WORDS = "{:,} tokens of context in each of {} sequences, a KV cache of {}"
 FORMULAS = {
-    "weights": "sum over the tensors of their headers, or over the shapes of the architecture at the types of its config "
-    "or of the scheme; on several devices the share of the fullest",
+    "weights": "sum over the tensors of their headers, or over the shapes of the architecture at the types of its "
+    "config or of the scheme; on several devices the share of the fullest",
     "KV cache": "sum over layers of what each keeps of a token, as the engine holds it: windows, latents and states by "
     "kind, pages rounded up",
     "activations, logits, graphs, runtime": "by engine: the basis stands with each",
     "usable": "what the engine may take of the device's memory",
-    "tokens per second": "roofline: weights and cache over bandwidth, operations over the dense peak, a launch a layer and "
-    "pass; what engines reach of them is fitted to published figures (profiles/speed.json, benchmarks/speed_fit.py)",
+    "tokens per second": "roofline: weights and cache over bandwidth, operations over the dense peak, a launch a layer "
+    "and pass; what engines reach of them is fitted to published figures (profiles/speed.json, "
+    "benchmarks/speed_fit.py)",
     "interval": "nine in ten: the fit's uncertainty, and the spread of engines, kernels and devices where a figure is "
     "missing; held-out figures lie within as often as benchmarks/speed_fit.py says",
     "first token": "time of a pass over the prompt, one sequence",
-    "dollars per million": "price per hour / (tokens per second x 3600 x utilization), at full load: as many sequences as "
-    "fit, at most 256",
+    "dollars per million": "price per hour / (tokens per second x 3600 x utilization), at full load: as many sequences "
+    "as fit, at most 256",
     "break-even": "tokens a month from which a rented target costs less than the hosted price in the same mix",
 }
 

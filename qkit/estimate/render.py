@@ -1,4 +1,4 @@
-"""An estimate as text: the answer first, for one device in detail, for many as a table. Lines of 120 columns at most."""
+"""An estimate as text: the answer first, for one device in detail, for many as a table. At most 120 columns."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterable
 
 from .. import units
-from ..report.predicted import tables
 from ..report.predicted import wording as w
-from ..report.predicted.wording import dollars, rate, seconds
-from .answer import Answer
+from ..report.predicted.choose import at_context, ordered, relevant, useful
+from ..report.predicted.shown import dollars, interval, market, rate, seconds
+from .answer import Answer, First
 from .estimate import Estimate
 from .steps import Step
 
@@ -29,14 +29,15 @@ def describe(result: Estimate) -> str:
 
 
 def heading(result: Estimate) -> list[str]:
-    s = result.subject
-    active = s.arch.active_parameters
-    part = f", {active / 1e9:.1f} B of them active (mixture of experts)" if active < 0.8 * s.arch.parameters else ""
-    basis = "" if s.arch.basis == "known family" else f" - {s.arch.basis}"
+    s, arch = result.subject, result.subject.arch
+    active = arch.active_parameters
+    count = f"{arch.parameters / 1e9:.2f} B parameters"
+    count += f", {active / 1e9:.1f} B of them active (mixture of experts)" if active < 0.8 * arch.parameters else ""
+    basis = "" if arch.basis == "known family" else f" - {arch.basis}"
     return [
         *_said("", w.verdict(result)),
         "",
-        *_said("", f"{s.label}: {s.arch.model_type}, {s.arch.parameters / 1e9:.2f} B parameters{part}, {len(s.arch.layers)} layers"),
+        *_said("", f"{s.label}: {arch.model_type}, {count}, {len(arch.layers)} layers"),
         *_said("", f"{s.stored}: {units.size(s.weights.total)}, {s.bits_per_weight:.2f} bits per weight{basis}"),
         f"PREDICTED for a context of {result.context:,} tokens at batch {result.asked.batch}; nothing was loaded",
     ]
@@ -55,13 +56,14 @@ def _detail(result: Estimate, index: int, a: Answer) -> list[str]:
     if fit.problem:
         return _said("", head + fit.problem)
     each = " on each" if a.target.count > 1 else ""
-    usable = f" of {units.size(fit.usable)} usable" if fit.usable is not None else ""
+    of = ", usable" if fit.fits is False else " of usable"
+    usable = f"{of} {units.size(fit.usable)}" if fit.usable is not None else ""
     parts = ", ".join(f"{t.name} {units.size(t.nbytes)}" for t in fit.memory.terms if t.nbytes)
     lines = [head + verdict, *_said("memory", f"{units.size(fit.memory.total)}{each}{usable}: {parts}")]
     context, batch = fit.largest_context(fit.batch), fit.largest_batch(fit.context)
     if context:
         own = ", the model's own maximum" if context == fit.most else ""
-        many = f"; {batch:,} sequences of {fit.context:,} at once" if batch else ""
+        many = f"; {batch:,} sequence{'' if batch == 1 else 's'} of {fit.context:,} at once" if batch else ""
         lines += _said("room", f"up to {context:,} tokens of context at batch {fit.batch}{own}{many}")
     lines += [*_speed(a), *_cost(a)]
     return [*lines, *_steps(result.steps[index])] if result.steps else lines
@@ -72,7 +74,9 @@ def _speed(a: Answer) -> list[str]:
     if s is None:
         return _said("speed", f"unknown: {a.unknown}")
     more = f"; {rate(s.loaded)} over {s.loaded.sequences:,.0f} sequences" if s.loaded.sequences > a.fit.batch else ""
-    firsts = ", ".join(f"{seconds(f.seconds)} ({w.interval(f)}) for {f.prompt:,} tokens" for f in _few(s.first, a.fit.context))
+    firsts = ", ".join(
+        f"{seconds(f.seconds)} ({interval(f)}) for {f.prompt:,} tokens" for f in _few(s.first, a.fit.context)
+    )
     instant = f"; within 0.1 s up to {s.instant:,}" if s.instant else ""
     return [
         *_said("decode", f"{rate(s.decode)}, bound by {s.decode.bound}{more}"),
@@ -82,7 +86,7 @@ def _speed(a: Answer) -> list[str]:
     ]
 
 
-def _few(firsts: Iterable[w.First], context: int) -> list[w.First]:
+def _few(firsts: Iterable[First], context: int) -> list[First]:
     """A short prompt and one as long as the context."""
     each = list(firsts)
     return [f for f in each if f.prompt in (512, context)] or each[-1:]
@@ -92,8 +96,10 @@ def _cost(a: Answer) -> list[str]:
     c = a.costs
     if c is None:
         return []
-    words = f"{dollars(c.per_million_in)} a million tokens of prompts, {dollars(c.per_million_out)} a million new ones: "
-    words += f"{dollars(c.usd_per_hour)} an hour ({w.market(c.source)}), busy {c.utilization:.0%} of it"
+    words = (
+        f"{dollars(c.per_million_in)} a million tokens of prompts, {dollars(c.per_million_out)} a million new ones: "
+    )
+    words += f"{dollars(c.usd_per_hour)} an hour ({market(c.source)}), busy {c.utilization:.0%} of it"
     lines = _said("cost", words)
     month = f"{dollars(c.monthly)} a month for up to {c.capacity:,.0f} million tokens, {c.inputs:g} in to one out"
     if v := a.against:
@@ -107,35 +113,39 @@ def _cost(a: Answer) -> list[str]:
     lines += _said(" ", month)
     if p := a.purchase:
         when = f"earned back in {p.months:.0f} months of renting" if p.months else "never earned back"
-        lines += _said(" ", f"bought for {dollars(p.usd)} ({w.market(a.purchase_source)}): {when}")
+        lines += _said(" ", f"bought for {dollars(p.usd)} ({market(a.purchase_source)}): {when}")
     return lines
 
 
 def _steps(steps: Iterable[Step]) -> list[str]:
-    found = w.useful(list(steps))
+    found = useful(list(steps))
     lines = ["  the next steps down"] if found else []
     for step in found:
-        what = f"up to {step.largest_context or 0:,} tokens, {step.largest_batch or 0} sequences" if step.fit.fits else "does not fit"
+        many = step.largest_batch or 0
+        room = f"up to {step.largest_context or 0:,} tokens, {many:,} sequence{'' if many == 1 else 's'}"
+        what = room if step.fit.fits else "does not fit"
         lines.append(f"    {step.name:<48} {units.size(step.nbytes):>9}  {w.engine(step.fit.engine):<13} {what}")
     return lines
 
 
+_COLUMNS = "{:<24}{:<13}{:>7}{:>8}{:>9}{:>6}{:>20}{:>9}{:>9}"
+
+
 def _table(result: Estimate) -> list[str]:
-    shown = tables.relevant(result)
+    shown = relevant(result)
     each = [a for a in shown if a.fit.fits]
-    lines = [
-        f"{'device':<24}{'engine':<13}{'needs':>7}{'of GiB':>8}{'context':>9}{'seqs':>6}{'decode tok/s':>20}{'first':>9}{'$/M out':>9}"
-    ]
+    head = "device", "engine", "needs", "of GiB", "context", "seqs", "decode tok/s", "first", "$/M out"
+    lines = [_COLUMNS.format(*head)]
     for a in each:
         context, batch = a.fit.largest_context(a.fit.batch), a.fit.largest_batch(a.fit.context)
-        first = w.at_context(a)
+        first = at_context(a)
         p = a.speeds.decode if a.speeds else None
         speed = f"{p.tokens_per_s:,.0f} ({p.low:,.0f} to {p.high:,.0f})" if p else "-"
         cost = f"{a.costs.per_million_out:.2f}" if a.costs else "-"
-        lines.append(
-            f"{a.target.spec:<24}{w.engine(a.engine):<13}{a.fit.memory.total / _GIB:>7.1f}{(a.fit.usable or 0) / _GIB:>8.1f}"
-            f"{_count(context):>9}{_count(batch):>6}{speed:>20}{seconds(first.seconds) if first else '-':>9}{cost:>9}"
-        )
+        needs, usable = (f"{n / _GIB:.1f}" for n in (a.fit.memory.total, a.fit.usable or 0))
+        wait = seconds(first.seconds) if first else "-"
+        room = _count(context), _count(batch)
+        lines.append(_COLUMNS.format(a.target.spec, w.engine(a.engine), needs, usable, *room, speed, wait, cost))
     more = sum(bool(a.fit.fits) for a in result.answers) - len(each)
     lines += [f"and {more} more that fit: they stand in the report"] if more else []
     return [*lines, *_rest(result)]
@@ -144,13 +154,15 @@ def _table(result: Estimate) -> list[str]:
 def _rest(result: Estimate) -> list[str]:
     """Those on which it does not fit, and those of which nobody knows."""
     lines: list[str] = []
-    short = [a for a in tables.ordered(result) if a.fit.fits is False and not a.fit.problem]
+    short = [a for a in ordered(result) if a.fit.fits is False and not a.fit.problem]
     if short:
         near = ", ".join(f"{a.target.spec} ({units.size(-(a.fit.spare or 0))} short)" for a in short[:4])
         lines += _said("", f"does not fit: {near}" + (f", and {len(short) - 4} more" if len(short) > 4 else ""))
     unknown = [a for a in result.answers if a.fit.fits is None]
     if unknown:
-        lines += _said("", f"unknown: {len(unknown)} whose memory is their owner's choice, such as {unknown[0].target.spec}")
+        lines += _said(
+            "", f"unknown: {len(unknown)} whose memory is their owner's choice, such as {unknown[0].target.spec}"
+        )
     refused = [a for a in result.answers if a.fit.problem]
     if refused:
         lines += _said("", f"not run: {len(refused)}, such as {refused[0].target.spec}: {refused[0].fit.problem}")
@@ -161,7 +173,7 @@ def _footing(result: Estimate) -> list[str]:
     lines = _said("", f"weights: {result.subject.basis}")
     if result.money.hosted and any(a.against for a in result.answers):
         usd = f"${result.money.hosted[0]:g} in, ${result.money.hosted[1]:g} out"
-        lines += _said("", f"hosted price: {usd} a million tokens, {w.market(result.money.hosted_source)}")
+        lines += _said("", f"hosted price: {usd} a million tokens, {market(result.money.hosted_source)}")
     return lines
 
 

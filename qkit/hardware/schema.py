@@ -1,8 +1,8 @@
 """JSON Schema, as much of it as the schemas of profiles/ use, so that the schema that ships is the check that runs.
 
 The keywords are those of draft 2020-12: type, enum, required, properties, additionalProperties, items, minItems,
-minLength, pattern, minimum, maximum, exclusiveMinimum, anyOf, $ref into the same document. Any other one is an error of the
-schema's author (KeyError), not passed over.
+minLength, pattern, minimum, maximum, exclusiveMinimum, anyOf, $ref into the same document. Any other one is an error of
+the schema's author (KeyError), not passed over.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""schema.json, which ships beside this file: what a report's profile.json holds, and the check of a document against it.
+"""schema.json, which ships beside this file: what a profile.json holds, and the check of a document against it.
 
 A report is not checked as it is written: what it would find is a fault of qkit's own, for which nobody should lose what
 was measured. The tests check documents of both kinds, and whoever reads one checks it."""

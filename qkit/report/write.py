@@ -11,7 +11,8 @@ from . import beside, drawings, page, tables
 from .folder import NAMES, save
 from .layout import as_json, cell, fenced, markdown, plain
 from .tables import Table
-from .wording import against, cards, fit_words, headline, is_several, setting, status, title, verdict
+from .wording import against, cards, fit_words, is_several, setting, status, title, verdict
+
 
 def write(result: Profile, folder: Path) -> list[Path]:
     """Write the three files into `folder`, each whole or not at all. Raises QkitError where that fails."""

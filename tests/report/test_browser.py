@@ -1,9 +1,10 @@
-"""Every kind of report in a real browser: nothing fetched, nothing complained of, nothing cut, covered or too faint, at any
-width, in light, dark and print, and by keyboard."""
+"""Every kind of report in a real browser: nothing fetched, nothing complained of, nothing cut, covered or too faint, at
+any width, in light, dark and print, and by keyboard."""
 
 from __future__ import annotations
 
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import chromium
@@ -75,8 +76,17 @@ FAINT = """(() => {
   const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length === 4 && m[3] === 0 ? null : m; };
   const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
-  const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => p - q); return (y + 0.05) / (x + 0.05); };
-  const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c) return c; } return [255, 255, 255]; };
+  const contrast = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => p - q);
+    return (y + 0.05) / (x + 0.05);
+  };
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = parse(getComputedStyle(e).backgroundColor);
+      if (c) return c;
+    }
+    return [255, 255, 255];
+  };
   const wrong = new Set(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   let seen = 0;
   while (walker.nextNode()) {
@@ -84,11 +94,12 @@ FAINT = """(() => {
     if (!words || e.closest("title, style")) continue;
     const drawn = e.closest("svg") !== null, style = getComputedStyle(e);
     const ink = parse(drawn ? style.fill : style.color);
-    const under = e.classList.contains("on-fill") ? parse(getComputedStyle(e.previousElementSibling).fill) : behind(drawn ? e.closest("svg").parentElement : e);
+    const under = e.classList.contains("on-fill") ? parse(getComputedStyle(e.previousElementSibling).fill)
+      : behind(drawn ? e.closest("svg").parentElement : e);
     seen += 1;
     if (contrast(ink, under) < 4.5) wrong.add(`${contrast(ink, under).toFixed(2)}: ${words.slice(0, 40)}`);
   }
-  return seen < 20 && document.querySelector("main") ? ["hardly a text was seen"] : [...wrong];
+  return seen ? [...wrong] : ["no text was seen"];
 })()"""
 
 OPEN = "document.querySelectorAll('details').forEach(each => each.open = true)"
@@ -115,14 +126,18 @@ def test_a_report_fetches_nothing_and_stays_whole_at_any_width(browser, pages, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_paper_nothing_is_cut(browser, pages, kind, tmp_path):
     browser.open(pages[kind], 718, dark=True)  # A4 between its margins
-    browser.send("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    browser.send(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
     tables = """[...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth + 1)
       .map(e => `${e.getAttribute("aria-label")} is ${e.scrollWidth - e.clientWidth} px too wide`)"""
     assert wrong(browser, OVERFLOW, CHARTS, CUT, FAINT, tables) == []
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     browser.send("Emulation.setEmulatedMedia", media="")
     browser.pdf(tmp_path / "report.pdf")
-    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "report.pdf").stat().st_size > 20_000
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF") and (
+        tmp_path / "report.pdf"
+    ).stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,11 +145,14 @@ def test_a_report_is_read_out_and_walked_through(browser, pages, kind):
     browser.open(pages[kind], 1280)
     tree = browser.send("Accessibility.getFullAXTree")["nodes"]
     shown = [n for n in tree if not n.get("ignored")]
-    named = {role: [n["name"]["value"] for n in shown if n["role"]["value"] == role] for role in ("image", "heading", "table")}
+    named = {
+        role: [n["name"]["value"] for n in shown if n["role"]["value"] == role]
+        for role in ("image", "heading", "table")
+    }
     assert named["image"] and all(any(c.isdigit() for c in name) and len(name) > 40 for name in named["image"])
     assert len(named["heading"]) >= 4 and all(named["heading"]) and named["table"]
     levels = browser.run("[...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])")
-    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in pairwise(levels))
     assert browser.run("[...document.querySelectorAll('th')].every(e => ['col', 'row'].includes(e.scope))")
     assert browser.run("document.documentElement.lang") == "en"
     assert browser.run("[...document.querySelectorAll('[tabindex]')].every(e => e.tabIndex <= 0)")
@@ -159,9 +177,10 @@ def press(browser: chromium.Browser, key: str, code: int) -> None:
 
 
 BAD = """<!doctype html><html lang="en"><body style="background:#fff"><main>
-<p style="width:2000px">wide</p> <p style="color:#bbbbbb">faint</p> <p style="width:40px;overflow:hidden">unbreakable_word</p>
-<svg viewBox="0 0 400 40" width="300" height="30" role="img" aria-label="bad"><rect width="100" height="20"/><text x="0" y="20">one</text>
-<text x="4" y="20">two</text><text x="390" y="20">outside</text></svg>
+<p style="width:2000px">wide</p> <p style="color:#bbbbbb">faint</p>
+<p style="width:40px;overflow:hidden">unbreakable_word</p>
+<svg viewBox="0 0 400 40" width="300" height="30" role="img" aria-label="bad"><rect width="100" height="20"/>
+<text x="0" y="20">one</text> <text x="4" y="20">two</text><text x="390" y="20">outside</text></svg>
 <img src="https://example.com/x.png"><script>console.log("said"); undefined.nothing</script></main></body></html>"""
 
 

@@ -6,46 +6,15 @@ import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 
 import pytest
+from pages import Page
 from reports import HOSTILE, make
 
 from qkit.measure.quality import Estimate
 from qkit.measure.types import Formula
 from qkit.report import charts, tables, wording
 from qkit.report import write as report
-
-VOID = {"meta", "link", "img", "br", "hr", "input", "rect", "circle", "line"}
-
-
-class Page(HTMLParser):
-    """Checks nesting, and collects tags, attributes and text."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        if not self.stack or self.stack[-1] != "style":
-            self.text += data
 
 
 @pytest.mark.parametrize("baseline", [True, False])

@@ -10,6 +10,6 @@ from .svg import figure
 from .times import histogram, rates
 
 __all__ = [
-    "Bill", "Curve", "Held", "Mark", "Part", "Spot", "bills", "curves", "figure", "frontier", "histogram", "limited_bars",
-    "log_percentiles", "rates", "roofline", "stacked_bars",
+    "Bill", "Curve", "Held", "Mark", "Part", "Spot", "bills", "curves", "figure", "frontier", "histogram",
+    "limited_bars", "log_percentiles", "rates", "roofline", "stacked_bars",
 ]  # fmt: skip

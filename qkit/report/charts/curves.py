@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -92,13 +93,16 @@ def bills(rented: Sequence[Bill], hosted: float | None) -> Markup:
     top = min(top, 4 * max(hosted * most, max(each.monthly for each in rented))) if hosted else top
     x, y = Scale(0, most, LEFT + 8, RIGHT), Scale(0, top * 1.05, BOTTOM, TOP)
     out = frame(
-        x, y, [(t, f"{t:,.0f}" if most >= 10 else f"{t:g}") for t in ticks(0, most)], [(t, money(t)) for t in ticks(0, y.high)]
+        x,
+        y,
+        [(t, f"{t:,.0f}" if most >= 10 else f"{t:g}") for t in ticks(0, most)],
+        [(t, money(t)) for t in ticks(0, y.high)],
     )
     names: list[tuple[str, float, float]] = []
     avoid: list[Box] = []
     for each in rented:
         stairs = [(x(a), y(b)) for a, b in _stairs(each, most, y.high)]
-        avoid += [box for a, b in zip(stairs, stairs[1:], strict=False) for box in along(a, b)]
+        avoid += [box for a, b in pairwise(stairs) for box in along(a, b)]
         out.append(path(f"curve-{each.css}", stairs))
         if each.first is not None:
             title = f"{each.name} pays from {each.first:,.0f} million tokens a month, {money(each.monthly)}"
@@ -135,7 +139,10 @@ def _stairs(each: Bill, most: float, top: float) -> list[tuple[float, float]]:
     for n in range(steps):
         if each.monthly * (n + 1) > top:
             break
-        points += [(n * each.capacity, each.monthly * (n + 1)), (min(most, (n + 1) * each.capacity), each.monthly * (n + 1))]
+        points += [
+            (n * each.capacity, each.monthly * (n + 1)),
+            (min(most, (n + 1) * each.capacity), each.monthly * (n + 1)),
+        ]
     return points or [(0.0, min(top, each.monthly)), (most, min(top, each.monthly))]
 
 

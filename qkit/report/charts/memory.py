@@ -132,10 +132,14 @@ def _tight(rows: Sequence[Held], top: int) -> Markup:
 def _against(row: Held, x: Scale, y: float, height: float) -> list[str]:
     out = []
     if row.nominal:
-        out.append(rect("room", x(0), y, x(row.nominal) - x(0), height, f"{row.name}: {units.size(row.nominal)} nominal"))
+        out.append(
+            rect("room", x(0), y, x(row.nominal) - x(0), height, f"{row.name}: {units.size(row.nominal)} nominal")
+        )
     out += _segments(row.parts, x, y + 3, height - 6, None if row.usable is None else x(row.usable))
     if row.usable is not None:
-        out.append(line("limit", x(row.usable), y - 3, x(row.usable), y + height + 3, f"{units.size(row.usable)} usable"))
+        out.append(
+            line("limit", x(row.usable), y - 3, x(row.usable), y + height + 3, f"{units.size(row.usable)} usable")
+        )
     return out
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -45,7 +46,7 @@ def roofline(bandwidth: float, peak: float | None, spots: Sequence[Spot], how: s
     edge = [(x(start), y(bandwidth * start)), (x(turn), y(bandwidth * turn))]
     edge += [(x(x_high), y(peak))] if peak else []
     out.append(path("roof", edge))
-    avoid = [box for a, b in zip(edge, edge[1:], strict=False) for box in along(a, b)]
+    avoid = [box for a, b in pairwise(edge) for box in along(a, b)]
     middle = math.sqrt(start * turn)
     out.append(_caption(f"{bandwidth / 1e9:,.0f} GB/s", x(middle) - 8, y(bandwidth * middle) - 6, avoid))
     if peak:
@@ -65,9 +66,7 @@ def roofline(bandwidth: float, peak: float | None, spots: Sequence[Spot], how: s
     out.append(text((x.start + x.end) / 2, BOTTOM + 36, "operations a byte", "tick", "middle"))
     ceiling = f"{_rate(peak)}op/s" if peak else "unknown"
     summary = "; ".join(_words(s, bandwidth, peak) for s in spots)
-    return svg(
-        out, BOTTOM + 42, f"Roofline, {how}: ceilings {bandwidth / 1e9:,.0f} GB/s and {ceiling}. {summary}"
-    )
+    return svg(out, BOTTOM + 42, f"Roofline, {how}: ceilings {bandwidth / 1e9:,.0f} GB/s and {ceiling}. {summary}")
 
 
 def _caption(words: str, x: float, y: float, avoid: list[Box]) -> str:

@@ -1,8 +1,8 @@
 """What every chart is made of: text, scales, the frame of an SVG, and labels that keep clear of each other.
 
-The charts are own SVG, not a plotting library's: the few kinds that a report needs are a few hundred lines, where a library
-brings megabytes of script into each page or pictures that follow no theme. As inline SVG they need no script, take their
-colours from the page's style sheet (light, dark and print), are sharp at any size, and are text to a reader.
+The charts are own SVG, not a plotting library's: the few kinds that a report needs are a few hundred lines, where a
+library brings megabytes of script into each page, or pictures that follow no theme. As inline SVG they need no script,
+take their colours from the page's style sheet (light, dark and print), are sharp at any size, and are text to a reader.
 
 Every text is escaped here; the results are safe to place into HTML as they are.
 """

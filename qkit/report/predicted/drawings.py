@@ -13,8 +13,8 @@ from .. import charts
 
 # CSS class of each part of the memory; parts that an engine does not have have no bytes.
 PARTS = {
-    "weights": "packed", "KV cache": "kv", "activations": "activations", "logits": "unquantized", "CUDA graphs": "embeddings",
-    "runtime": "process",
+    "weights": "packed", "KV cache": "kv", "activations": "activations", "logits": "unquantized",
+    "CUDA graphs": "embeddings", "runtime": "process",
 }  # fmt: skip
 _GIB = 1 << 30
 

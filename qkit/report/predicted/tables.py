@@ -11,52 +11,24 @@ from ...estimate.estimate import Estimate
 from ...estimate.fit import BATCHES, contexts
 from ...estimate.result import Predicted
 from ...estimate.steps import Step
-from . import wording as w
-from .wording import dollars, number, seconds
+from .choose import at_context, useful
+from .shown import dollars, interval, market, number, seconds
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
-MOST = 30  # devices that are shown; the rest is folded
-
-
-def ordered(result: Estimate) -> list[Answer]:
-    """Devices as they are listed: those that fit, the fastest first; then the unknown; then those that nearly fit."""
-
-    def key(a: Answer) -> tuple[int, float]:
-        if a.fit.fits:
-            return 0, -w.decode_rate(a)
-        if a.fit.problem:
-            return 3, 0.0
-        return (1, 0.0) if a.fit.fits is None else (2, -(a.fit.spare or 0))
-
-    return sorted(result.answers, key=key)
-
-
-def relevant(result: Estimate, most: int = MOST) -> list[Answer]:
-    """The devices that answer what people ask: of those that fit the fastest, the cheapest by the token and by the hour,
-    the smallest; and those that nearly fit. In the order of `ordered`."""
-    each = ordered(result)
-    if len(each) <= most:
-        return each
-    fitting = [a for a in each if a.fit.fits]
-    priced = [a for a in fitting if a.costs]
-    near = [a for a in each if a.fit.fits is False and not a.fit.problem][: most // 6]
-    lists = (
-        fitting,
-        sorted(priced, key=w.per_million),
-        sorted(priced, key=lambda a: a.costs.usd_per_hour if a.costs else 0.0),
-        sorted(fitting, key=lambda a: ((a.fit.usable or 0) * a.target.count, -w.decode_rate(a))),
-    )
-    chosen = {id(a) for a in near}
-    for rank in range(len(fitting)):
-        for ranked in lists:
-            if rank < len(ranked) and len(chosen) < most:
-                chosen.add(id(ranked[rank]))
-    return [a for a in each if id(a) in chosen]
 
 
 def devices(result: Estimate, answers: Sequence[Answer]) -> Table:
     """A row for each device: whether it fits, with what context and batch, how fast, at what cost."""
-    head = ["device", "engine", "needs", "usable", "fits", "largest context", f"sequences of {result.context:,}", "decode tok/s"]
+    head = [
+        "device",
+        "engine",
+        "needs",
+        "usable",
+        "fits",
+        "largest context",
+        f"sequences of {result.context:,}",
+        "decode tok/s",
+    ]
     head += ["nine in ten", f"first token of {result.context:,}", "$ an hour", "$ a million out"]
     return head, [_device(result, a) for a in answers]
 
@@ -64,7 +36,7 @@ def devices(result: Estimate, answers: Sequence[Answer]) -> Table:
 def _device(result: Estimate, a: Answer) -> list[str]:
     fit, s, c = a.fit, a.speeds, a.costs
     fits = {True: "yes", False: "no", None: "unknown"}[fit.fits]
-    first = w.at_context(a)
+    first = at_context(a)
     return [
         a.target.spec,
         a.engine,
@@ -136,7 +108,9 @@ def first_tokens(result: Estimate) -> Table | None:
     rows = []
     for prompt in prompts:
         known = [next((f for f in a.speeds.first if f.prompt == prompt), None) for a in timed if a.speeds]
-        rows.append([f"{prompt:,} tokens", *("-" if f is None else f"{seconds(f.seconds)} ({w.interval(f)})" for f in known)])
+        rows.append(
+            [f"{prompt:,} tokens", *("-" if f is None else f"{seconds(f.seconds)} ({interval(f)})" for f in known)]
+        )
     instant = [f"{a.speeds.instant:,} tokens" if a.speeds and a.speeds.instant else "none" for a in timed]
     return ["prompt of", *(a.target.spec for a in timed)], [*rows, ["longest within 0.1 s", *instant]]
 
@@ -152,7 +126,8 @@ def speeds(result: Estimate) -> Table | None:
         s = a.speeds
         of = f"{a.target.spec}, {a.engine}" if len(result.answers) > 1 else a.engine
         for what, p in (
-            (f"decode, batch {a.fit.batch}", s.decode), (f"decode, {s.loaded.sequences:,.0f} sequences", s.loaded), ("prefill", s.prefill),
+            (f"decode, batch {a.fit.batch}", s.decode), (f"decode, {s.loaded.sequences:,.0f} sequences", s.loaded),
+            ("prefill", s.prefill),
         ):  # fmt: skip
             rows.append([f"{of}: {what}", number(p.tokens_per_s), f"{number(p.low)} to {number(p.high)}", p.bound])
     return ["", "tokens/s", "nine in ten", "bound by"], rows
@@ -178,9 +153,11 @@ def _cost(a: Answer) -> dict[str, str]:
             pays += f"; always above {v.always:,.0f} million ({v.always_targets} of them)"
     bought = "no price is known"
     if p is not None:
-        bought = f"{dollars(p.usd)}, " + (f"earned back in {p.months:.0f} months of renting" if p.months else "never earned back")
+        bought = f"{dollars(p.usd)}, " + (
+            f"earned back in {p.months:.0f} months of renting" if p.months else "never earned back"
+        )
     return {
-        "an hour": f"{dollars(c.usd_per_hour)} ({w.market(c.source)})",
+        "an hour": f"{dollars(c.usd_per_hour)} ({market(c.source)})",
         "a million tokens of prompts": dollars(c.per_million_in),
         "a million new tokens": dollars(c.per_million_out),
         f"a million tokens, {c.inputs:g} in to one out": dollars(c.per_million),
@@ -193,7 +170,7 @@ def _cost(a: Answer) -> dict[str, str]:
 
 def steps(found: Sequence[Step]) -> Table | None:
     """The next steps down that are of use; None where there are none."""
-    kept = w.useful(found)
+    kept = useful(found)
     if not kept:
         return None
     head = ["format and scheme", "weights", "engine", "fits", "largest context", "sequences"]
@@ -224,7 +201,9 @@ def room_table(a: Answer) -> Table:
     """The same as text."""
     batches, rows = room(a)
     sign = {True: "", False: " ✗", None: " ?"}
-    return ["context", *(f"batch {n}" for n in batches)], [[name, *(text + sign[ok] for text, ok in cells)] for name, cells in rows]
+    return ["context", *(f"batch {n}" for n in batches)], [
+        [name, *(text + sign[ok] for text, ok in cells)] for name, cells in rows
+    ]
 
 
 def facts(result: Estimate) -> Table:
@@ -232,11 +211,15 @@ def facts(result: Estimate) -> Table:
     s = result.subject
     arch = s.arch
     active = arch.active_parameters
-    part = f", {active / 1e9:.2f} B of them active" if active < 0.8 * arch.parameters else ""
+    count = f"{arch.parameters / 1e9:.2f} B parameters"
+    count += f", {active / 1e9:.2f} B of them active" if active < 0.8 * arch.parameters else ""
     classes = ", ".join(f"{role} {units.size(n)}" for role, n in s.weights.by_class.items())
     return ["", ""], [
         ["model", f"{s.label} ({s.base_model})" if s.base_model not in ("", s.label) else s.label],
-        ["architecture", f"{arch.model_type}, {arch.basis}: {arch.parameters / 1e9:.2f} B parameters{part}, {len(arch.layers)} layers"],
+        [
+            "architecture",
+            f"{arch.model_type}, {arch.basis}: {count}, {len(arch.layers)} layers",
+        ],
         ["weights", f"{s.stored}: {units.size(s.weights.total)}, {s.bits_per_weight:.2f} bits per weight"],
         ["weights by class", classes],
         ["asked for", CONTEXT_WORDS.format(result.context, result.asked.batch, result.kv_dtype or "16 bits")],

@@ -13,6 +13,8 @@ from ..folder import NAMES, save
 from ..layout import as_json, cell, fenced, markdown
 from . import drawings, tables
 from . import wording as w
+from .cards import cards
+from .choose import ordered, relevant
 from .tables import Table
 
 
@@ -29,7 +31,7 @@ def to_markdown(result: Predicted) -> str:
     for each in result.estimates:
         out += [f"## {cell(w.name(each.subject))}", ""] if len(result.estimates) > 1 else []
         out += [cell(w.verdict(each)), ""]
-        out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in w.cards(each)])
+        out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(each)])
         for name, table in _sections(each):
             out += ["", f"{level} {cell(name)}", "", *markdown(*table)]
         out.append("")
@@ -42,7 +44,7 @@ def to_markdown(result: Predicted) -> str:
 
 def _sections(result: Estimate) -> list[tuple[str, Table]]:
     """What both the page and Markdown show as tables, in their order."""
-    shown = tables.relevant(result)
+    shown = relevant(result)
     found: list[tuple[str, Table]] = []
     if len(result.answers) > 1:
         found.append((_devices_title(result, len(shown)), tables.devices(result, shown)))
@@ -51,9 +53,15 @@ def _sections(result: Estimate) -> list[tuple[str, Table]]:
     found.append(("Memory by part", tables.memory(result)))
     for a in result.answers:
         if not a.fit.problem:
-            found.append((f"What fits {w.device(a.target)}: GB by context and batch (✗: more than is usable)", tables.room_table(a)))
+            found.append(
+                (
+                    f"What fits {w.device(a.target)}: GB by context and batch (✗: more than is usable)",
+                    tables.room_table(a),
+                )
+            )
     for name, table in (
-        ("Speed", tables.speeds(result)), ("Time to the first token", tables.first_tokens(result)), ("Cost", tables.costs(result)),
+        ("Speed", tables.speeds(result)), ("Time to the first token", tables.first_tokens(result)),
+        ("Cost", tables.costs(result)),
     ):  # fmt: skip
         found += [(name, table)] if table else []
     for a, steps in zip(result.answers, result.steps, strict=False):
@@ -86,21 +94,26 @@ def to_html(result: Predicted) -> str:
 
 def _model(result: Estimate) -> dict[str, Any]:
     """What the page shows of one model."""
-    shown = tables.relevant(result)
-    rest = [a for a in tables.ordered(result) if a not in shown] if len(shown) < len(result.answers) else []
+    s = result.subject
+    shown = relevant(result)
+    rest = [a for a in ordered(result) if a not in shown] if len(shown) < len(result.answers) else []
     return {
-        "name": w.name(result.subject),
-        "kicker": f"{result.subject.arch.model_type}, {result.subject.arch.parameters / 1e9:.2f} B parameters, {result.subject.stored}",
+        "name": w.name(s),
+        "kicker": f"{s.arch.model_type}, {s.arch.parameters / 1e9:.2f} B parameters, {s.stored}",
         "verdict": w.verdict(result),
-        "others": [w.of_one(result, i) for i in range(len(result.answers))] if result.detailed and len(result.answers) > 1 else [],
-        "cards": w.cards(result),
+        "others": [w.of_one(result, i) for i in range(len(result.answers))]
+        if result.detailed and len(result.answers) > 1
+        else [],
+        "cards": cards(result),
         "context": result.context,
         "batch": result.asked.batch,
         "detailed": result.detailed,
         "memory": drawings.memory(shown),
         "legend": drawings.legend(shown),
         "rates": None if result.detailed else drawings.rates(shown),
-        "devices": (_devices_title(result, len(shown)), tables.devices(result, shown)) if len(result.answers) > 1 else None,
+        "devices": (_devices_title(result, len(shown)), tables.devices(result, shown))
+        if len(result.answers) > 1
+        else None,
         "rest": tables.devices(result, rest) if rest else None,
         "facts": tables.facts(result),
         "bases": tables.bases(result, result.answers if result.detailed else shown),
