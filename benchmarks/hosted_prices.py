@@ -1,8 +1,8 @@
-"""Writes profiles/hosted.csv: what providers ask for a million tokens of open models, from the table that litellm ships.
+"""Writes profiles/hosted.csv: what providers ask for a million tokens of open models, from the table in litellm.
 
     pip download --no-deps litellm && python benchmarks/hosted_prices.py litellm-*.whl --date 2026-11-30
 
---date: when the wheel was fetched. Providers and models: below; a provider that lists none of a model's names is left out.
+--date: when the wheel was fetched. Providers and models: below; one that lists none of a model's names is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ MODELS = (
     ("gpt-oss-120b", "gpt_oss", 116.829, r"gpt-oss-120b"),
 )  # fmt: skip
 PROVIDERS = ("deepinfra", "together_ai", "groq", "fireworks_ai", "novita", "nebius", "cerebras")
-OTHERS = re.compile(r"nemotron|hermes|distill|vl-|omni|safeguard|dolphin|dobby|cogito|base|bf16|draft|thinking|community")
+OTHERS = re.compile(
+    r"nemotron|hermes|distill|vl-|omni|safeguard|dolphin|dobby|cogito|base|bf16|draft|thinking|community"
+)
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
     python benchmarks/speed_fit.py --score OTHER.csv           # what is shipped against other figures
     ... --plot FILE.svg                                        # predicted against published, one point a figure
 
-Columns of a file: `published/rows.py`. Held out: figures are divided into three parts, each predicted by a fit of the other
-two; all figures of one group (a model with an engine and a device; or a model; a device; an engine) are in one part.
+Columns of a file: `published/rows.py`. Held out: figures are divided into three parts, each predicted by a fit of the
+other two; all figures of one group (a model with an engine and a device; a model; a device; an engine) are in one.
 Intervals are meant to hold nine in ten. The last line of stdout is one JSON document.
 """
 
@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -54,7 +55,10 @@ def line(name: str, answers: Sequence[Checked]) -> str:
 
 
 def table(title: str, lines: Sequence[str]) -> str:
-    head = [f"| {title} | figures | median error | 80 % within | interval holds | interval |", "|---|--:|--:|--:|--:|--:|"]
+    head = [
+        f"| {title} | figures | median error | 80 % within | interval holds | interval |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     return "\n".join([*head, *lines, ""])
 
 
@@ -68,7 +72,8 @@ def by(answers: Sequence[Checked], group: Callable[[Row], str]) -> list[str]:
 def worst(answers: Sequence[Checked], count: int = 10) -> str:
     ordered = sorted(answers, key=lambda a: -max(a.error, 1 / (1 + a.error) - 1))[:count]
     return "\n".join(
-        f"- {a.row.words}: {a.predicted.tokens_per_s:,.1f} predicted, {a.row.tokens_per_s:,.1f} published" for a in ordered
+        f"- {a.row.words}: {a.predicted.tokens_per_s:,.1f} predicted, {a.row.tokens_per_s:,.1f} published"
+        for a in ordered
     )
 
 
@@ -99,7 +104,9 @@ def main() -> None:
             for seed in range(args.seeds):
                 parts = fitting.held_out(found, prior, split, seed)
                 whole = [a for part in parts for a in part]
-                lines.append(line(f"a third of each {split}" if args.seeds == 1 else f"{split}, division {seed}", whole))
+                lines.append(
+                    line(f"a third of each {split}" if args.seeds == 1 else f"{split}, division {seed}", whole)
+                )
                 document[f"{split} {seed}"] = summary(whole)
                 if split == next(iter(fitting.SPLITS)) and not seed:
                     answers = whole
@@ -108,7 +115,10 @@ def main() -> None:
             print(table(f"{title}, of the first division", by(answers, group)))
         print("Farthest off, of the first division:\n" + worst(answers))
         if not args.check:
-            made = fitting.fit(found, prior)
+            made = replace(
+                fitting.fit(found, prior),
+                source=f"{len(found)} figures of {args.figures.name}, by benchmarks/speed_fit.py",
+            )
             target = profile_path("speed.json")
             target.write_text(json.dumps(as_dict(made), indent=1) + "\n", encoding="utf-8")
             print(f"\nwrote {target}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import transformers_hook
 
 if TYPE_CHECKING:
+    from .comparison import compare
     from .conversion.run import convert
     from .errors import QkitError
     from .measure import profile
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from .runtime.transformers import register_transformers
 
 __version__ = "0.1.0"
-__all__ = ["QkitError", "__version__", "convert", "load", "lora", "profile", "register_transformers"]
+__all__ = ["QkitError", "__version__", "compare", "convert", "load", "lora", "profile", "register_transformers"]
 
 # Imported on first use: `import qkit` costs nothing, and `qkit --help` answers at once. No module has the name of one
 # of these functions, or importing it would put the module in the function's place.
 _HOMES = {
     "QkitError": "errors",
+    "compare": "comparison",
     "convert": "conversion.run",
     "load": "runtime.load",
     "lora": "runtime.peft",

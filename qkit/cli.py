@@ -38,8 +38,8 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Input:
-    """A positional argument, of the function under the same name; many: one or more of them, in a list, or none where it
-    is not required."""
+    """A positional argument, of the function under the same name; many: one or more of them, in a list, or none where
+    it is not required."""
 
     name: str
     help: str
@@ -104,8 +104,8 @@ COMMANDS = (
         inputs=(
             Input(
                 "models",
-                f"a converted folder, or {SOURCE}; several are compared with each other. Where it predicts, a config.json "
-                "is enough; with --endpoint it is the name of a model there, or nothing",
+                f"a converted folder, or {SOURCE}; several are compared with each other. Where it predicts, a "
+                "config.json is enough; with --endpoint it is the name of a model there, or nothing",
                 many=True,
                 required=False,
             ),

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import QkitError
 from .options import number, option, with_options
 from .report import schema
-from .report.figures import FIGURES, KLD, MEMORY, RATES, Document, rows, setting
+from .report.figures import FIGURES, KLD, MEMORY, RATES, Document, rows, setting, short
 
 SIGMAS = 2  # standard errors of a difference that are more than chance
 
@@ -206,7 +206,7 @@ def _pair(before: Document, after: Document, names: tuple[str, str]) -> Pair:
             # Of two measurements on the same tokens; as if they were independent, which is on the safe side.
             error = math.hypot(old_error, new_error)
         changes.append(Change(figure.name, figure.unit, old, new, error, note))
-    return Pair(*names, tuple(changes))
+    return Pair(ours["name"], theirs["name"], tuple(changes))
 
 
 def _held(kind: str) -> dict[str, str]:
@@ -216,7 +216,7 @@ def _held(kind: str) -> dict[str, str]:
 
 def _failures(pair: Pair, limits: Mapping[str, float], held: Mapping[str, str], named: bool) -> list[str]:
     found = []
-    of = f"{pair.after}: " if named else ""
+    of = f"{short(pair.after)}: " if named else ""
     for name, figure in held.items():
         if name not in limits:
             continue

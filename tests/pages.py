@@ -1,8 +1,10 @@
-"""A page, parsed."""
+"""A page, parsed, and a report in each of its forms."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
+
+from qkit.report import write as report
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "rect", "circle", "line"}
 
@@ -34,3 +36,11 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self.stack or self.stack[-1] != "style":
             self.text += data
+
+
+def bodies(result):
+    return {
+        "html": Page(report.to_html(result)).text,
+        "markdown": report.to_markdown(result).replace("\\", ""),
+        "summary": report.summary(result),
+    }

@@ -1,8 +1,8 @@
 """Fits the terms of `qkit.estimate.rates` to published figures, and holds the predictor against figures left out.
 
-The fit is the maximum a posteriori of a model that is linear around its optimum: Gauss-Newton on log tokens/s with normal
-priors on the terms, where figures far off count less (weights of Student's t), and the Laplace approximation for the
-terms' standard deviations.
+The fit is the maximum a posteriori of a model that is linear around its optimum: Gauss-Newton on log tokens/s with
+normal priors on the terms, where figures far off count less (weights of Student's t), and the Laplace approximation for
+the terms' standard deviations.
 """
 
 from __future__ import annotations

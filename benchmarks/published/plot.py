@@ -1,4 +1,4 @@
-"""Predicted against published tokens per second as one SVG: a point a figure, its interval, and the line of no error."""
+"""Predicted against published tokens per second as one SVG: a point a figure, its interval, the line of no error."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def scatter(answers: Sequence[Checked]) -> str:
     def y(value: float) -> float:
         return SIZE - BOTTOM - at(value)
 
+    def line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
+        return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+    least, most = 10.0**low, 10.0**high
     out = []
-    for exponent in range(low, high + 1):
-        value = 10.0**exponent
-        out.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{y(10.0**high):.1f}" y2="{y(10.0**low):.1f}"/>')
-        out.append(f'<line class="grid" x1="{x(10.0**low):.1f}" x2="{x(10.0**high):.1f}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+    for value in (10.0**exponent for exponent in range(low, high + 1)):
+        out.append(line("grid", x(value), y(most), x(value), y(least)))
+        out.append(line("grid", x(least), y(value), x(most), y(value)))
         out.append(f'<text x="{x(value):.1f}" y="{SIZE - BOTTOM + 18}" text-anchor="middle">{value:,.0f}</text>')
         out.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:,.0f}</text>')
-    out.append(f'<line class="even" x1="{x(10.0**low):.1f}" y1="{y(10.0**low):.1f}" x2="{x(10.0**high):.1f}" y2="{y(10.0**high):.1f}"/>')
+    out.append(line("even", x(least), y(least), x(most), y(most)))
     names = sorted({a.row.setting.engine.name for a in answers})
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     for a in answers:
@@ -47,14 +50,14 @@ def scatter(answers: Sequence[Checked]) -> str:
             f'stroke="{colour}" stroke-opacity=".25"/>'
         )
         title = escape(f"{a.row.words}: predicted {a.predicted.tokens_per_s:,.1f}, published {a.row.tokens_per_s:,.1f}")
-        out.append(
-            f'<circle cx="{across:.1f}" cy="{y(a.predicted.tokens_per_s):.1f}" r="3" fill="{colour}"><title>{title}</title></circle>'
-        )
+        dot = f'cx="{across:.1f}" cy="{y(a.predicted.tokens_per_s):.1f}" r="3" fill="{colour}"'
+        out.append(f"<circle {dot}><title>{title}</title></circle>")
     for i, name in enumerate(names):
         out.append(f'<circle cx="{LEFT + 14}" cy="{20 + 16 * i}" r="4" fill="{colours[name]}"/>')
         out.append(f'<text x="{LEFT + 24}" y="{24 + 16 * i}">{escape(name)}</text>')
     out.append(f'<text x="{(LEFT + SIZE) / 2}" y="{SIZE - 12}" text-anchor="middle">published, tokens/s</text>')
-    out.append(f'<text transform="translate(16 {SIZE / 2}) rotate(-90)" text-anchor="middle">predicted, held out, tokens/s</text>')
+    turned = f'transform="translate(16 {SIZE / 2}) rotate(-90)" text-anchor="middle"'
+    out.append(f"<text {turned}>predicted, held out, tokens/s</text>")
     label = f"Predicted against published tokens per second: {len(answers)} figures that the fit did not see"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{label}">'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..hardware.device import Target
@@ -144,12 +145,12 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
     return Speeds(at, filled, loaded, firsts, tuple(batches), tuple(contexts), _instant(first, fit.most), under)
 
 
-def _instant(first: object, most: int) -> int | None:
+def _instant(first: Callable[[int], First | None], most: int) -> int | None:
     """The longest prompt answered within 0.1 s, by halving."""
     from .fit import largest
 
     def within(n: int) -> bool:
-        found = first(16 * n)  # type: ignore[operator]
+        found = first(16 * n)
         return found is not None and found.seconds <= _ENOUGH
 
     found = largest(within, max(1, most // 16))

@@ -51,14 +51,17 @@ def kv(
         raise QkitError("tokens, batch, tensor parallelism and block size are 1 or more")
     size = value_bytes(dtype)
     if engine == "vllm":
-        return paged(arch, tokens, batch, size, value_bytes(s.state_dtype), s)
+        return paged(arch, tokens, batch, size, s)
+    return Kv.of(parts(arch, tokens, batch, size, engine, s))
+
+
+def parts(arch: Architecture, tokens: int, batch: int, size: Fraction, engine: str, s: Setting) -> Iterable[Part]:
+    """One for each cache of the layers, in their order; of engines without pages."""
     if engine in ("transformers", "qkit", "static"):
-        parts = _transformers(arch, tokens, batch, size, engine == "static", s)
-    elif engine == "llama.cpp":
-        parts = _llama_cpp(arch, tokens, batch, size, s)
-    else:
-        raise QkitError(f"unknown engine {engine!r}", "known: " + ", ".join(ENGINES))
-    return Kv.of(parts)
+        return _transformers(arch, tokens, batch, size, engine == "static", s)
+    if engine == "llama.cpp":
+        return _llama_cpp(arch, tokens, batch, size, s)
+    raise QkitError(f"unknown engine {engine!r}", "known: " + ", ".join(ENGINES))
 
 
 def _cross(cache: Cache, tokens: int, batch: int, size: Fraction, s: Setting) -> Part:
@@ -84,6 +87,8 @@ def _transformers(
 
 def _llama_cpp(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setting) -> Iterable[Part]:
     cells = _rounded(tokens, _CELLS)
+    # It knows windows of models that have other layers too; one that all layers have, as Mistral's, it passes over.
+    mixed = any(c.kind == "full" for c in caches(arch))
     for cache in caches(arch):
         if cache.kind == "state":
             yield Part.state(cache.fixed, batch, Fraction(4), share(cache, s.tp))
@@ -91,7 +96,7 @@ def _llama_cpp(arch: Architecture, tokens: int, batch: int, size: Fraction, s: S
             yield _cross(cache, tokens, batch, size, s)
         else:
             kept = cells
-            if cache.window is not None:
+            if cache.window is not None and mixed:
                 kept = min(cells, _rounded(cache.window + s.ubatch, _CELLS))
             yield Part.kept(cache, kept, batch, size, share(cache, s.tp))
 

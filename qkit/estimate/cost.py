@@ -1,4 +1,4 @@
-"""Dollars per million tokens on a device that is rented or bought, and from which volume on that beats a hosted model."""
+"""Dollars per million tokens on a device that is rented or bought, and from which volume that beats a hosted model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def costs(
     inputs: float = 3.0,
     source: str = "given",
 ) -> Costs:
-    """Costs of a target that takes prompts in at `prefill_tps` and gives new tokens out at `decode_tps`, one after the other.
+    """Costs of a target that takes prompts in at `prefill_tps` and then gives new tokens out at `decode_tps`.
 
     Raises QkitError for a price that is no price and a utilization that is not above 0 and at most 1."""
     if not (math.isfinite(usd_per_hour) and usd_per_hour >= 0):

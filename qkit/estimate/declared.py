@@ -1,4 +1,4 @@
-"""The weights of a checkpoint of which there is a config alone: at the types that it declares, quantized ones included."""
+"""The weights of a checkpoint of which there is a config alone: at the types that it declares, quantized or not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .weights import read_of, small
 
 
 def of_config(arch: Architecture, config: Mapping[str, Any]) -> tuple[Weights, LayerSpec | None]:
-    """(the weights, the scheme of most quantized values). Raises QkitError for a quantization that qkit does not read."""
+    """(the weights, the scheme of most quantized values). Raises QkitError for a quantization that is not read."""
     itemsize = ITEMSIZE[model_dtype(config)]
     reader = formats.reader(config)
     parts, values = [], Counter[LayerSpec]()

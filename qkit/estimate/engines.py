@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..spec import LayerSpec
 from .roofline import Manner
@@ -20,7 +20,7 @@ class Engine:
     family: str
     head: str = "16"
     half_sums: bool = False
-    manner: Manner = Manner()
+    manner: Manner = field(default_factory=Manner)
 
 
 _LLAMA = Manner(chunked=True, serial=True)
@@ -80,11 +80,16 @@ def named(text: str) -> Engine:
 
 
 # What an engine multiplies weights of a kind with, where it is not told otherwise.
-_DEFAULTS = {("vllm", "int4"): "marlin", ("vllm", "int8"): "marlin", ("sglang", "int4"): "marlin", ("sglang", "int8"): "marlin"}
+_DEFAULTS = {
+    ("vllm", "int4"): "marlin",
+    ("vllm", "int8"): "marlin",
+    ("sglang", "int4"): "marlin",
+    ("sglang", "int8"): "marlin",
+}
 
 
 def library(engine: Engine, kernel: str, *texts: str) -> str:
-    """The kernels that words of an engine or a format name; else the engine's own choice, "" where there is one alone."""
+    """The kernels that words of an engine or a format name; else the engine's own choice, "" where it has one alone."""
     told = next((word for word in _LIBRARIES if any(word in text.lower() for text in texts)), None)
     return told if told is not None else _DEFAULTS.get((engine.name, kernel), "")
 

@@ -10,6 +10,7 @@ from ..hardware.device import Target
 from .answer import Answer, Money, answer, work_of
 from .cache import value_bytes
 from .fit import Fit, fit_all
+from .loaded import as_loaded
 from .prices import hosted
 from .steps import Formats, Step, engine_of, steps_down
 from .subject import Subject, subject
@@ -67,8 +68,10 @@ def estimate(model: str, targets: Sequence[Target], asked: Asked | None = None) 
     money = _money(found, asked)
     detailed = len(targets) <= _DETAILED
     fits = _fits(found, targets, asked, context, kv_dtype)
-    works = {engine: work_of(found, engine, kv_dtype) for engine in {f.engine for f in fits}}
-    answers = tuple(answer(found, f, money, works[f.engine], detailed) for f in fits)
+    held = {key: as_loaded(found, *key) for key in {_held_by(f.engine, f.target) for f in fits}}
+    works = {key: work_of(each, key[0], kv_dtype) for key, each in held.items()}
+    keys = [_held_by(f.engine, f.target) for f in fits]
+    answers = tuple(answer(held[k], f, money, works[k], detailed) for k, f in zip(keys, fits, strict=True))
     steps: tuple[tuple[Step, ...], ...] = ()
     if detailed and found.spec is None and asked.format is None:
         formats = Formats(found.arch)
@@ -76,19 +79,24 @@ def estimate(model: str, targets: Sequence[Target], asked: Asked | None = None) 
     return Estimate(found, asked, context, kv_dtype, answers, steps, money)
 
 
-def _fits(
-    found: Subject, targets: Sequence[Target], asked: Asked, context: int, kv_dtype: str | None
-) -> list[Fit]:
+def _fits(found: Subject, targets: Sequence[Target], asked: Asked, context: int, kv_dtype: str | None) -> list[Fit]:
     """In the order of the targets; those that run the same engine are computed together."""
     engines = [asked.engine or engine_of(_format(found), t.device) for t in targets]
     fits: dict[int, Fit] = {}
-    for engine in dict.fromkeys(engines):
-        at = [i for i, e in enumerate(engines) if e == engine]
+    keys = [_held_by(engine, target) for engine, target in zip(engines, targets, strict=True)]
+    for key in dict.fromkeys(keys):
+        engine, at = key[0], [i for i, k in enumerate(keys) if k == key]
+        weights = as_loaded(found, *key).weights
         made = fit_all(
-            found.arch, found.weights, [targets[i] for i in at], engine, context, asked.batch, _for(engine, kv_dtype)
+            found.arch, weights, [targets[i] for i in at], engine, context, asked.batch, _for(engine, kv_dtype)
         )
         fits.update(zip(at, made, strict=True))
     return [fits[i] for i in range(len(targets))]
+
+
+def _held_by(engine: str, target: Target) -> tuple[str, str]:
+    """What decides how weights are held there."""
+    return engine, "cpu" if target.device.kind == "cpu" else "gpu"
 
 
 def _format(found: Subject) -> str:

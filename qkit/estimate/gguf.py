@@ -19,12 +19,12 @@ _KINDS = {
 }  # fmt: skip
 
 
-def tensors(arch: Architecture, mix: str | None, dtype: str) -> Iterator[tuple[Matrix, int, bool]]:
+def tensors(arch: Architecture, mix: str | None, dtype: str, importance: bool) -> Iterator[tuple[Matrix, int, bool]]:
     """(matrix, its bytes, whether it is quantized); mix: None: as they are. Towers have files of their own, and
     routers are float32."""
     experts = next((m.count for layer in arch.layers for m in layer.matrices if m.role == "expert"), 0)
     heads = next((layer.attention_heads // c.kv_heads for layer in arch.layers for c in layer.caches if c.kv_heads), 1)
-    facts = mixes.Facts(len(arch.layers), experts, heads)
+    facts = mixes.Facts(len(arch.layers), experts, heads, importance)
     for m in arch.matrices:
         if m.role in ("tower", "mtp"):
             continue

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _WORDS = {
     "full": "layers", "sliding": "sliding layers", "chunked": "chunked layers", "latent": "latent (MLA) layers",
-    "cross": "cross-attention layers",
+    "cross": "cross-attention layers", "index": "indexers",
 }  # fmt: skip
 
 

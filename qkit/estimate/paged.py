@@ -9,14 +9,16 @@ equal), platforms/interface.py (pages of states). In one group, or groups of equ
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ..models.architecture import Architecture, Cache
 from .kv import Kv, Part
-from .setting import Setting, caches, seen, share, value_bytes
+from .setting import Setting, caches, seen, share, state_bytes
 
-_ALIGNED = 16  # tokens: pages of attention grow by these until a state fits in one
+# Tokens by which pages of attention grow until a state fits in one: the least block of a kernel, and of one for MLA.
+_STEP, _LATENT_STEP = 16, 128
 
 
 @dataclass(frozen=True)
@@ -43,51 +45,67 @@ def _pages(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
-def layout(arch: Architecture, size: Fraction, state_size: Fraction, s: Setting) -> tuple[list[Spec], int]:
+def layout(arch: Architecture, size: Fraction, s: Setting) -> tuple[list[Spec], int]:
     """(every layer as vLLM sees it, tokens of a page), whatever the length of a request."""
-    specs: list[Spec] = []
-    block = s.block
-    for layer in arch.layers:
-        states = [c for c in layer.caches if c.kind == "state"]
-        if states:  # all states of a layer are one page
-            held = sum(
-                c.fixed * share(c, s.tp) * (value_bytes(c.fixed_dtype) if c.fixed_dtype else state_size) for c in states
-            )
-            specs.append(Spec("state", None, 0, math.ceil(held)))
     attention = [c for c in caches(arch) if c.kind != "state"]
-    if specs and attention:
-        token = min(_bytes(c, size, s.tp) for c in attention)
-        needed = _pages(max(spec.page for spec in specs), math.ceil(token))
-        block = max(block, -(-needed // _ALIGNED) * _ALIGNED)
-        page = max(math.ceil(_bytes(c, size, s.tp) * block) for c in attention)
-        specs = [replace(spec, page=max(page, spec.page)) for spec in specs]
+    kept = [[_bytes(c, size, s) for c in layer.caches if c.kind == "state"] for layer in arch.layers]
+    states = [sum(own, Fraction(0)) for own in kept if own]  # all states of a layer are one page
+    block = _block(attention, states, size, s)
+    page = max((_page(c, block, size, s) for c in attention), default=0)
+    specs = [Spec("state", None, 0, max(page, math.ceil(held))) for held in states]
     for c in attention:
-        # A cross layer's tokens are those of the encoder: as many as the decoder's where nobody says.
-        window = (c.window or s.encoder_tokens) if c.kind == "cross" else c.window
         kind = "cross" if c.kind == "cross" else c.kind if c.window is not None else "full"
-        specs.append(Spec(kind, window, block, math.ceil(_bytes(c, size, s.tp) * block)))
+        # A cross layer's tokens are those of the encoder: as many as the decoder's where nobody says.
+        window = (c.window or s.encoder_tokens) if kind == "cross" else c.window
+        specs.append(Spec(kind, window, block, _page(c, block, size, s)))
     return specs, block
 
 
-def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, state_size: Fraction, s: Setting) -> Kv:
+def paged(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setting) -> Kv:
     """What `batch` requests of `tokens` tokens may hold of vLLM's pool, on one rank."""
-    specs, block = layout(arch, size, state_size, s)
-    parts: list[Part] = []
+    specs, block = layout(arch, size, s)
+    total = batch * request(groups(specs), tokens, s.in_flight)
+    attends = any(c.kind != "state" for c in caches(arch))
+    note = f"in pages of {block} tokens: {total:,} bytes" if attends else ""
+    return replace(Kv.of(_parts(arch, tokens, batch, size, s)), total=total, note=note)
+
+
+def _block(attention: list[Cache], states: list[Fraction], size: Fraction, s: Setting) -> int:
+    """Tokens of a page: as many as make room for a state, in steps of a kernel's block."""
+    if not attention or not states:
+        return s.block
+    step = max(_STEP, s.block, _LATENT_STEP if any(c.kind == "latent" for c in attention) else 0)
+    token = min(_bytes(c, size, s) for c in attention)
+    return max(s.block, step * math.ceil(max(states) / (step * token)))
+
+
+def _parts(arch: Architecture, tokens: int, batch: int, size: Fraction, s: Setting) -> Iterator[Part]:
+    """Before anything is rounded to pages."""
     for c in caches(arch):
         if c.kind == "state":
-            own_size = value_bytes(c.fixed_dtype) if c.fixed_dtype else state_size
-            parts.append(Part.state(c.fixed, batch, own_size, share(c, s.tp)))
+            yield Part.state(c.fixed, batch, state_bytes(c, s), share(c, s.tp))
+        elif c.kind == "cross":
+            yield Part.kept(c, seen(c, tokens, s), batch, size, share(c, s.tp))
         else:
-            kept = tokens if c.window is None or c.kind == "cross" else min(tokens, c.window)
-            kept = seen(c, tokens, s) if c.kind == "cross" else kept
-            parts.append(Part.kept(c, kept, batch, size, share(c, s.tp)))
-    total = batch * request(groups(specs), tokens, s.in_flight)
-    counted = Kv.of(parts)
-    return replace(counted, total=total, note=f"in pages of {block} tokens: {total:,} bytes")
+            yield Part.kept(c, min(tokens, c.window or tokens), batch, _size(c, size), share(c, s.tp))
 
 
-def _bytes(cache: Cache, size: Fraction, tp: int) -> Fraction:
-    return cache.per_token * share(cache, tp) * size
+def _page(cache: Cache, block: int, size: Fraction, s: Setting) -> int:
+    return math.ceil(block * _bytes(cache, size, s))
+
+
+def _bytes(cache: Cache, size: Fraction, s: Setting) -> Fraction:
+    """Of one token, or of a state."""
+    if cache.kind == "state":
+        return cache.fixed * share(cache, s.tp) * state_bytes(cache, s)
+    return cache.per_token * share(cache, s.tp) * _size(cache, size)
+
+
+def _size(cache: Cache, size: Fraction) -> Fraction:
+    """Bytes of a value of a token. Keys of an indexer are FP8 whatever the cache, with a float32 for 128 of them."""
+    return (
+        Fraction(cache.per_token + 4 * _pages(cache.per_token, 128), cache.per_token) if cache.kind == "index" else size
+    )
 
 
 def groups(specs: list[Spec]) -> tuple[tuple[int, Spec], ...]:

@@ -1,4 +1,4 @@
-"""Dated prices: what a target rents for (the catalogue), and what providers ask for a model's tokens (profiles/hosted.csv)."""
+"""Dated prices: what a target rents for (the catalogue), and what providers ask for tokens (profiles/hosted.csv)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What engines reach of a device's ceilings, from published figures: profiles/speed.json, made by benchmarks/speed_fit.py.
+"""What engines reach of a device's ceilings, from published figures: profiles/speed.json, by benchmarks/speed_fit.py.
 
 The logarithm of every rate is a sum: a base, and a term for each thing that may matter (the engine, its release, the
 kernel, the generation of the device, ...). Terms are normal with a spread a level, as in any model with random effects
-(Gelman & Hill, "Data Analysis Using Regression and Multilevel/Hierarchical Models", ch. 12); a term that no figure speaks
-of is 0 give or take its spread, so that the interval is wider for an engine or a device that was never seen.
+(Gelman & Hill, "Data Analysis Using Regression and Multilevel/Hierarchical Models", ch. 12); a term that no figure
+speaks of is 0 give or take its spread, so that the interval is wider for an engine or a device that was never seen.
 """
 
 from __future__ import annotations
@@ -100,8 +100,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The fit. base: log rates; launch's by family. spread: quantity -> level -> standard deviation of its terms; terms:
-    (value, standard deviation) of each that figures speak of; noise: of log tokens/s, by kind of figure."""
+    """The fit.
+
+    base      log rates; launch's by family
+    spread    quantity -> level -> standard deviation of its terms
+    noise     of log tokens/s, by kind of figure, and of an engine of which there is none
+    terms     (value, standard deviation) of each that figures speak of
+    together  what is left of those deviations in a sum of terms, whose errors cancel in part since the same figures
+              told them
+    """
 
     base: Mapping[str, float]
     spread: Mapping[str, Mapping[str, float]]
@@ -123,7 +130,9 @@ class Fitted:
 
     def deviation(self, quantity: str, terms: tuple[Term, ...]) -> float:
         """Standard deviation of a log rate, its terms taken as independent."""
-        found = (self.together * self.terms[t][1] if t in self.terms else self.spread[quantity].get(t[1], 0.0) for t in terms)
+        found = (
+            self.together * self.terms[t][1] if t in self.terms else self.spread[quantity].get(t[1], 0.0) for t in terms
+        )
         return math.sqrt(sum(each * each for each in found))
 
 

@@ -1,7 +1,7 @@
-"""Seconds of a step, by the roofline of a device: bytes over bandwidth, operations over peak, and a launch term a layer.
+"""Seconds of a step, by the roofline of a device: bytes over bandwidth, operations over peak, a launch a layer.
 
-Williams et al., "Roofline" (2009), for the two ceilings; pope et al., "Efficiently Scaling Transformer Inference" (2022)
-for what a decoder moves and multiplies. What an engine reaches of the ceilings is fitted: `rates.py`.
+Williams et al., "Roofline" (2009), for the two ceilings; Pope et al., "Efficiently Scaling Transformer Inference"
+(2022), for what a decoder moves and multiplies. What an engine reaches of the ceilings is fitted: `rates.py`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _step(
     operations = 2 * tokens * (work.values + work.head_values)
     cache = sequences * work.cache_bytes(context) * rates.cache * (work.groups if how.repeats else 1.0)
     # 0.8: what a plain read reaches anywhere; how well weights are read says nothing about the cache.
-    busy = _both(read / bandwidth, operations / (has.peak * rates.compute * count)) + cache / (has.bandwidth * 0.8 * count)
+    busy = _both(read / bandwidth, operations / (has.peak * rates.compute * count)) + cache / (
+        has.bandwidth * 0.8 * count
+    )
     seconds = _with_launches(busy, work.layers * rates.launch, how) + sequences * rates.sequence
     return seconds + _link(work, has, how, rates, 1)
 
@@ -102,7 +104,9 @@ def prefill(work: Traffic, has: Ceilings, how: Manner, rates: Rates, sequences: 
     reading = passes * _read(work, how, tokens / passes) / (has.bandwidth * rates.bandwidth * count)
     computing = 2 * tokens * work.values / (has.peak * rates.compute * count)
     attention = work.attention(tokens, prompt / 2) / (has.plain * count * rates.compute * rates.attention)
-    seconds = _with_launches(_both(reading, computing) + attention, passes * work.layers * rates.launch, how)
+    # Logits are of the last position alone: what counts is that the head's weights are read.
+    head = work.head_bytes / (has.bandwidth * rates.bandwidth * count)
+    seconds = _with_launches(_both(reading, computing) + attention + head, passes * work.layers * rates.launch, how)
     if how.serial and has.count > 1:
         stages = passes * has.count / (passes + has.count - 1)
         seconds /= min(stages, max(1.0, rates.pipeline))

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from ..models.architecture import Architecture, Cache, Layer
-from .cache import kv
+from .cache import parts
 from .paged import Spec, groups, layout, request
 from .setting import Setting, caches, value_bytes
 
@@ -21,15 +21,17 @@ class Sequence:
     setting: Setting
     _known: dict[int, int] = field(default_factory=dict)
     _pool: tuple[tuple[int, Spec], ...] = ()
-    _alike: tuple[tuple[Architecture, int], ...] = ()
+    _alike: Architecture | None = None
+    _counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.engine == "vllm":
-            specs, _ = layout(self.arch, value_bytes(self.dtype), value_bytes(self.setting.state_dtype), self.setting)
+            specs, _ = layout(self.arch, value_bytes(self.dtype), self.setting)
             self._pool = groups(specs)
             return
         counted: Counter[Cache] = Counter(caches(self.arch))
-        self._alike = tuple((replace(self.arch, layers=(Layer((), 0, (c,)),)), n) for c, n in counted.items())
+        self._alike = replace(self.arch, layers=tuple(Layer((), 0, (c,)) for c in counted))
+        self._counts = tuple(counted.values())
 
     def nbytes(self, tokens: int) -> int:
         found = self._known.get(tokens)
@@ -40,8 +42,6 @@ class Sequence:
     def _computed(self, tokens: int) -> int:
         if self.engine == "vllm":
             return request(self._pool, tokens, self.setting.in_flight)
-        total = 0
-        for one, count in self._alike:
-            parts = kv(one, tokens, 1, self.dtype, self.engine, self.setting).parts
-            total += sum(replace(part, layers=part.layers * count).nbytes for part in parts)
-        return total
+        assert self._alike is not None
+        kept = parts(self._alike, tokens, 1, value_bytes(self.dtype), self.engine, self.setting)
+        return sum(replace(part, layers=count).nbytes for part, count in zip(kept, self._counts, strict=True))

@@ -15,6 +15,9 @@ from ..hardware.device import GIB, Device, Target
 ENGINES = ("vllm", "llama.cpp", "transformers", "qkit")
 UTILIZATION = 0.92
 _LLAMA_MARGIN = GIB  # llama.cpp leaves so much of a device free when it chooses what to put there
+# What vLLM's installation guide lists (docs/getting_started/installation/gpu, 0.31).
+_CUDA = (7, 5)
+_ROCM = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1150", "gfx1151", "gfx1200", "gfx1201")
 _TORCH_SHARE = 0.95  # torch's allocator cannot use every gap between tensors
 
 
@@ -79,11 +82,15 @@ def problem(target: Target, engine: str, heads: int) -> str:
     if engine == "vllm":
         if device.vendor == "Apple":
             return "vLLM does not run on Apple's GPUs"
+        if device.vendor == "AMD" and device.kind != "cpu" and device.capability not in _ROCM:
+            return f"vLLM's ROCm build does not list {device.capability}"
         capability = device.compute_capability
-        if capability is not None and capability < (7, 0):
-            return f"vLLM needs compute capability 7.0, and this has {device.capability}"
+        if capability is not None and capability < _CUDA:
+            return f"vLLM needs compute capability 7.5, and this has {device.capability}"
         if heads and heads % target.count:
             return f"vLLM cannot divide {heads} attention heads by {target.count}"
+    if engine == "llama.cpp" and device.arch.startswith("Gaudi"):
+        return "llama.cpp has no back end for Gaudi"
     if engine == "qkit" and target.count > 1:
         return "qkit runs a model on one device"
     if engine == "qkit" and device.kind != "cpu" and device.vendor not in ("NVIDIA", ""):

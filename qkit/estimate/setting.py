@@ -18,7 +18,8 @@ class Setting:
 
     tp              ranks that divide a layer's heads; where there are fewer KV heads than ranks, each rank has one, and
                     a latent is on every rank whole
-    state_dtype     of states that need no type of their own: the model's
+    state_dtype     of states that need no type of their own: the model's; recurrent_dtype: of those of a recurrence,
+                    where the config does not say (vLLM's --mamba-ssm-cache-dtype, float32 on CPUs)
     block           tokens of a page of vLLM's; 16 unless told otherwise (64 with some MLA kernels, 128 on CPUs)
     in_flight       tokens that vLLM schedules in a step: what a sliding layer may hold beside its window
     ubatch          the same of llama.cpp
@@ -27,6 +28,7 @@ class Setting:
 
     tp: int = 1
     state_dtype: str = "BF16"
+    recurrent_dtype: str | None = None
     block: int = 16
     in_flight: int = 2048
     ubatch: int = 512
@@ -40,6 +42,12 @@ def value_bytes(dtype: str) -> Fraction:
     if dtype in GGML:
         return Fraction(GGML[dtype].block_bytes, GGML[dtype].block_size)
     raise QkitError(f"{dtype!r} is no type of a KV cache", "use BF16, F16, F32, F8_E4M3, Q8_0, Q4_0, ...")
+
+
+def state_bytes(cache: Cache, s: Setting) -> Fraction:
+    """Bytes of one value of a state, as engines hold it; transformers computes what is a recurrence in float32."""
+    recurrent = s.recurrent_dtype if cache.wide_dtype else None
+    return value_bytes(cache.fixed_dtype or recurrent or s.state_dtype)
 
 
 def share(cache: Cache, tp: int) -> Fraction:

@@ -147,6 +147,8 @@ def _log_and_deviation(
     tokens, time, n = run(logs)
     log = math.log(tokens / time)
     variance = fit.noise[load.kind] ** 2
+    if ("bandwidth", "engine", setting.engine.name) not in fit.terms:  # how it goes about a step is a guess
+        variance += fit.noise["unseen engine"] ** 2
     for quantity, terms in setting.terms().items():
         moved, took, _ = run({**logs, quantity: logs[quantity] + _STEP})
         slope = (math.log(moved / took) - log) / _STEP
@@ -167,7 +169,9 @@ def basis(setting: Setting, fit: Fitted) -> str:
     known = fit.terms
     device = any(("bandwidth", "device", setting.device.id) == term for term in known)
     engine = ("bandwidth", "engine", setting.engine.name) in known
-    pair = any(t[:2] == ("compute", "engine, device") and t[2] == f"{setting.engine.name}, {setting.device.id}" for t in known)
+    pair = any(
+        t[:2] == ("compute", "engine, device") and t[2] == f"{setting.engine.name}, {setting.device.id}" for t in known
+    )
     if pair:
         return f"published figures of {setting.engine.name} on {setting.device.name}"
     if engine:

@@ -52,7 +52,7 @@ def subject(model: str, format: str | None = None, scheme: str | None = None) ->
     """A checkpoint, by its headers, or by its config where there are no weights; as it is, or as `qkit convert` would
     write it in a format and scheme.
 
-    Raises QkitError for what is no checkpoint, for a config that lacks what it takes, for a scheme that does not fit."""
+    Raises QkitError for what is no checkpoint, a config that lacks what it takes, a scheme that does not fit."""
     from ..sources.described import describe_source
 
     return of_described(describe_source(model), format, scheme)
@@ -62,14 +62,18 @@ def of_described(source: Source, format: str | None = None, scheme: str | None =
     """The same of a checkpoint that is open."""
     arch = architecture(source.config)
     dtype = model_dtype(source.config)
-    common = {"label": source.label, "base_model": source.base_model, "arch": arch, "config": source.config}
+    common: dict[str, Any] = {
+        "label": source.label, "base_model": source.base_model, "arch": arch, "config": source.config,
+    }  # fmt: skip
     if format is not None or scheme is not None:
         return _converted(common, arch, format or "compressed-tensors", scheme, dtype)
     if not source.names():
         weights, spec = of_config(arch, source.config)
         stored = f"as its config says: {spec.describe() if spec else dtype}"
         basis = "config.json alone: shapes of the architecture at the types that it declares"
-        return Subject(**common, weights=weights, stored=stored, container="safetensors", spec=spec, dtype=dtype, basis=basis)
+        return Subject(
+            **common, weights=weights, stored=stored, container="safetensors", spec=spec, dtype=dtype, basis=basis
+        )
     weights, spec = of_source(source), _main_spec(source)
     gguf = getattr(source, "tensors", None) is not None
     stored = f"as stored: {'gguf' if gguf else 'safetensors'}, {spec.describe() if spec else dtype}"

@@ -31,11 +31,13 @@ def of_architecture(
     scheme: str | LayerSpec | None = None,
     format: Format | str = "safetensors",
     dtype: str = "BF16",
+    importance: bool = False,
 ) -> Weights:
-    """Of a model in a format, as `qkit convert` writes it by rounding; tensors that are not quantized are `dtype`.
+    """Of a model in a format, as `qkit convert` writes it; tensors that are not quantized are `dtype`.
 
     scheme  a preset's name, whose group size is chosen as `convert` does; one settled scheme for all; None: nothing is
             quantized
+    importance  of gguf: whether errors are weighed by a calibration text (method imatrix), on which some mixes look
     Raises QkitError, as a conversion would, for a scheme that the format does not hold or that does not divide."""
     from .. import formats
 
@@ -43,7 +45,7 @@ def of_architecture(
     if dtype not in ITEMSIZE:
         raise QkitError(f"{dtype!r} is no type of tensors", "known: " + ", ".join(ITEMSIZE))
     if fmt.container == "gguf":
-        return _in_gguf(arch, scheme, dtype)
+        return _in_gguf(arch, scheme, dtype, importance)
     choices = _choices(arch, scheme, fmt, dtype)
     made: dict[tuple[int, int, LayerSpec], tuple[int, int]] = {}
     parts = []
@@ -85,8 +87,10 @@ def _choices(arch: Architecture, scheme: str | LayerSpec | None, fmt: Format, dt
     """Name of a matrix -> its settled scheme, for those that are quantized, by the rules that `convert` follows."""
     from ..conversion.recipe import settle
 
-    rule = rule_for("*", scheme, None) if isinstance(scheme, str) else scheme and Rule("*", scheme)
-    if rule is None or isinstance(rule.scheme, Keep):
+    if scheme is None:
+        return {}
+    rule = rule_for("*", scheme, None) if isinstance(scheme, str) else Rule("*", scheme)
+    if isinstance(rule.scheme, Keep):
         return {}
     if rule.scheme.kind not in fmt.kinds:
         raise QkitError(f"format {fmt.name} does not hold {rule.scheme.describe()}", "choose another scheme or format")
@@ -102,12 +106,12 @@ def _choices(arch: Architecture, scheme: str | LayerSpec | None, fmt: Format, dt
     return found
 
 
-def _in_gguf(arch: Architecture, scheme: str | LayerSpec | None, dtype: str) -> Weights:
+def _in_gguf(arch: Architecture, scheme: str | LayerSpec | None, dtype: str, importance: bool) -> Weights:
     spec = preset(scheme) if isinstance(scheme, str) else scheme
     if spec is not None and spec.kind != "ggml":
         raise QkitError(f"GGUF does not hold {spec.describe()}", "use a mix such as q4_k_m")
     parts = []
-    for m, nbytes, quantized in gguf.tensors(arch, spec.grid.block if spec else None, dtype):
+    for m, nbytes, quantized in gguf.tensors(arch, spec.grid.block if spec else None, dtype, importance):
         parts.append(Part(m.role, nbytes, 0, m.count, read_of(arch, m), quantized))
     left = replace(arch, towers_vectors=0, mtp_vectors=0)  # files for llama.cpp hold the text model alone
     return Weights.of([*parts, *small(left, ITEMSIZE["F32"])])

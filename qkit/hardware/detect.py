@@ -83,18 +83,20 @@ def is_present(catalogue_id: str) -> bool:
 
 
 def _has_driver() -> bool:
-    return platform.system() != "Linux" or any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd"))
+    return platform.system() != "Linux" or any(
+        Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+    )
 
 
 def local_target(device: LocalDevice, read_gbs: float | None = None) -> Target:
-    """A device of this machine as predictions take it: what was probed of it, and the catalogue's figures where it knows
-    the device. read_gbs: the bandwidth that was measured, which counts for more than a nominal one."""
+    """A device of this machine as predictions take it: what was probed of it, and the catalogue's figures where that
+    has the device. read_gbs: the bandwidth that was measured, which counts for more than a nominal one."""
     gib = device.memory_bytes / GIB
     known = next((d for d in catalogue() if d.id == device.catalogue_id), None)
     if known is None:
         known = Device(
-            id=device.id, name=device.name, vendor="", arch="", kind="cpu" if device.kind == "cpu" else "gpu", aliases=(),
-            memory_gib=gib, usable_gib=gib, bandwidth_gbs=None,
+            id=device.id, name=device.name, vendor="", arch="", kind="cpu" if device.kind == "cpu" else "gpu",
+            aliases=(), memory_gib=gib, usable_gib=gib, bandwidth_gbs=None,
             capability="x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm",
         )  # fmt: skip
     bandwidth = read_gbs if read_gbs is not None and device.kind == "cpu" else known.bandwidth_gbs

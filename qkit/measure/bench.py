@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..hardware import memory as process
 from ..progress import track
 from . import facts, memory, quality, speed, states
 from .streamed import Streamed
@@ -36,7 +37,8 @@ class Bench:
     tokens   int64 [chunks, n_ctx], of the evaluation text
     prompt   int64 [1, length] of it, of every timed run
     batches  sizes, each timed
-    ceiling  GB/s at which the device reads memory"""
+    ceiling  GB/s at which the device reads memory
+    said     name of a model -> what was predicted of it"""
 
     where: LocalDevice
     tokens: torch.Tensor
@@ -44,6 +46,7 @@ class Bench:
     context: int
     batches: tuple[int, ...]
     ceiling: float
+    said: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def time(self, models: Sequence[Any], label: str) -> list[list[Speed]]:
         """For each model, its speed at each batch size; several models take turns."""
@@ -65,7 +68,10 @@ class Bench:
             return Streamed(frame).run(self.tokens, advance)
 
     def row(self, subject: Subject, run: facts.Run, found: Footprint | str, **measured: Any) -> Measured:
-        return facts.measured(subject, run, found, self.where, self.context, max(self.batches), **measured)
+        said = self.said.get(subject.name)
+        return facts.measured(
+            subject, run, found, self.where, self.context, max(self.batches), predicted=said, **measured
+        )
 
 
 class Baseline:
@@ -212,6 +218,7 @@ def said(error: Exception) -> str:
 def free(device: str) -> None:
     """Give back the memory of what nobody holds any more."""
     gc.collect()
+    process.give_back()
     if device != "cpu":
         import torch
 

@@ -13,6 +13,7 @@ from ..hardware.catalogue import catalogue
 from ..inspection import inspect, without_sketch
 from . import memory
 from .footprint import Footprint
+from .predicted import beside
 from .types import Formula, Measured, Memory, Speed
 
 if TYPE_CHECKING:
@@ -54,10 +55,12 @@ def measured(
     faster: float | None = None,
     quality: Quality | None = None,
     problems: Sequence[str] = (),
+    predicted: dict[str, Any] | None = None,
 ) -> Measured:
     """One model's row. found: what its own process saw, or why that failed; batch: the largest; speeds: one a batch
-    size, or none."""
+    size, or none; predicted: what was said of it before."""
     facts, source = inspect(subject.name), subject.source
+    taken = used(run.weights, found, where, context, batch)
     identity, sha256 = manifest(source.folder)
     return Measured(
         name=subject.name,
@@ -71,8 +74,8 @@ def measured(
         dtype=str(run.dtype).removeprefix("torch."),
         schemes=dict(facts.schemes),
         kernels=dict(run.kernels),
-        memory=used(run.weights, found, where, context, batch),
-        formula=predicted(subject.sizes, context, batch),
+        memory=taken,
+        formula=formula(subject.sizes, context, batch),
         loaded=subject.loaded,
         speed=tuple(speeds),
         speed_how=speed_how,
@@ -85,6 +88,7 @@ def measured(
         manifest_sha256=sha256,
         conversion=conversion(identity),
         active_parameters=subject.sizes.arch.active_parameters,
+        predicted=predicted and beside(predicted, speeds, taken),
     )
 
 
@@ -111,7 +115,7 @@ def used(parts: memory.Weights, found: Footprint | str, where: LocalDevice, cont
     )
 
 
-def predicted(sizes: Sizes, context: int, batch: int) -> Formula:
+def formula(sizes: Sizes, context: int, batch: int) -> Formula:
     at_context, words = sizes.kv(context, batch)
     most = sizes.max_tokens
     return Formula(

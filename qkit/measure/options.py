@@ -18,8 +18,8 @@ class Options:
     )
     device: tuple[str, ...] = option(
         ("auto",),
-        "auto, cpu, cuda or cuda:<index> to measure here; to predict, devices of the catalogue (`qkit devices`), h100-sxm:2 "
-        "for two, a JSON file that describes a card, or all",
+        "auto, cpu, cuda or cuda:<index> to measure here; to predict, devices of the catalogue (`qkit devices`), "
+        "h100-sxm:2 for two, a JSON file that describes a card, or all",
         parse=several(text, 1),
         metavar="NAME",
     )
@@ -33,7 +33,9 @@ class Options:
         (1,), "batch sizes; --min-tps holds for the first", parse=several(whole(1), 1), metavar="N"
     )
     predict: bool = option(False, "predict on a device that is here, too; nothing is loaded")
-    format: str | None = option(None, "predict the model as `qkit convert --format NAME` would write it", metavar="NAME")
+    format: str | None = option(
+        None, "predict the model as `qkit convert --format NAME` would write it", metavar="NAME"
+    )
     scheme: str | None = option(None, "predict it in this scheme", metavar="NAME")
     kv_cache: str | None = option(None, "predict with a KV cache of fp8, or q8_0 or q4_0 of llama.cpp", metavar="TYPE")
     price_per_hour: float | None = option(

@@ -19,7 +19,7 @@ from ..progress import notify, track
 from ..report import write as report
 from ..report.folder import out_folder
 from ..text.tokenizer import held
-from . import bench, evaluation, facts, fit, footprint, room, speed
+from . import bench, evaluation, facts, fit, footprint, predicted, room, speed
 from .endpoint.command import profile_endpoint
 from .endpoint.run import default_name
 from .engines import command as engines
@@ -49,6 +49,9 @@ FORMULAS = {
     "process": "what it holds beside the weights after a short warm-up: Python, torch, libraries; on a GPU the "
     "driver's context and the kernels' code",
     "free": "of the device, before a model was loaded; within a container's limit",
+    "predicted": "from the headers, before the model runs, for the same device, prompt, batch and context: a roofline "
+    "whose rates are fitted (profiles/speed.json), on a CPU with the read ceiling as its bandwidth; bytes by formula. "
+    "error: predicted / measured - 1",
     "perplexity": "exp(mean of -ln p(token)), error: perplexity x sqrt(var / (n - 1))",
     "KL divergence": "mean over tokens of sum over the vocabulary of p_base (ln p_base - ln p_model)",
     "top-1 agreement": "share of tokens where both models' most likely token is the same",
@@ -78,9 +81,13 @@ def profile(
     if options.endpoint is not None:
         if len(names) > 1:
             raise QkitError("--endpoint takes the name of one model", "run it once for each")
-        return profile_endpoint(names[0] if names else None, options, out_folder(options.out, [default_name(options.endpoint)]))
+        return profile_endpoint(
+            names[0] if names else None, options, out_folder(options.out, [default_name(options.endpoint)])
+        )
     if not names:
-        raise QkitError("no model was named", "name a folder, a .gguf file, a Hub id, demo, or a running server with --endpoint URL")
+        raise QkitError(
+            "no model was named", "name a folder, a .gguf file, a Hub id, demo, or a running server with --endpoint URL"
+        )
     targets = _targets(names, options)
     if targets is not None:
         from ..estimate.command import predict
@@ -175,7 +182,9 @@ def _measure(
     seen = _footprints(everyone, where, tokens, context, max(options.batch))
     ceiling = speed.read_ceiling(torch.device(where.id))
     prompt = _prompt(tokens, min(context, limit - speed.GENERATED))
-    session = bench.Bench(where, tokens, prompt, context, options.batch, ceiling)
+    asked = predicted.Asked(prompt.shape[1], speed.GENERATED, options.batch[0], context, max(options.batch))
+    said = {each.name: predicted.before(each.source, where, ceiling, asked) for each in everyone}
+    session = bench.Bench(where, tokens, prompt, context, options.batch, ceiling, said)
     base = None
     if placed.baseline:
         base = bench.Baseline(session, placed.baseline, seen[-1], placed.beside)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
+from ..hardware import memory as process
 from . import memory
 from .states import States, logits
 
@@ -56,6 +57,7 @@ class Streamed:
                 Runner(block, calls[index], device).advance(states)
                 self._weigh(name)
                 self.frame.empty(name)
+                process.give_back()
                 advance(1)
         self._states = states
         return self
@@ -71,6 +73,7 @@ class Streamed:
             for name in self._after:
                 self._weigh(name)
                 self.frame.empty(name)
+            process.give_back()
 
     @property
     def kernels(self) -> Counter[str]:

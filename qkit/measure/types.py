@@ -1,4 +1,5 @@
-"""What a profile holds. Every figure here was measured on this machine, but those of `Formula`."""
+"""What a profile holds. Every figure here was measured on this machine, but those of `Formula` and what stands under
+`Measured.predicted`."""
 
 from __future__ import annotations
 
@@ -114,8 +115,13 @@ class Measured:
     problems          what failed, in words; the rest was measured
     fingerprint       of the source; manifest_sha256, conversion: of the qkit manifest, where there is one
     active_parameters  that one token is multiplied with; None where nobody counted them
-    predicted         what was predicted for this device, engine and setting before anything ran: "decode" and "prefill"
-                      (tokens_per_s, low, high), "first" (seconds, low, high), "memory" (total), each where it is known
+    predicted         what was predicted from the headers before it ran, for this device, the engine qkit and what was
+                      measured; None where nothing was asked. Parts are None where nothing supports them:
+                        decode, prefill  {tokens_per_s, low, high}, first {seconds, low, high}: of the first of `speed`,
+                                         bare steps; the interval holds nine in ten
+                        memory           {total, parts: name -> bytes}, weights {bytes}, kv_cache {bytes}
+                      each with `measured`, and `error`: predicted / measured - 1, both None where it was not measured;
+                      basis: what a figure rests on, in words; problem: why parts are None, or None
     """
 
     name: str

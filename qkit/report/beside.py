@@ -1,4 +1,4 @@
-"""Predicted against measured: what was said of a device before anything ran, beside what ran."""
+"""Predicted against measured: what was said of a model before it ran, beside what ran."""
 
 from __future__ import annotations
 
@@ -12,31 +12,61 @@ from .tables import Table
 
 
 def table(result: Profile) -> Table | None:
-    """A row for each figure that has both; None where none has."""
+    """A row for each figure that was predicted; None where none was."""
     named = list(zip(tables.heads(result), tables.rows(result), strict=True))
     lines = [line for name, row in named for line in _lines(name if len(named) > 1 else "", row)]
-    return (["", "predicted", "nine in ten", "measured", "error"], lines) if lines else None
+    head = ["", "predicted", "nine in ten", "measured", "predicted / measured - 1"]
+    return (head, lines) if lines else None
 
 
 def _lines(name: str, row: Measured) -> Iterator[list[str]]:
-    found, first = row.predicted or {}, row.speed[0] if row.speed else None
+    first = row.speed[0] if row.speed else None
     of = f"{name}: " if name else ""
-    if first is not None:
-        rates = (("decode", f"decode, bare step, batch {first.batch}", first.decode_tps),
-                 ("prefill", f"prefill of {first.prompt:,} tokens", first.prefill_tps))  # fmt: skip
-        for key, what, measured in rates:
-            if found.get(key):
-                yield _line(of + what, found[key], "tokens_per_s", measured, lambda v: f"{v:,.1f} tok/s")
-        if found.get("first"):
-            what = f"first token after {first.prompt:,}"
-            yield _line(of + what, found["first"], "seconds", first.ttft_median, lambda v: f"{v * 1e3:,.1f} ms")
-    if found.get("memory") and row.memory.total is not None:
-        yield _line(f"{of}memory", found["memory"], "total", row.memory.total, units.size)
+    batch = f", batch {first.batch}" if first else ""
+    prompt = f" of {first.prompt:,} tokens" if first else ""
+    figures: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+        ("decode", f"decode, bare step{batch}", "tokens_per_s", _rate),
+        ("prefill", f"prefill{prompt}{batch}", "tokens_per_s", _rate),
+        ("first", f"first token after a prompt{prompt}", "seconds", _ms),
+        ("memory", f"memory at {row.memory.tokens:,} tokens x batch {row.memory.batch}", "total", units.size),
+        ("weights", "· weights", "bytes", units.size),
+        ("kv_cache", "· KV cache", "bytes", units.size),
+    )
+    for key, what, unit, shown in figures:
+        if found := (row.predicted or {}).get(key):
+            yield _line(of + what, found, unit, shown)
 
 
-def _line(what: str, found: dict[str, Any], key: str, measured: float, shown: Callable[[float], str]) -> list[str]:
-    value, low, high = found[key], found.get("low"), found.get("high")
+def _line(what: str, found: dict[str, Any], unit: str, shown: Callable[[float], str]) -> list[str]:
+    measured, error, low, high = (found.get(name) for name in ("measured", "error", "low", "high"))
     band = "-"
     if low is not None and high is not None:
-        band = f"{shown(low)} to {shown(high)}" + ("" if low <= measured <= high else ", missed")
-    return [what, shown(value), band, shown(measured), f"{value / measured - 1:+.0%}" if measured else "-"]
+        missed = "" if measured is None or low <= measured <= high else ", missed"
+        band = f"{shown(low)} to {shown(high)}{missed}"
+    return [
+        what,
+        shown(found[unit]),
+        band,
+        "not measured" if measured is None else shown(measured),
+        "-" if error is None else f"{error:+.1%}",
+    ]
+
+
+def unknown(result: Profile) -> list[list[str]]:
+    """(model, why) of what was not predicted."""
+    named = zip(tables.heads(result), tables.rows(result), strict=True)
+    return [[name, row.predicted["problem"]] for name, row in named if row.predicted and row.predicted["problem"]]
+
+
+def bases(result: Profile) -> list[tuple[str, str]]:
+    """(figure, what its prediction rests on) of the first model."""
+    found = result.models[0].predicted
+    return list(found["basis"].items()) if found else []
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f} tok/s"
+
+
+def _ms(value: float) -> str:
+    return f"{value * 1e3:,.1f} ms"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .. import units
 from ..comparison import Change, Comparison, Pair
+from .figures import short
 from .layout import cell, markdown, plain
 
 
@@ -57,7 +58,7 @@ def _moved(change: Change) -> str:
 
 
 def _title(pair: Pair) -> str:
-    names = pair.before, pair.after
+    names = short(pair.before), short(pair.after)
     return names[0] if names[0] == names[1] else " → ".join(names)
 
 

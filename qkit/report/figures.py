@@ -34,7 +34,11 @@ def rows(document: Document) -> dict[str, Document]:
     if document["kind"] == "measured":
         return {short(model["name"]): model for model in document["models"]}
     return {
-        f"{short(each['model']['name'])} on {answer['device']}": {**answer, "of": each}
+        f"{short(each['model']['name'])} on {answer['device']}": {
+            **answer,
+            "of": each,
+            "name": f"{each['model']['name']} on {answer['device']}",
+        }
         for each in document["estimates"]
         for answer in each["answers"]
     }

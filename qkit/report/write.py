@@ -51,6 +51,7 @@ def _sections(result: Profile) -> list[tuple[str, Table]]:
         *([(f"{_QUALITY} {compared}".rstrip(), scored)] if scored else []),
         *([("Speed (measured)", timed)] if timed else []),
         *([("Predicted against measured", both)] if (both := beside.table(result)) else []),
+        *([("Not predicted", (["", ""], lacking))] if (lacking := beside.unknown(result)) else []),
         ("Memory", tables.memory(result)),
         *sweeps.sections(result.sweeps),
         ("Measured on", tables.facts(result)),
@@ -65,6 +66,8 @@ def _folded(result: Profile) -> list[tuple[str, Table, str]]:
         of = f"of {name} " if len(result.models) > 1 else ""
         if found:
             folded.append((f"Percentiles {of}{against(result)}".rstrip(), found, ""))
+    bases = [list(each) for each in beside.bases(result)]
+    folded += [("What the predictions rest on", (["figure", "basis"], bases), "facts")] if bases else []
     return [*folded, ("Hashes and how it was converted", tables.records(result), "facts headless")]
 
 
@@ -130,6 +133,7 @@ def summary(result: Profile) -> str:
         lines.append(f"  memory  {of}{total}{fit_words(memory)}")
     lines.append(f"  text    {text.name}, {text.chunks} x {text.n_ctx} tokens; {tables.overlap(result)}")
     lines.append(f"  how     {tables.how(result)}")
+    lines += [f"  not predicted  {name}: {why}" for name, why in beside.unknown(result)]
     lines.append(f"  report  {Path(result.out) / NAMES[2]}")
     said = status(result)
     return "\n".join([*lines, *([f"  {said}"] if said else [])])

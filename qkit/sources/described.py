@@ -1,4 +1,4 @@
-"""A checkpoint of which only the config, or the config and the headers, are looked at: enough to say what it will take."""
+"""A checkpoint of which the config, or the config and the headers, are looked at: enough to say what it will take."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ def is_config_alone(spec: str) -> bool:
     """Whether a name is a config.json here, or a folder that holds one and no weights."""
     path = Path(os.path.expanduser(spec)) if spec else Path()
     try:
-        return bool(spec) and ((path.is_file() and path.suffix.lower() == ".json") or (path.is_dir() and _only_config(path)))
+        return bool(spec) and (
+            (path.is_file() and path.suffix.lower() == ".json") or (path.is_dir() and _only_config(path))
+        )
     except (OSError, ValueError):
         return False
 
 
 def describe_source(spec: str) -> Source:
-    """A checkpoint by its headers, or by its config where there are no weights: a config.json, a folder with one, whatever
-    `open_source` takes; of a Hub id the headers alone are asked for.
+    """A checkpoint by its headers, or by its config where there are no weights: a config.json, a folder with one,
+    whatever `open_source` takes; of a Hub id the headers alone are asked for.
 
     Raises QkitError for what is none of these."""
     from . import DEMO, is_hub_id, open_source

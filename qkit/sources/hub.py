@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
@@ -57,11 +56,14 @@ def describe_hub(spec: str) -> Source:
     repo, _, revision = spec.partition("@")
     try:
         with _asking(repo, revision or None):
-            # First what says that there is no such model: the other would say that it has no weights.
-            place = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None, etag_timeout=5)
-            files = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None).files_metadata
+            # First what is asked once: without a network the others try again for half a minute.
+            sha = huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=5).sha
+            place = huggingface_hub.hf_hub_download(repo, "config.json", revision=sha, etag_timeout=5)
+            files = huggingface_hub.get_safetensors_metadata(repo, revision=sha).files_metadata
     except _Unreachable:
         return open_hub(spec)
+    except errors.EntryNotFoundError as error:
+        raise QkitError(f"{repo} has no config.json on the Hub", "is it a model that transformers loads?") from error
     except errors.NotASafetensorsRepoError as error:
         raise QkitError(f"{repo} has no safetensors weights on the Hub", PICKLE_HINT) from error
     except errors.SafetensorsParsingError as error:
@@ -105,6 +107,8 @@ def _asking(repo: str, revision: str | None) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise _offline(repo) from error
     except (http_error, RuntimeError) as error:  # RuntimeError: how the Xet transfer reports a broken connection
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout"):  # of the client's HTTP library
+            raise _offline(repo) from error
         raise QkitError(
             f"cannot fetch {repo} from the Hub: {error}", "try again: it goes on where it stopped"
         ) from error

@@ -73,6 +73,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": MLA | MOE | {
         "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
     "minicpm3": MLA,
+    "deepseek_v32": MLA | MOE | {
+        "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+        "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
+    "gemma4_text": DIM | {
+        "sliding_window": W, "num_hidden_layers": 12, "num_kv_shared_layers": 6, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 199, "global_head_dim": 32},
     "kimi_linear": MLA | {
         "q_lora_rank": None, "num_hidden_layers": 6, "linear_num_heads": 4, "linear_head_dim": 16, "num_experts": 4,
         "num_experts_per_token": 2, "moe_intermediate_size": 32, "num_shared_experts": 1},
@@ -132,7 +138,7 @@ def held(cache: Any) -> int:
         return held(cache.self_attention_cache) + held(cache.cross_attention_cache)
     found: list[Any] = list(getattr(cache, "linear_cache", []))
     for layer in cache.layers:
-        found += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        found += [getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]
         for states in ("conv_states", "recurrent_states"):
             found += list(getattr(layer, states, {}).values())
     return sum(t.nbytes for t in found if isinstance(t, torch.Tensor))
@@ -202,7 +208,7 @@ def of(name: str) -> Any:
 def test_what_another_token_costs(name, per_token):
     for engine in ("transformers", "vllm", "llama.cpp"):
         at = [kv_bytes(of(name), n, engine=engine, setting=Setting(block=256)) for n in (2**14, 2**15)]
-        assert (at[1] - at[0]) / 2**14 == pytest.approx(per_token, rel=0.01), engine  # pages of states round
+        assert (at[1] - at[0]) / 2**14 == pytest.approx(per_token, rel=0.03), engine  # pages with states are large
 
 
 def test_the_type_of_the_cache_leaves_states_alone():
@@ -220,6 +226,13 @@ def test_ranks_divide_heads_and_hold_what_cannot_be_divided():
         for tp, share in ((2, 2), (8, 8), (16, 8), (64, 8)):
             assert kv_bytes(llama, 4096, engine=engine, setting=Setting(tp=tp)) == whole // share
         assert kv_bytes(deepseek, 4096, engine=engine, setting=Setting(tp=8)) == kv_bytes(deepseek, 4096, engine=engine)
+
+
+def test_an_indexer_keeps_keys_of_its_own():
+    given = PUBLISHED["DeepSeek-V3"][0] | {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128}
+    arch = architecture(given)
+    assert kv_bytes(arch, 64) - kv_bytes(of("DeepSeek-V3"), 64) == 61 * 64 * 128 * 2
+    assert kv_bytes(arch, 64, engine="vllm") - kv_bytes(of("DeepSeek-V3"), 64, engine="vllm") == 61 * 64 * 132
 
 
 def test_pages_round_up_and_windows_need_one_more():
@@ -242,6 +255,8 @@ def test_groups_of_layers_share_a_pool():
 def test_llama_cpp_rounds_to_cells():
     llama, gemma = of("Llama-3.1-8B"), of("Gemma-3-27B")
     assert kv_bytes(llama, 257, engine="llama.cpp") == kv_bytes(llama, 512)
+    mistral = of("Mistral-7B")
+    assert kv_bytes(mistral, 8192, engine="llama.cpp") == kv_bytes(llama, 8192, engine="llama.cpp")
     full, sliding = 2 * 16 * 128 * 2 * 10, 2 * 16 * 128 * 2 * 52
     assert kv_bytes(gemma, 8192, engine="llama.cpp") == full * 8192 + sliding * (1024 + 512)
 

@@ -47,7 +47,9 @@ def test_a_config_that_declares_a_quantization(tmp_path: Path):
     found = subject(config_of(tmp_path, "DeepSeek-V3", quantization_config=FP8))
     assert found.spec.kind == "fp8" and found.spec.scale.block == (128, 128)
     linears = found.weights.of_class("attention", "mlp", "expert", "shared")
-    assert linears == pytest.approx(sum(m.numel for layer in found.arch.layers for m in layer.matrices if m.role != "router"), rel=1e-3)
+    assert linears == pytest.approx(
+        sum(m.numel for layer in found.arch.layers for m in layer.matrices if m.role != "router"), rel=1e-3
+    )
 
 
 def test_gpt_oss_keeps_its_attention(tmp_path: Path):
@@ -173,5 +175,3 @@ def test_a_config_that_lacks_what_it_takes(tmp_path: Path):
     with pytest.raises(QkitError, match="missing") as caught:
         estimate(str(tmp_path), parse("rtx-4090"))
     assert caught.value.hint
-
-

@@ -175,7 +175,7 @@ def test_the_step_of_vllm_follows_the_device():
 def test_what_does_not_run_at_all():
     assert "divide 40 attention heads by 3" in problem(Target(gpu(), 3), "vllm", 40)
     assert problem(Target(gpu(), 2), "vllm", 40) == ""
-    assert "7.0" in problem(Target(gpu(capability="6.1")), "vllm", 32)
+    assert "7.5" in problem(Target(gpu(capability="6.1")), "vllm", 32)
     assert "Apple" in problem(Target(gpu(vendor="Apple", kind="unified")), "vllm", 32)
     assert "one device" in problem(Target(gpu(), 2), "qkit", 32)
     assert "NVIDIA" in problem(Target(gpu(vendor="AMD", capability="gfx942")), "qkit", 32)

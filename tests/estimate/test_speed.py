@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qkit.estimate import speed
 from qkit.estimate.engines import ENGINES, UNKNOWN, kernel_named, kernel_of, library, named
 from qkit.estimate.parts import Part, Weights
-from qkit.estimate.rates import Fitted, Setting, as_dict, fitted, from_dict
+from qkit.estimate.rates import Setting, as_dict, fitted, from_dict
 from qkit.estimate.roofline import Ceilings, Manner, Rates, decode, micro_batch, prefill
 from qkit.estimate.speed import Load, predict
 from qkit.estimate.traffic import traffic
@@ -36,7 +35,13 @@ CARD = Ceilings(1e12, 100e12, 100e12)
 def work_of(config=LLAMA, bits=16.0, **options):
     arch = architecture(config)
     parts = [
-        Part(m.role, round(m.numel * bits / 8), 0, m.count, 0 if m.role == "embedding" and not arch.tied else m.active or 1)
+        Part(
+            m.role,
+            round(m.numel * bits / 8),
+            0,
+            m.count,
+            0 if m.role == "embedding" and not arch.tied else m.active or 1,
+        )
         for m in arch.matrices
     ]
     return traffic(arch, Weights.of(parts), **options)
@@ -52,7 +57,13 @@ def test_bytes_and_values_of_a_known_model():
 
 
 def test_experts_that_are_met():
-    mixtral = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    mixtral = {
+        **LLAMA,
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
     work = work_of(mixtral)
     assert work.hit(1) == pytest.approx(0.25) and work.hit(1000) == pytest.approx(1)
     random.seed(0)
@@ -87,7 +98,9 @@ def test_prefill_is_operations_over_peak():
     work = work_of()
     expected = (2 * 2048 * work.values + work.attention(2048, 1024)) / 100e12
     assert prefill(work, CARD, Manner(), FREE, 1, 2048) == pytest.approx(expected, rel=0.01)
-    pipelined = prefill(work, replace(CARD, count=4), Manner(chunked=True, serial=True), replace(FREE, pipeline=9), 1, 2048)
+    pipelined = prefill(
+        work, replace(CARD, count=4), Manner(chunked=True, serial=True), replace(FREE, pipeline=9), 1, 2048
+    )
     assert pipelined == pytest.approx(expected * 7 / 16, rel=0.05)  # four passes through four stages
 
 
@@ -156,9 +169,11 @@ def test_the_fit_survives_json():
 @pytest.mark.parametrize(
     ("text", "engine"),
     [
-        ("vLLM-0.6.3", "vllm"), ("llama.cpp(2024-05, layer split)", "llama.cpp"), ("ik_llama.cpp(-rtr)", "ik_llama.cpp"),
+        ("vLLM-0.6.3", "vllm"), ("llama.cpp(2024-05, layer split)", "llama.cpp"),
+        ("ik_llama.cpp(-rtr)", "ik_llama.cpp"),
         ("HF-transformers-4.46", "transformers"), ("bitsandbytes+HF", "transformers"), ("TensorRT-LLM-1.0", "trt-llm"),
-        ("TRT-LLM", "trt-llm"), ("torchao(eager)", "transformers"), ("torchao tinygemm", "compile"), ("ExLlamaV2", "exllama"),
+        ("TRT-LLM", "trt-llm"), ("torchao(eager)", "transformers"), ("torchao tinygemm", "compile"),
+        ("ExLlamaV2", "exllama"),
         ("mlx-lm 0.20", "mlx"), ("Ollama 0.5", "llama.cpp"), ("SGLang-0.4.6", "sglang"), ("AutoAWQ-0.1.6", "autoawq"),
         ("LMDeploy", "lmdeploy"), ("something else", "unknown"),
     ],
@@ -197,7 +212,9 @@ def test_libraries():
     assert library(ENGINES["vllm"], "int4", "vLLM-Machete") == "machete"
 
 
-HEADER = "model,params_b,format,bits,engine,gpu,n_gpus,batch,prompt_len,gen_len_or_ctx,phase,tokens_per_s,vram_gib,source\n"
+HEADER = (
+    "model,params_b,format,bits,engine,gpu,n_gpus,batch,prompt_len,gen_len_or_ctx,phase,tokens_per_s,vram_gib,source\n"
+)
 
 
 def _made_up(tmp_path: Path, seed: int, offsets) -> list[rows.Row]:
@@ -256,6 +273,24 @@ def test_what_is_no_figure(tmp_path: Path):
     found, skipped = rows.read(path)
     assert len(found) == 1 and len(skipped) == 2
     assert 8.5e9 < found[0].work.values + found[0].work.head_values < 9.5e9  # like the nearest that is known
+
+
+def test_figures_of_engines_and_devices_that_were_never_fitted():
+    """The shipped fit against the table that it never sees: benchmarks/speed_fit.py --score prints the same."""
+    found, skipped = rows.read(Path(rows.__file__).with_name("figures.csv"))
+    answers = fitting.check(found, fitted())
+    assert len(answers) > 500 and len(skipped) < 0.15 * len(found)
+    errors = sorted(abs(a.error) for a in answers)
+    assert sum(a.covered for a in answers) >= 0.8 * len(answers)
+    assert errors[len(errors) // 2] <= 0.3
+    unseen = [a for a in answers if ("bandwidth", "engine", a.row.setting.engine.name) not in fitted().terms]
+    assert len(unseen) > 100 and sum(a.covered for a in unseen) >= 0.8 * len(unseen)
+    known = [a for a in answers if a.row.setting.engine.name in ("vllm", "llama.cpp")]
+
+    def width(some: list[fitting.Checked]) -> float:
+        return sorted(a.predicted.high / a.predicted.low for a in some)[len(some) // 2]
+
+    assert width(unseen) > width(known)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from architectures import SHRUNK, config_of
 from models import FAMILIES, FUSED, make_model
 
 import qkit
@@ -44,8 +45,8 @@ def model(tmp_path_factory, request) -> Path:
     return make_model(tmp_path_factory.mktemp(family) / "m", family, **{**WIDE, **EXPERTS.get(family, {})})
 
 
-def planned(source, format: str, scheme: str | None) -> list:
-    plan = make_plan(source, Path("/tmp/never"), Options(format=format, scheme=scheme, method="rtn"))
+def planned(source, format: str, scheme: str | None, method: str = "rtn") -> list:
+    plan = make_plan(source, Path("/tmp/never"), Options(format=format, scheme=scheme, method=method))
     return plan.tasks
 
 
@@ -71,6 +72,20 @@ def test_the_bytes_of_a_gguf_file_are_those_of_a_conversion(model):
         arch = dataclasses.replace(arch, embedding=dataclasses.replace(arch.embedding, out=259))
     for mix in MIXES:
         assert of_architecture(arch, mix, "gguf").total == sum(t.bytes_out for t in planned(source, "gguf", mix)), mix
+    for mix in ("q4_0", "iq4_xs", "q4_k_m"):
+        tasks = planned(source, "gguf", mix, "imatrix")
+        assert of_architecture(arch, mix, "gguf", importance=True).total == sum(t.bytes_out for t in tasks), mix
+
+
+@pytest.mark.parametrize("kind", SHRUNK)
+def test_bytes_follow_parameters_in_every_family(kind):
+    """At two bytes each; one token reads what it is multiplied with, and no more."""
+    arch = architecture(config_of({"model_type": kind, **SHRUNK[kind]}).to_dict())
+    weights = of_architecture(arch)
+    assert weights.total == 2 * (arch.parameters + arch.mtp_parameters)
+    # Zamba2's layers share a block, which is stored once and multiplied with again and again.
+    again = 2 * sum(m.numel_active for layer in arch.layers for m in layer.matrices if not m.count)
+    assert weights.read() == pytest.approx(2 * arch.active_parameters - again, abs=2)
 
 
 def test_one_settled_scheme_is_taken_as_it_is():

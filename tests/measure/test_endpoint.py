@@ -5,41 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from measure.sse_server import MODEL, Script, Server
+from measure.sse_server import MODEL, Script, good
 
 from qkit import cli
 from qkit.errors import QkitError
 from qkit.measure import measure_endpoint
-from qkit.measure.endpoint import load, render, request, run, stream
+from qkit.measure.endpoint import load, render, request, run
 from qkit.measure.endpoint.address import parse
 from qkit.measure.endpoint.prompts import Prompts
-from qkit.measure.endpoint.request import Ask, Outcome, send
-from qkit.measure.endpoint.stream import Broken, Events, Reply, message_of
+from qkit.measure.endpoint.request import Outcome
 
 QUICK = {"context": 40, "max_tokens": 6, "concurrency": (1, 3), "timeout": 20.0}
 WARM = 2  # requests that this server gets before the load: it counts its tokens as the first says
-
-
-@pytest.fixture
-def serve() -> Iterator:
-    started: list[Server] = []
-
-    def make(script, **named) -> Server:
-        started.append(Server(script, **named))
-        return started[-1]
-
-    yield make
-    for server in started:
-        server.stop()
-
-
-def good(number, body) -> Script:
-    return Script()
 
 
 def reasons(level) -> dict[str, int]:
@@ -135,6 +116,16 @@ def test_a_server_that_dies_midway_leaves_what_was_measured(serve):
     assert found.unmeasured == (4,) and found.problem.startswith("at concurrency 2 all 8 requests failed")
     assert not found.passed and found.failures == (found.problem,)
     json.dumps(found.as_dict(), allow_nan=False)
+    shown = render.summary(found)
+    assert "not tried" in shown and "concurrency 4" in shown and shown.endswith(found.problem)
+
+
+def test_a_level_that_has_no_time_for_all_of_its_requests_says_so(serve):
+    server = serve(lambda number, body: Script(after=0.05))
+    found = measure_endpoint(server.url, **{**QUICK, "concurrency": (2,), "level_seconds": 0.01})
+    (level,) = found.levels
+    assert level.requests == level.succeeded == 2 and found.passed
+    assert "2 of 8 requests were sent in the time of a level" in render.summary(found)
 
 
 def test_streams_cut_in_flight_when_the_server_dies(serve):
@@ -380,65 +371,6 @@ def test_answers_that_the_model_ends_are_said(serve):
     found = measure_endpoint(serve(lambda n, b: Script(tokens=3, finish="stop")).url, **QUICK)
     assert found.levels[0].succeeded == found.levels[0].ended_early == 8
     assert "requests ended before" in render.summary(found)
-
-
-def ask_of(server: Server, script: Script) -> Outcome:
-    server.script = lambda number, body: script
-    return send(
-        parse(server.url), Ask("/completions", MODEL, 32, {"stream_options": {"include_usage": True}}), "x", 5.0
-    )
-
-
-def test_what_a_stream_may_look_like(serve):
-    server = serve(good)
-    assert ask_of(server, Script(a_chunk=8)).reason is None  # several tokens a chunk
-    assert ask_of(server, Script(a_chunk=32)).reason == "usage is wrong"  # no stream: one chunk
-    assert ask_of(server, Script(done=False)).reason is None  # finished, without the end's mark
-    assert ask_of(server, Script(model="org/" + MODEL)).reason is None
-    assert ask_of(server, Script(usage=False)).counted == "chunks"
-    assert ask_of(server, Script(tokens=50, usage=32)).reason == "more tokens than asked"
-    assert ask_of(server, Script(raw=b"")).reason == "stream cut short"
-    assert ask_of(server, Script(raw=b"data: [DONE]\n\n")).reason == "no tokens"
-    assert ask_of(server, Script(raw=b'data: {"choices": 3}\n\n')).reason == "malformed stream"
-    assert ask_of(server, Script(raw=b"data: 3\n\n")).reason == "malformed stream"
-
-
-def test_events_may_be_cut_anywhere():
-    given = ': ping\r\n\r\ndata: {"a":\r\ndata: 1}\r\n\r\nevent: x\nid: 1\ndata:two é\n\ndata: [DONE]\n'.encode()
-    for size in (1, 2, 3, 7, len(given)):
-        events = Events()
-        found = [data for at in range(0, len(given), size) for data in events.feed(given[at : at + size])]
-        assert found == ['{"a":\n1}', "two é"] and events.end() == ["[DONE]"]
-    with pytest.raises(Broken):
-        Events().feed(b"<html>\n")
-
-
-def test_a_line_without_an_end_is_no_event(monkeypatch):
-    monkeypatch.setattr(stream, "_LONGEST", 100)
-    with pytest.raises(Broken, match="more than 100 bytes"):
-        Events().feed(b"data: " + b"x" * 100)
-
-
-def test_which_chunks_carry_a_token():
-    reply = Reply()
-    chunks = [
-        {"delta": {"role": "assistant", "content": ""}, "finish_reason": None},
-        {"delta": {"content": "a"}, "finish_reason": None},
-        {"delta": {"reasoning_content": "b"}, "finish_reason": None},
-        {"delta": {}, "finish_reason": "length"},
-        {"text": "", "finish_reason": None},  # half a character
-        {"text": "c", "finish_reason": "stop"},
-        {"text": "", "finish_reason": "stop"},
-    ]
-    for at, choice in enumerate(chunks):
-        reply.take(json.dumps({"choices": [choice]}), float(at))
-    assert reply.arrivals == [1.0, 2.0, 4.0, 5.0] and reply.finish == "stop" and not reply.done
-
-
-def test_messages_of_errors():
-    assert message_of({"error": {"message": "a", "type": "b"}}) == message_of({"error": "a"}) == "a"
-    assert message_of({"detail": [{"msg": "a", "loc": []}]}) == message_of({"message": "a"}) == "a"
-    assert message_of({"detail": []}) == message_of(None) == message_of({"error": {}}) == message_of([3]) == ""
 
 
 def test_a_profile_of_an_endpoint(serve, tmp_path, capsys):

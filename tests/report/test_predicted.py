@@ -68,7 +68,7 @@ def test_what_does_not_fit_says_what_would(made):
     steps = [s for s in useful(each.steps[0]) if s.fit.fits]
     assert f"As {steps[0].name} (" in first and f"up to {steps[0].largest_context:,} tokens" in first
     assert "two GeForce RTX 4090" in second and " on each, " in second
-    assert "vLLM needs compute capability 7.0" in refused
+    assert "vLLM needs compute capability 7." in refused
     page = report.to_html(made["four"])
     assert "it does not fit" in page and "unknown" in page
 

@@ -8,7 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from pages import Page
+from pages import Page, bodies
 from reports import HOSTILE, make
 
 from qkit.measure.quality import Estimate
@@ -106,14 +106,6 @@ def test_files_are_written_whole(tmp_path):
 )  # fmt: skip
 def test_value_and_error_end_at_the_same_place(value, error, shown):
     assert wording.pm(Estimate(value, error)) == shown
-
-
-def bodies(result):
-    return {
-        "html": Page(report.to_html(result)).text,
-        "markdown": report.to_markdown(result).replace("\\", ""),
-        "summary": report.summary(result),
-    }
 
 
 def with_memory(result, **changes):

@@ -51,6 +51,9 @@ def test_weights_that_lie_here(tmp_path: Path) -> None:
     assert described.names() == opened.names() and described.names()
 
 
+SHA = "0123456789012345678901234567890123456789"
+
+
 class _Hub(BaseHTTPRequestHandler):
     """The Hub's file endpoint for one repository, org/name."""
 
@@ -64,7 +67,15 @@ class _Hub(BaseHTTPRequestHandler):
         self._answer(True)
 
     def _answer(self, body: bool) -> None:
-        prefix = "/org/name/resolve/main/"
+        if self.path.startswith("/api/models/org/name"):
+            data = json.dumps({"id": "org/name", "sha": SHA, "siblings": []}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return
+        prefix = f"/org/name/resolve/{SHA}/"
         file = self.folder / self.path.removeprefix(prefix).partition("?")[0]
         if not self.path.startswith(prefix) or not file.is_file():
             self.send_response(404)
@@ -80,7 +91,7 @@ class _Hub(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data) if body else whole))
         self.send_header("ETag", '"abc"')
-        self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
+        self.send_header("X-Repo-Commit", SHA)
         self.end_headers()
         if body:
             self.sent.append(len(data))
@@ -104,6 +115,12 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path, list[int]]]:
 
 SHOW = """
 import sys
+if sys.argv[1] == "offline":
+    import socket
+    def refuse(*_, **__):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    socket.getaddrinfo = refuse
+    del sys.argv[1]
 from qkit.sources.described import describe_source
 from qkit.errors import QkitError
 for spec in sys.argv[1:]:
@@ -132,4 +149,15 @@ def test_the_hub_is_asked_for_headers_alone(hub: tuple[str, Path, list[int]], tm
     lines = _shown(endpoint, tmp_path / "home", "org/name", "org/absent")
     assert lines[0] == expected
     assert lines[1].startswith("error: no model 'org/absent'")
-    assert sum(sent) <= max(100_001, header + 8) + (folder / "config.json").stat().st_size
+    assert len(sent) == 2 and sum(sent) <= max(100_001, header + 8) + (folder / "config.json").stat().st_size
+
+
+def test_without_a_network(tmp_path: Path) -> None:
+    """One clear answer at once; a cached copy is opened."""
+    cache = tmp_path / "hub" / "models--org--cached"
+    make_folder(cache / "snapshots" / SHA)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(SHA)
+    lines = _shown("https://huggingface.co", tmp_path, "offline", "org/name", "org/cached")
+    assert "cannot reach the Hub for org/name" in lines[0]
+    assert lines[-1].startswith("org/cached 4 ")

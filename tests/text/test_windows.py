@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qkit.errors import QkitError
-from qkit.measure.run import MOST_SHARED
+from qkit.measure.evaluation import MOST_SHARED
 from qkit.text import read, windows
 from qkit.text.defaults import calibration_text, evaluation_text
 from qkit.text.sketch import overlap

@@ -59,9 +59,11 @@ def facts(result: Endpoint) -> Table:
         ["tokens counted by", result.counted],
         ["warm-up", f"{result.warmups} requests, in no figure"],
     ]
+    rows += [[f"concurrency {level.concurrency}", level.problem] for level in result.levels if level.problem]
     if result.problem:
-        rest = ", ".join(map(str, result.unmeasured))
-        rows.append(["ended early", result.problem + (f"; not tried: {rest}" if rest else "")])
+        rows.append(["ended early", result.problem])
+    if result.unmeasured:
+        rows.append(["not tried", "concurrency " + ", ".join(map(str, result.unmeasured))])
     return ["", ""], rows
 
 

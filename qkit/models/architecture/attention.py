@@ -91,3 +91,25 @@ def latent(k: Keys, f: Family, at: Place) -> Part:
     part += linears(stem, "attention", (f.out, hidden, queries * v_dim), bias=bias)
     cache = kept(k, "latent", rank + rope, 0, rank + rope, queries * (nope + rope + v_dim))
     return part + Part((), 0, (cache,), queries, nope + rope, v_dim)
+
+
+def indexed(k: Keys, f: Family, at: Place) -> Part:
+    """The same with an indexer that chooses tokens (DeepSeek-V3.2), for later layers too (GLM-5)."""
+    part = latent(k, f, at)
+    if not _chooses(k, at.index):
+        return part
+    stem, hidden = f"{at.layer}.{f.attention}.indexer", k.size("hidden_size")
+    count, dim = k.size("index_n_heads", most=1 << 20), k.size("index_head_dim")
+    part += linears(stem, "attention", ("wq_b", count * dim, k.size("q_lora_rank")), ("wk", dim, hidden))
+    part += linears(stem, "attention", ("weights_proj", count, hidden))
+    return part + Part((), 2 * dim, (Cache("index", dim, dim, head_dim=dim),))
+
+
+def _chooses(k: Keys, index: int) -> bool:
+    """Whether a layer has an indexer; transformers: GlmMoeDsaConfig.indexer_types."""
+    pattern = k.get("index_topk_pattern")
+    listed = list(pattern) if isinstance(pattern, str) else k.listed("indexer_types") or k.listed("index_topk_pattern")
+    if listed:
+        return index < len(listed) and listed[index] in ("full", "F")
+    every, offset = k.size("index_topk_freq", 1), k.size("index_skip_topk_offset", 2, least=0)
+    return max(index - offset + 1, 0) % every == 0

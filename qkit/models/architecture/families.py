@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import kinds, oddities, states
-from .attention import grouped, latent
+from . import gemma, kinds, oddities, states
+from .attention import grouped, indexed, latent
 from .family import Family
 from .mlp import Moe, Shared, after_first, after_one, between, interleaved, periodic, stepwise
 from .states import named
@@ -76,8 +76,12 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "gemma3n_text": replace(
-        _GEMMA3, rule=kinds.every(5), mixer=oddities.gemma3n, extra=oddities.gemma3n_extra,
-        outside=oddities.gemma3n_outside,
+        _GEMMA3, rule=kinds.every(5), mixer=gemma.gemma3n, extra=gemma.gemma3n_extra,
+        outside=gemma.gemma3n_outside,
+    ),
+    "gemma4_text": replace(
+        _GEMMA3, rule=gemma.gemma4_layers, mixer=gemma.gemma4, extra=gemma.gemma4_extra, width=gemma.gemma4_width,
+        outside=lambda k, f: gemma.tables(k),
     ),
     "phi": replace(
         _OLD, embedding="model.embed_tokens", layers="model.layers", attention="self_attn", qkv=_LLAMA.qkv, out="dense",
@@ -127,6 +131,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": Family(mixer=latent, moe=replace(_DEEPSEEK, correction=False)),
     "deepseek_v3": Family(mixer=latent, mlp_bias=False, moe=_DEEPSEEK),
+    "deepseek_v32": Family(mixer=indexed, mlp_bias=False, moe=_DEEPSEEK),
+    "glm_moe_dsa": Family(mixer=indexed, mlp_bias=False, moe=_DEEPSEEK),
     "kimi_k2": Family(mixer=latent, mlp_bias=False, moe=_DEEPSEEK),
     "minicpm3": Family(mixer=latent),
     "glm4_moe_lite": Family(mixer=latent, mlp_bias=False, moe=replace(_DEEPSEEK, sparse=after_one)),
@@ -171,6 +177,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "seed_oss": Family(out_bias="attention_out_bias"),
     "nemotron": Family(ffn=("up_proj", "down_proj"), gated=False, norm="layer"),
+    "apertus": Family(ffn=("up_proj", "down_proj"), gated=False, mlp_bias=False, qk_norm="head", extra=oddities.slopes),
+    "cwm": replace(_PLAIN, rule=kinds.first_of_four),
     "arcee": Family(ffn=("up_proj", "down_proj"), gated=False),
     "helium": Family(out_bias=False),
     "internlm3": _LLAMA,

@@ -8,7 +8,7 @@ from ...errors import QkitError
 from .keys import MOST_LAYERS, Keys
 
 FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
-KNOWN = (FULL, SLIDING, CHUNKED, LINEAR, "conv", "mlp", "moe", "hybrid", "cross_attention")
+KNOWN = (FULL, SLIDING, CHUNKED, LINEAR, "conv", "mlp", "moe", "hybrid", "cross_attention", "indexed_attention")
 _OLD = {"attention": FULL, "mamba": LINEAR, "mamba2": LINEAR, "recurrent": LINEAR, "global": FULL, "local": SLIDING}
 Kinds = Callable[[Keys, int], list[str]]
 
@@ -46,10 +46,6 @@ def uniform(k: Keys, layers: int) -> list[str]:
     return [CHUNKED if k.get("attention_chunk_size") is not None else FULL] * layers
 
 
-def full(k: Keys, layers: int) -> list[str]:
-    return [FULL] * layers
-
-
 def upper(k: Keys, layers: int) -> list[str]:
     """Qwen's: the layers from max_window_layers up."""
     first = k.size("max_window_layers", 0, least=0) if windowed(k) else layers
@@ -75,6 +71,11 @@ def every(default: int) -> Kinds:
         return [SLIDING if (index + 1) % step else FULL for index in range(layers)]
 
     return rule
+
+
+def first_of_four(k: Keys, layers: int) -> list[str]:
+    """CWM's."""
+    return [SLIDING if index % 4 and windowed(k) else FULL for index in range(layers)]
 
 
 def rotated(k: Keys, layers: int) -> list[str]:

@@ -26,6 +26,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "gemma3": Kind("gemma3_text", "siglip_vision_model"),
     "gemma3n": Kind("gemma3n_text", "gemma3n_vision"),
+    "gemma4": Kind("gemma4_text", "gemma4_vision"),
     "paligemma": Kind("gemma", "siglip_vision_model"),
     "llava": Kind("llama", "clip_vision_model"),
     "llava_next": Kind("llama", "clip_vision_model"),

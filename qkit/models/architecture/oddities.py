@@ -177,46 +177,9 @@ def mllama(k: Keys, f: Family, at: Place) -> Part:
     return part + Part((), 2 * dim + 2, (cache,), count, dim, dim)
 
 
-def gemma3n(k: Keys, f: Family, at: Place) -> Part:
-    """The last layers take keys and values of an earlier one."""
-    part = grouped(k, f, at)
-    last = k.size("num_hidden_layers") - k.size("num_kv_shared_layers", 0, least=0)
-    if at.index < last:
-        return part
-    own = tuple(m for m in part.matrices if not m.name.endswith((".k_proj", ".v_proj")))
-    return Part(own, part.vectors - head_dim(k), (), part.heads, part.head_dim, part.v_dim)
-
-
-def gemma3n_extra(k: Keys, f: Family, at: Place) -> Part:
-    """AltUp, LAuReL and embeddings of a layer's own."""
-    hidden, each = k.size("hidden_size"), k.size("hidden_size_per_layer_input")
-    inputs, rank = k.size("altup_num_inputs"), k.size("laurel_rank")
-    altup = tuple(
-        Matrix(f"{at.layer}.altup.{name}", out, inp, "other")
-        for name, out, inp in (
-            ("correction_coefs", inputs, inputs),
-            ("prediction_coefs", inputs * inputs, inputs),
-            ("modality_router", inputs, hidden),
-        )
-    )
-    part = linears(f"{at.layer}.laurel", "mlp", ("linear_left", rank, hidden), ("linear_right", hidden, rank))
-    part += linears(at.layer, "mlp", ("per_layer_input_gate", each, hidden), ("per_layer_projection", hidden, each))
-    return part + Part(altup, 4 * hidden)  # two norms, the router's norm and the scale of AltUp
-
-
-def gemma3n_outside(k: Keys, f: Family) -> Outside:
-    hidden, each = k.size("hidden_size"), k.size("hidden_size_per_layer_input")
-    layers, inputs = k.size("num_hidden_layers"), k.size("altup_num_inputs")
-    made = [
-        Matrix("model.embed_tokens_per_layer", k.size("vocab_size_per_layer_input"), layers * each, "embedding", 1, 0),
-        Matrix("model.per_layer_model_projection", layers * each, hidden, "other"),
-    ]
-    made += [
-        Matrix(f"model.{name}.{index}", hidden, hidden, "other")
-        for name in ("altup_projections", "altup_unembed_projections")
-        for index in range(inputs - 1)
-    ]
-    return tuple(made), each
+def slopes(k: Keys, f: Family, at: Place) -> Part:
+    """Apertus' activation learns two numbers."""
+    return Part((), 2)
 
 
 # Outside of the layers.

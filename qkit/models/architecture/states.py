@@ -86,11 +86,10 @@ def delta(k: Keys, f: Family, at: Place, module: str = "linear_attn", apart: boo
     kernel = k.size("linear_conv_kernel_dim")
     keys, out = queries * k_dim, values * v_dim
     mixed = 2 * keys + out
+    made = {"in_proj_qkvz": mixed + out, "in_proj_ba": 2 * values}
     if apart:
-        made = (("in_proj_qkv", mixed), ("in_proj_z", out), ("in_proj_b", values), ("in_proj_a", values))
-    else:
-        made = (("in_proj_qkvz", mixed + out), ("in_proj_ba", 2 * values))
-    part = linears(stem, "attention", *((name, n, hidden) for name, n in made), ("out_proj", hidden, out))
+        made = {"in_proj_qkv": mixed, "in_proj_z": out, "in_proj_b": values, "in_proj_a": values}
+    part = linears(stem, "attention", *((name, n, hidden) for name, n in made.items()), ("out_proj", hidden, out))
     state = recurrent(values * k_dim * v_dim, declared(k))
     return part + Part((), mixed * kernel + 2 * values + v_dim, (convolution(mixed, kernel), state))
 

@@ -43,7 +43,7 @@ class Cache:
     """What one layer keeps of a sequence, in values (not bytes).
 
     kind         "full", "sliding", "chunked", "latent" (MLA), "state" (linear attention, mamba, convolutions, RWKV),
-                 "cross" (keys and values of an encoder's output)
+                 "cross" (keys and values of an encoder's output), "index" (keys by which a latent layer chooses)
     per_token    values that a token keeps; of MLA the latent and the rotated key
     expanded     the same for an engine that keeps MLA's keys and values, as transformers did before 5.20
     window       tokens that sliding and chunked layers see, the newest included; of cross-attention those of the
@@ -147,8 +147,11 @@ class Architecture:
     def active_parameters(self) -> int:
         """What one token of text is multiplied with: the head counts (a tied one too), tables, towers and MTP do not,
         and of experts those that are chosen."""
-        total: float = self.vectors + sum(layer.vectors - layer.expert_vectors for layer in self.layers)
-        total += sum(m.numel_active for layer in self.layers for m in layer.matrices)
+        total: float = self.vectors
+        for layer in self.layers:
+            total += layer.vectors - layer.expert_vectors + sum(m.numel_active for m in layer.matrices)
+            one = next((m for m in layer.matrices if m.role == "expert"), None)
+            total += layer.expert_vectors * one.active / one.count if one else 0
         total += sum(m.numel_active for m in self.others)
         total += (self.head or self.embedding).numel
         return round(total)
