@@ -1,16 +1,20 @@
-"""Profiles made of figures, without measuring, and what reads the pages made of them."""
+"""Profiles of every kind, for whoever shows them: measured ones of plain numbers, predictions of published configs."""
 
 from __future__ import annotations
 
 import dataclasses
-from html.parser import HTMLParser
+import json
+from pathlib import Path
 
+from qkit.estimate.command import predict
+from qkit.estimate.result import Predicted
+from qkit.hardware.catalogue import find, parse
+from qkit.measure.engines.types import Point, Sweep, measured_point
+from qkit.measure.options import Options
 from qkit.measure.quality import DELTA_P_PERCENTILES, KLD_PERCENTILES, Divergence, Estimate, Quality, Scores
-from qkit.measure.types import EvaluationText, Formula, Measured, Memory, Profile, Speed
-from qkit.report import write as report
+from qkit.measure.types import EvaluationText, Failed, Formula, Measured, Memory, Profile, Speed
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=a>|`**&amp;\n# x"
-VOID = {"meta", "link", "img", "br", "hr", "input", "rect", "circle", "line"}
 
 
 def names(wanted):
@@ -40,10 +44,13 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     provenance = {
         "qkit": "0", "python": "3", "torch": "2", "transformers": "5", "kernels": name, "system": "Linux",
         "date": "now",
-        "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp",
+        "command": f"qkit profile '{name}' ```", "headline_protocol": "llama.cpp", "memory_allowed": 10**9,
     }  # fmt: skip
-    device = {"id": "cpu", "name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "features": (name,)}
-    device["read_ceiling_gbs"] = 40.0
+    device = {
+        "id": "cpu", "name": name, "cores": 2, "threads": 2, "memory_bytes": 10**9, "available_bytes": 10**9,
+        "features": (name,),
+        "catalogue_id": "epyc-9654", "catalogue": dataclasses.asdict(find("epyc-9654")), "read_ceiling_gbs": 40.0,
+    }  # fmt: skip
     text = EvaluationText(name, "12", 4, 512, True)
     plain = {"stored_types": {"BF16": 10}, "stored_quantized": False, "schemes": {}, "kernels": {}}
     quality = Quality(4, 512, 1000, scores, "both loaded")
@@ -53,38 +60,89 @@ def make(name="model", baseline=True, failures=(), kld=0.2) -> Profile:
     return Profile((row,), base, (), text, device, provenance, {"max_kld": 0.1}, failures, {name: name}, name)
 
 
-class Page(HTMLParser):
-    """Checks nesting, and collects tags, attributes and text."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        if not self.stack or self.stack[-1] != "style":
-            self.text += data
+PREDICTED = {
+    "decode": {"tokens_per_s": 60.0, "low": 45.0, "high": 80.0, "measured": 50.0, "error": 0.2},
+    "prefill": {"tokens_per_s": 700.0, "low": 350.0, "high": 800.0, "measured": 853.3, "error": -0.18},
+    "first": {"seconds": 0.7, "low": 0.6, "high": 1.4, "measured": 0.6, "error": 0.1667},
+    "memory": {"total": 900_000_000, "parts": {"weights": 700_000}, "measured": 850_823_000, "error": 0.058},
+    "weights": {"bytes": 700_000, "measured": 700_000, "error": 0.0},
+    "kv_cache": {"bytes": 51_000, "measured": None, "error": None},
+    "basis": {"speed": "figures of qkit on other devices"},
+    "problem": None,
+}
 
 
-def bodies(result):
+def compared() -> Profile:
+    """One whose predictions for this device stand beside its figures."""
+    result = make()
+    row = dataclasses.replace(result.models[0], predicted=PREDICTED, active_parameters=900_000)
+    timed = tuple(
+        dataclasses.replace(s, batch=n, read_gbs=20.0 / n, read_share=0.5 / n) for n, s in enumerate(row.speed, 1)
+    )
+    return dataclasses.replace(result, models=(dataclasses.replace(row, speed=timed),))
+
+
+def several() -> Profile:
+    """Three models and one that failed."""
+    result = make()
+    rows = []
+    for i, name in enumerate(("a/small-w4", "a/middle-w8", "a/another-one-with-a-long-name-w4a16"), 1):
+        each = make(name, kld=0.3 / i**2).models[0]
+        rows.append(dataclasses.replace(each, name=name, stored_bytes=i * 400_000, on_frontier=i != 2))
+    return dataclasses.replace(result, models=tuple(rows), failed=(Failed("a/broken", "lacks a tensor"),))
+
+
+def swept() -> Profile:
+    points = []
+    for batch in (1, 4):
+        for context in (512, 2048, 8192):
+            plan = Point(batch, context, context, 8)
+            if batch * context > 16384:
+                points.append(dataclasses.replace(plan, skipped="its prefill alone would take longer"))
+                continue
+            steps = [0.01 * batch**0.5 * (1 + context / 8192)] * 7
+            points.append(
+                measured_point(
+                    plan, warmups=1, ttft=[context / 800], tpot=steps, generate=[(1.0, 0.5)], peak_bytes=10**9
+                )
+            )
+    found = Sweep("qkit", "qkit 0.1", "model", {"dtype": "bfloat16", "threads": 2}, tuple(points))
+    return dataclasses.replace(make(), sweeps=(found, dataclasses.replace(found, engine="llama.cpp")))
+
+
+PUBLISHED = json.loads((Path(__file__).parents[1] / "benchmarks" / "published" / "models.json").read_text())
+CONFIGS = {name: entry["config"] for entry in PUBLISHED for name in entry["names"]}
+
+
+def config(root: Path, name: str, folder: str | None = None) -> str:
+    """A folder with a published config alone."""
+    place = root / (folder or name)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_text(json.dumps({**CONFIGS[name], "max_position_embeddings": 131072}))
+    return str(place)
+
+
+def predicted(root: Path, models: list[str], devices: list[str], **options) -> Predicted:
+    """What `qkit profile` predicts, its report in root/report."""
+    given = Options(device=tuple(devices), out=str(root / "report"), **options)
+    return predict([config(root, name) for name in models], parse(devices), given)
+
+
+def predictions(root: Path) -> dict[str, Predicted]:
+    """One device, several on which it fits or not, all, and two models."""
     return {
-        "html": Page(report.to_html(result)).text,
-        "markdown": report.to_markdown(result).replace("\\", ""),
-        "summary": report.summary(result),
+        "one": predicted(root / "one", ["Llama-3.3-70B"], ["h100-sxm"], scheme="w4a16"),
+        "four": predicted(root / "four", ["Llama-3.3-70B"], ["h100-sxm", "rtx-4090:2", "mi300x", "p40"]),
+        "all": predicted(root / "all", ["Llama-3.3-70B"], ["all"], scheme="w4a16"),
+        "two": predicted(
+            root / "two",
+            ["Llama-3.1-8B", "Mixtral-8x7B"],
+            ["rtx-4090", "epyc-9654"],
+            api_price=(1.5,),
+            price_per_hour=0.4,
+        ),
     }
+
+
+def measurements() -> dict[str, Profile]:
+    return {"alone": make(baseline=False), "pair": make(), "beside": compared(), "several": several(), "swept": swept()}

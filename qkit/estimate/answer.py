@@ -10,9 +10,10 @@ from ..spec.dtypes import ITEMSIZE
 from . import engines
 from .cost import Against, Costs, Purchase, against, costs, purchase
 from .fit import Fit
+from .intensity import Roof, roof
 from .prices import purchase_price, rent
 from .rates import Setting
-from .speed import Load, Prediction, predict
+from .speed import Load, Prediction, ceilings, manner, predict
 from .subject import Subject
 from .traffic import Traffic, traffic
 
@@ -47,7 +48,8 @@ class First:
 class Speeds:
     """decode: new tokens a second over all sequences, at the context and batch asked for; prefill: of one prompt of
     that context. loaded: decode with as many sequences as fit (at most 256). batches, contexts: decode along each.
-    instant: the longest prompt whose first token comes within 0.1 s; None: not even 16 tokens."""
+    instant: the longest prompt whose first token comes within 0.1 s; None: not even 16 tokens. roof: where these loads
+    stand under the device's ceilings; None where no curves were asked for."""
 
     decode: Prediction
     prefill: Prediction
@@ -56,6 +58,7 @@ class Speeds:
     batches: tuple[tuple[int, Prediction], ...]
     contexts: tuple[tuple[int, Prediction], ...]
     instant: int | None
+    roof: Roof | None
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,14 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
     def decode(batch: int, context: int) -> Prediction | None:
         return predict(work, decoding, Load("decode", batch, context, 1))
 
-    def first(prompt: int) -> First | None:
-        found = predict(work, filling, Load("prefill", 1, prompt, 0))
-        if found is None:
-            return None
-        return First(prompt, prompt / found.tokens_per_s, prompt / found.high, prompt / found.low)
+    def prefill(prompt: int) -> Prediction | None:
+        return predict(work, filling, Load("prefill", 1, prompt, 0))
 
-    at, filled = decode(fit.batch, fit.context), predict(work, filling, Load("prefill", 1, fit.context, 0))
+    def first(prompt: int) -> First | None:
+        found = prefill(prompt)
+        return First(prompt, prompt / found.tokens_per_s, prompt / found.high, prompt / found.low) if found else None
+
+    at, filled = decode(fit.batch, fit.context), prefill(fit.context)
     if at is None or filled is None:
         return None
     most = min(fit.largest_batch(fit.context) or fit.batch, _MOST_SEQUENCES)
@@ -126,16 +130,19 @@ def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds
     contexts: list[tuple[int, Prediction]] = []
     prompts = [fit.context]
     if detailed:
-        batches = [(n, p) for n in BATCHES if n <= most and (p := decode(n, fit.context))]
+        counts = sorted({*(n for n in BATCHES if n < most), most})
+        batches = [(n, p) for n in counts if (p := decode(n, fit.context))]
         lengths = sorted({*PROMPTS, fit.context})
-        contexts = [
-            (n, p) for n in lengths if n <= fit.most and fit.fits_at(n, fit.batch) and (p := decode(fit.batch, n))
-        ]
+        kept = [n for n in lengths if n <= fit.most and (fit.usable is None or fit.fits_at(n, fit.batch))]
+        contexts = [(n, p) for n in kept if (p := decode(fit.batch, n))]
         prompts = [n for n in lengths if n <= fit.most]
     firsts = tuple(f for n in prompts if (f := first(n)))
-    return Speeds(
-        at, filled, loaded, firsts, tuple(batches), tuple(contexts), _instant(first, fit.most) if detailed else None
-    )
+    if not detailed:
+        return Speeds(at, filled, loaded, firsts, (), (), None, None)
+    has = ceilings(decoding.device, decoding.count, decoding.kernel, decoding.engine)
+    fills = tuple((n, p) for n in prompts if n in (PROMPTS[0], fit.context) and (p := prefill(n)))
+    under = None if has is None else roof(work, has, manner(decoding), fit.context, tuple(batches), fills)
+    return Speeds(at, filled, loaded, firsts, tuple(batches), tuple(contexts), _instant(first, fit.most), under)
 
 
 def _instant(first: Callable[[int], First | None], most: int) -> int | None:

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import QkitError
 from ..hardware.catalogue import parse
 from ..hardware.device import Target
 from ..options import command_line
-from .document import document
+from ..report.folder import NAMES, out_folder
+from ..report.predicted.write import write
+from .document import provenance
 from .estimate import Asked, Estimate, estimate
 from .render import describe
+from .result import Predicted
 
 if TYPE_CHECKING:
     from ..measure.options import Options
 
 HERE = ("auto", "cpu", "cuda")  # what a device of this machine is called
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """The result of a prediction. failures: thresholds that are missed: not empty, the exit code is 1."""
-
-    estimates: tuple[Estimate, ...]
-    command: str
-    failures: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**document(self.estimates, self.command), "passed": self.passed, "failures": list(self.failures)}
 
 
 def is_here(device: str) -> bool:
@@ -43,13 +30,13 @@ def is_here(device: str) -> bool:
 
 
 def predict(models: Sequence[str], targets: Sequence[Target], options: Options) -> Predicted:
-    """Each of `models` on each of `targets`.
+    """Each of `models` on each of `targets`; the report is written into `options.out`.
 
     Raises QkitError for options that only a measurement has, and as `estimate` does."""
     for name in ("baseline", "text", "max_kld", "endpoint"):
         if getattr(options, name, None) is not None:
             raise QkitError(
-                f"--{name.replace('_', '-')} is for what is measured, and nothing is measured on a device that is not here",
+                f"--{name.replace('_', '-')} is for what is measured, and nothing is on a device that is not here",
                 "leave it out, or name a device of this machine: `qkit devices` lists those",
             )
     if len(options.batch) > 1:
@@ -61,7 +48,12 @@ def predict(models: Sequence[str], targets: Sequence[Target], options: Options) 
     )  # fmt: skip
     estimates = tuple(estimate(model, targets, asked) for model in models)
     command = shlex.join(["qkit", "profile", *models, *command_line(options)])
-    return Predicted(estimates, command, _missed(estimates, options.min_tps))
+    folder = out_folder(options.out, models)
+    thresholds = {} if options.min_tps is None else {"min_tps": options.min_tps}
+    failures = _missed(estimates, options.min_tps)
+    result = Predicted(estimates, provenance(command), thresholds, failures, str(folder))
+    write(result, folder)
+    return result
 
 
 def targets_of(devices: Sequence[str]) -> tuple[Target, ...]:
@@ -73,7 +65,8 @@ def _missed(estimates: Sequence[Estimate], min_tps: float | None) -> tuple[str, 
     if min_tps is None:
         return ()
     return tuple(
-        f"{each.subject.label} on {a.target.spec}: {a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, below {min_tps:g}"
+        f"{each.subject.label} on {a.target.spec}: {a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, "
+        f"below {min_tps:g}"
         for each in estimates
         for a in each.answers
         if a.speeds is not None and a.speeds.decode.tokens_per_s < min_tps
@@ -81,4 +74,6 @@ def _missed(estimates: Sequence[Estimate], min_tps: float | None) -> tuple[str, 
 
 
 def summary(result: Predicted) -> str:
-    return "\n\n".join(describe(each) for each in result.estimates)
+    """What the command line prints: each model in text, and where the report is."""
+    said = [*(f"threshold missed: {failure}" for failure in result.failures), f"report: {Path(result.out) / NAMES[2]}"]
+    return "\n\n".join([*(describe(each) for each in result.estimates), "\n".join(said)])

@@ -12,39 +12,39 @@ from ..hardware.device import Device
 from .answer import Answer, Speeds
 from .cache import kv
 from .estimate import Estimate
-from .fit import BATCHES, CONTEXTS, Fit
+from .fit import BATCHES, Fit, contexts
 from .rates import fitted
 from .speed import Prediction
 from .steps import Step
 
 SCHEMA_VERSION = 3
 
+CONTEXT_WORDS = "{:,} tokens of context in each of {} sequences, a KV cache of {}"
 FORMULAS = {
-    "weights": "sum over the tensors of their headers, or over the shapes of the architecture at the types of its config "
-    "or of the scheme; on several devices the share of the fullest",
+    "weights": "sum over the tensors of their headers, or over the shapes of the architecture at the types of its "
+    "config or of the scheme; on several devices the share of the fullest",
     "KV cache": "sum over layers of what each keeps of a token, as the engine holds it: windows, latents and states by "
     "kind, pages rounded up",
     "activations, logits, graphs, runtime": "by engine: the basis stands with each",
     "usable": "what the engine may take of the device's memory",
-    "tokens per second": "roofline: weights and cache over bandwidth, operations over the dense peak, a launch a layer and "
-    "pass; what engines reach of them is fitted to published figures (profiles/speed.json, benchmarks/speed_fit.py)",
+    "tokens per second": "roofline: weights and cache over bandwidth, operations over the dense peak, a launch a layer "
+    "and pass; what engines reach of them is fitted to published figures (profiles/speed.json, "
+    "benchmarks/speed_fit.py)",
     "interval": "nine in ten: the fit's uncertainty, and the spread of engines, kernels and devices where a figure is "
     "missing; held-out figures lie within as often as benchmarks/speed_fit.py says",
     "first token": "time of a pass over the prompt, one sequence",
-    "dollars per million": "price per hour / (tokens per second x 3600 x utilization), at full load: as many sequences as "
-    "fit, at most 256",
+    "dollars per million": "price per hour / (tokens per second x 3600 x utilization), at full load: as many sequences "
+    "as fit, at most 256",
     "break-even": "tokens a month from which a rented target costs less than the hosted price in the same mix",
 }
 
 
-def document(results: Sequence[Estimate], command: str = "") -> dict[str, Any]:
-    """The document of one run: an estimate for each model."""
+def document(results: Sequence[Estimate]) -> dict[str, Any]:
+    """What the document of one run says of its models."""
     return {
-        "kind": "predicted",
         "schema_version": SCHEMA_VERSION,
         "estimates": [as_dict(result) for result in results],
         "formulas": FORMULAS,
-        "provenance": provenance(command),
     }
 
 
@@ -89,7 +89,7 @@ def provenance(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "speed_fit": fitted().source,
+        "speed_fit": fitted().source or None,
     }
 
 
@@ -136,8 +136,13 @@ def _peaks(device: Device) -> dict[str, Any]:
 
 
 def _grid(fit: Fit) -> dict[str, Any]:
-    contexts = [n for n in CONTEXTS if n <= fit.most] or [fit.most]
-    return {"contexts": contexts, "batches": list(BATCHES), "fits": [list(row) for row in fit.grid(contexts)]}
+    rows = contexts(fit)
+    return {
+        "contexts": rows,
+        "batches": list(BATCHES),
+        "needs": [[fit.needs(context, batch) for batch in BATCHES] for context in rows],
+        "fits": None if fit.usable is None else [list(row) for row in fit.grid(rows)],
+    }
 
 
 def _speeds(s: Speeds | None) -> dict[str, Any] | None:
@@ -149,13 +154,16 @@ def _speeds(s: Speeds | None) -> dict[str, Any] | None:
         "loaded": _prediction(s.loaded),
         "first": [asdict(f) for f in s.first],
         "instant": s.instant,
+        "basis": s.decode.basis,
         "batches": [{"batch": n, **_prediction(p)} for n, p in s.batches],
         "contexts": [{"context": n, **_prediction(p)} for n, p in s.contexts],
+        "roof": asdict(s.roof) if s.roof else None,
     }
 
 
 def _prediction(p: Prediction) -> dict[str, Any]:
-    return asdict(p)
+    """Without its basis, which is the same for all of a device."""
+    return {name: value for name, value in asdict(p).items() if name != "basis"}
 
 
 def _step(step: Step) -> Mapping[str, Any]:

@@ -54,7 +54,11 @@ class Fit:
     def fits_at(self, context: int, batch: int) -> bool:
         if self.problem or self.usable is None or context > self.most:
             return False
-        return self.sizes.total(self.target, context, batch, self.serving) <= self.usable
+        return self.needs(context, batch) <= self.usable
+
+    def needs(self, context: int, batch: int) -> int:
+        """Bytes on each device."""
+        return self.sizes.total(self.target, context, batch, self.serving)
 
     def largest_context(self, batch: int = 1) -> int | None:
         """Tokens of each of `batch` sequences, at most what the model takes; None where not one token fits."""
@@ -70,6 +74,11 @@ class Fit:
     ) -> tuple[tuple[bool, ...], ...]:
         """Whether it fits, for each context a row with a column for each batch."""
         return tuple(tuple(self.fits_at(context, batch) for batch in batches) for context in contexts)
+
+
+def contexts(fit: Fit) -> list[int]:
+    """Those of `CONTEXTS` that the model takes."""
+    return [n for n in CONTEXTS if n <= fit.most] or [fit.most]
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int | None:

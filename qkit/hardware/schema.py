@@ -1,8 +1,8 @@
 """JSON Schema, as much of it as the schemas of profiles/ use, so that the schema that ships is the check that runs.
 
 The keywords are those of draft 2020-12: type, enum, required, properties, additionalProperties, items, minItems,
-minLength, pattern, minimum, maximum, exclusiveMinimum, $ref into the same document. Any other one is an error of the
-schema's author (KeyError), not passed over.
+minLength, pattern, minimum, maximum, exclusiveMinimum, anyOf, $ref into the same document. Any other one is an error of
+the schema's author (KeyError), not passed over.
 """
 
 from __future__ import annotations
@@ -121,6 +121,11 @@ def _pattern(value: Any, pattern: Any, schema: Any, root: Any, at: str) -> Itera
     return _say(at, f"must match {pattern}, is {_show(value)}") if wrong else ()
 
 
+def _any_of(value: Any, branches: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
+    """What is wrong with it as the branch that it is nearest to."""
+    return min((problems(value, branch, root, at) for branch in branches), key=len)
+
+
 def _bound(word: str, ok: Callable[[float, float], bool]) -> Callable[..., Iterable[str]]:
     def check(value: Any, limit: Any, schema: Any, root: Any, at: str) -> Iterable[str]:
         wrong = _TYPES["number"](value) and not ok(value, limit)
@@ -133,5 +138,5 @@ _CHECKS: dict[str, Callable[..., Iterable[str]]] = {
     "type": _type, "enum": _enum, "required": _required, "properties": _properties,
     "additionalProperties": _additional, "items": _items, "minItems": _min_items, "minLength": _min_length,
     "pattern": _pattern, "minimum": _bound("at least", operator.ge), "maximum": _bound("at most", operator.le),
-    "exclusiveMinimum": _bound("over", operator.gt),
+    "exclusiveMinimum": _bound("over", operator.gt), "anyOf": _any_of,
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..estimate.command import Predicted
 from ..estimate.command import summary as predicted_summary
+from ..estimate.result import Predicted
 from ..report import write
 from .endpoint import Endpoint, measure_endpoint, render
 from .run import profile

@@ -87,6 +87,7 @@ def measured(
         fingerprint=source.fingerprint,
         manifest_sha256=sha256,
         conversion=conversion(identity),
+        active_parameters=subject.sizes.arch.active_parameters,
         predicted=predicted and beside(predicted, speeds, taken),
     )
 

@@ -71,9 +71,7 @@ def before(source: Source, where: LocalDevice, read_gbs: float, asked: Asked, fi
         "decode": _rate(decode),
         "prefill": _rate(prefill),
         "first": prefill
-        and _open(
-            "seconds", tokens / prefill.tokens_per_s, low=tokens / prefill.high, high=tokens / prefill.low
-        ),
+        and _open("seconds", tokens / prefill.tokens_per_s, low=tokens / prefill.high, high=tokens / prefill.low),
         "memory": {**_open("total", held.total), "parts": {t.name: t.nbytes for t in held.terms}},
         "weights": _open("bytes", held.of("weights")),
         "kv_cache": _open("bytes", held.of("KV cache")),

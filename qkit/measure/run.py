@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import units
@@ -18,6 +17,7 @@ from ..models.config import max_positions
 from ..options import command_line, with_options
 from ..progress import notify, track
 from ..report import write as report
+from ..report.folder import out_folder
 from ..text.tokenizer import held
 from . import bench, evaluation, facts, fit, footprint, predicted, room, speed
 from .endpoint.command import profile_endpoint
@@ -31,7 +31,7 @@ from .types import Failed, Measured, Profile
 if TYPE_CHECKING:
     import torch
 
-    from ..estimate.command import Predicted
+    from ..estimate.result import Predicted
     from ..hardware.detect import LocalDevice
     from ..hardware.device import Target
     from .endpoint import Endpoint
@@ -82,7 +82,7 @@ def profile(
         if len(names) > 1:
             raise QkitError("--endpoint takes the name of one model", "run it once for each")
         return profile_endpoint(
-            names[0] if names else None, options, _out_folder(options.out, [default_name(options.endpoint)])
+            names[0] if names else None, options, out_folder(options.out, [default_name(options.endpoint)])
         )
     if not names:
         raise QkitError(
@@ -133,7 +133,7 @@ def _measured(names: list[str], options: Options) -> Profile:
     placed = room.divide(subjects, baseline, allowed, context, max(options.batch), options.chunks, n_ctx)
     tokens, text, checked = evaluation.prepare(placed.models, placed.baseline, options, n_ctx)
     placed = replace(placed, models=checked)
-    folder = _out_folder(options.out, names)
+    folder = out_folder(options.out, names)
 
     # Before this process holds a model, for the same reason.
     sweeps = engines.sweeps(
@@ -250,19 +250,6 @@ def _allowed(where: LocalDevice, most: int | None, beside: int) -> LocalDevice:
 
         most -= process.resident() + _WORKING + beside
     return replace(where, available_bytes=max(0, min(where.available_bytes, most)))
-
-
-def _out_folder(out: str | None, names: Sequence[str]) -> Path:
-    name = Path(names[0].rstrip("/")).name.removesuffix(".gguf") or "model"
-    name += f"-and-{len(names) - 1}-more" if len(names) > 1 else ""
-    folder = Path(out) if out else Path("qkit-profile") / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QkitError(
-            f"the report's folder {folder} cannot be made: {error.strerror}", "choose another with -o"
-        ) from None
-    return folder
 
 
 def _context(context: int | None, limit: int) -> int:

@@ -114,6 +114,7 @@ class Measured:
     overlap           whether the evaluation text was told apart from this model's calibration text
     problems          what failed, in words; the rest was measured
     fingerprint       of the source; manifest_sha256, conversion: of the qkit manifest, where there is one
+    active_parameters  that one token is multiplied with; None where nobody counted them
     predicted         what was predicted from the headers before it ran, for this device, the engine qkit and what was
                       measured; None where nothing was asked. Parts are None where nothing supports them:
                         decode, prefill  {tokens_per_s, low, high}, first {seconds, low, high}: of the first of `speed`,
@@ -147,6 +148,7 @@ class Measured:
     fingerprint: str
     manifest_sha256: str | None
     conversion: dict[str, Any]
+    active_parameters: int | None = None
     predicted: dict[str, Any] | None = None
 
     @property

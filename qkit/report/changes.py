@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .. import units
-from ..comparison import Change, Comparison, Pair, short
-from .text import cell, markdown_table, plain_table
+from ..comparison import Change, Comparison, Pair
+from .figures import short
+from .layout import cell, markdown, plain
 
 
 def text(result: Comparison) -> str:
@@ -12,12 +15,13 @@ def text(result: Comparison) -> str:
     return _markdown(result) if result.markdown else _plain(result)
 
 
-_HEAD = ["", "before", "after", "change", ""]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
+_HEAD = ("", "before", "after", "change", "")
 
 
-def _lines(pair: Pair) -> list[list[str]]:
+def _lines(pair: Pair) -> list[tuple[str, ...]]:
     return [
-        [c.figure, _shown(c.before, c.unit), _shown(c.after, c.unit), _moved(c), c.verdict]
+        (c.figure, _shown(c.before, c.unit), _shown(c.after, c.unit), _moved(c), c.verdict)
         for c in pair.changes
         if c.before is not None or c.after is not None
     ]
@@ -34,6 +38,10 @@ def _shown(value: float | None, unit: str) -> str:
         return f"{value:.2%}"
     if unit == "tokens/s":
         return f"{value:,.1f} tok/s"
+    if unit == "tokens":
+        return f"{value:,.0f}"
+    if unit == "dollars":
+        return f"${value:,.2f}"
     return f"{value:.4g}"
 
 
@@ -54,18 +62,40 @@ def _title(pair: Pair) -> str:
     return names[0] if names[0] == names[1] else " → ".join(names)
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def _said(result: Comparison) -> list[str]:
-    said = [f"only in one report: {name}" for name in result.unpaired]
+    same = [_title(pair) for pair in result.pairs if _unchanged(pair)] if len(result.pairs) > 1 else []
+    said = [f"Nothing changed: {_some(same)}"] if same else []
+    said += [f"Only in one report: {_some(result.unpaired)}"] if result.unpaired else []
     if result.failures:
         return [*said, *(f"Threshold missed: {failure}" for failure in result.failures)]
     met = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in result.thresholds.items())
     return [*said, *([f"Thresholds met: {met}"] if met else [])]
 
 
+_SHOWN = 4  # names in a list, and pairs that get a table of their own
+
+
+def _unchanged(pair: Pair) -> bool:
+    return all(change.before == change.after and not change.note for change in pair.changes)
+
+
+def _tables(result: Comparison) -> list[tuple[str, Table]]:
+    """A table for each pair; of many pairs one, with what moved. Of several, those that changed."""
+    pairs = [pair for pair in result.pairs if len(result.pairs) == 1 or not _unchanged(pair)]
+    if len(pairs) <= _SHOWN:
+        return [(_title(pair), (_HEAD, _lines(pair))) for pair in pairs]
+    moved = [(_title(pair), line) for pair in pairs for line in _lines(pair) if line[1] != line[2]]
+    return [("What changed", (("", *_HEAD), [(name, *line) for name, line in moved]))]
+
+
 def _plain(result: Comparison) -> str:
     out: list[str] = []
-    for pair in result.pairs:
-        out += [_title(pair), "", *plain_table(_HEAD, _lines(pair)), ""]
+    for title, table in _tables(result):
+        out += [title, "", *plain(*table), ""]
     return "\n".join([*out, *(f"  {line}" for line in _said(result))]).rstrip()
 
 
@@ -73,7 +103,7 @@ def _markdown(result: Comparison) -> str:
     met = "✅ no threshold missed" if result.thresholds else "what changed"
     out = [f"### qkit: {'❌ thresholds missed' if result.failures else met}"]
     for line in _said(result):
-        out += ["", f"**{cell(line)}**"]
-    for pair in result.pairs:
-        out += ["", f"#### {cell(_title(pair))}", "", *markdown_table(_HEAD, _lines(pair))]
+        out += ["", f"**{cell(line)}**" if line.startswith("Threshold") else cell(line)]
+    for title, table in _tables(result):
+        out += ["", f"#### {cell(title)}", "", *markdown(*table)]
     return "\n".join(out)

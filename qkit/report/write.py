@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-from markupsafe import Markup
 
 from .. import units
 from ..measure.engines import render as sweeps
-from ..measure.types import Measured, Memory, Profile
-from . import charts, tables
+from ..measure.types import Memory, Profile
+from . import beside, drawings, page, tables
+from .folder import NAMES, save
+from .layout import as_json, cell, fenced, markdown, plain
 from .tables import Table
-from .text import cell, markdown_table, plain_table
-from .wording import against, cards, fit_words, headline, is_several, setting, status, title, verdict
-
-NAMES = ("profile.json", "profile.md", "profile.html")
+from .wording import against, cards, fit_words, is_several, setting, status, title, verdict
 
 
 def write(result: Profile, folder: Path) -> list[Path]:
     """Write the three files into `folder`, each whole or not at all. Raises QkitError where that fails."""
-    from ..storage.local import LocalStore
-    from ..storage.writer import write_file
-
-    bodies = (to_json(result), to_markdown(result), to_html(result))
-    for name, body in zip(NAMES, bodies, strict=True):
-        write_file(LocalStore(folder), name, body.encode())
-    return [folder / name for name in NAMES]
+    return save(folder, (to_json(result), to_markdown(result), to_html(result)))
 
 
 def to_json(result: Profile) -> str:
-    return json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n"
+    return as_json(result.as_dict())
 
 
 def to_markdown(result: Profile) -> str:
@@ -39,20 +29,15 @@ def to_markdown(result: Profile) -> str:
     out = [f"# {cell(title(result))}", "", cell(verdict(result)), ""]
     if said:
         out += [f"**{cell(said)}**", ""]
-    out += markdown_table(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
+    out += markdown(["", ""], [[c["title"], f"{c['value']} ({c['note']})"] for c in cards(result)])
     several = [("Side by side", tables.candidates(result))] if is_several(result) else []
     for name, table in [*several, *_sections(result)]:
-        out += ["", f"## {cell(name)}", "", *markdown_table(*table)]
+        out += ["", f"## {cell(name)}", "", *markdown(*table)]
     out += ["", "## How each figure is defined", ""]
     out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
-    fence = "`" * max(3, 1 + _longest_run(result.provenance["command"]))
-    out += ["", "## Reproduce", "", fence, result.provenance["command"], fence, ""]
+    out += ["", "## Reproduce", "", *fenced(result.provenance["command"]), ""]
     out += [f"Percentiles, fingerprints and every time: {NAMES[0]}, {NAMES[2]}.", ""]
     return "\n".join(out)
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
 
 
 _QUALITY = "Quality"
@@ -65,6 +50,8 @@ def _sections(result: Profile) -> list[tuple[str, Table]]:
     return [
         *([(f"{_QUALITY} {compared}".rstrip(), scored)] if scored else []),
         *([("Speed (measured)", timed)] if timed else []),
+        *([("Predicted against measured", both)] if (both := beside.table(result)) else []),
+        *([("Not predicted", (["", ""], lacking))] if (lacking := beside.unknown(result)) else []),
         ("Memory", tables.memory(result)),
         *sweeps.sections(result.sweeps),
         ("Measured on", tables.facts(result)),
@@ -79,22 +66,19 @@ def _folded(result: Profile) -> list[tuple[str, Table, str]]:
         of = f"of {name} " if len(result.models) > 1 else ""
         if found:
             folded.append((f"Percentiles {of}{against(result)}".rstrip(), found, ""))
-    return [*folded, ("Hashes and how it was converted", tables.records(result), "facts")]
+    bases = [list(each) for each in beside.bases(result)]
+    folded += [("What the predictions rest on", (["figure", "basis"], bases), "facts")] if bases else []
+    return [*folded, ("Hashes and how it was converted", tables.records(result), "facts headless")]
 
 
 def to_html(result: Profile) -> str:
     """One self-contained page: inline style and charts, no script, nothing fetched."""
-    import jinja2
-
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     named = list(zip(tables.heads(result), tables.rows(result), strict=True))
     one = result.models[0] if len(result.models) == 1 else None
     sections = _sections(result)
     scored = next((each for each in sections if each[0].startswith(_QUALITY)), None)
-    return environment.from_string(template).render(
+    return page.render(
+        "measured.html.jinja",
         title=title(result),
         verdict=verdict(result),
         status=status(result),
@@ -106,14 +90,17 @@ def to_html(result: Profile) -> str:
         folded=_folded(result),
         formulas=result.formulas,
         command=result.provenance["command"],
-        legend=_parts(result.models[0].memory),
-        memory_chart=charts.stacked_bars([(head, _parts(row.memory)) for head, row in named]),
+        legend=[(part.css, part.name) for part in drawings.parts(result.models[0].memory)],
+        memory_chart=drawings.memory(named),
         memory_note=_memory_note(result.models[0].memory),
         fit=fit_words(one.memory) if one else "",
-        kld_chart=_kld_chart(result, one) if one else None,
-        frontier_chart=_frontier_chart(result),
+        kld_chart=drawings.divergence(result, one) if one else None,
+        frontier_chart=drawings.frontier(result),
         against=against(result),
-        latency_chart=_latency_chart(named),
+        latency_chart=drawings.latency(named),
+        roof_chart=drawings.roof(result) if one else None,
+        sweep_charts=drawings.sweeps(result.sweeps),
+        swept=drawings.swept(result.sweeps),
         protocol=result.provenance["headline_protocol"],
         text=result.text,
         overlap=tables.overlap(result),
@@ -121,40 +108,6 @@ def to_html(result: Profile) -> str:
         version=result.provenance["qkit"],
         date=result.provenance["date"],
     )
-
-
-def _kld_chart(result: Profile, row: Measured) -> Markup | None:
-    scores = headline(result, row)
-    compared = scores.against if scores else None
-    return charts.log_percentiles(compared.kld_percentiles, compared.kld.value) if compared else None
-
-
-def _frontier_chart(result: Profile) -> Markup | None:
-    """Of several models that were compared with one."""
-    points = []
-    for name, row in zip(tables.heads(result), result.models, strict=False):
-        scores = headline(result, row)
-        if scores and scores.against:
-            kld = scores.against.kld
-            points.append(charts.Mark(name, row.stored_bytes, kld.value, kld.error, bool(row.on_frontier)))
-    return charts.frontier(points) if len(points) > 1 else None
-
-
-def _latency_chart(named: list[tuple[str, Measured]]) -> Markup | None:
-    timed = [("base" if name == "baseline" else "packed", name, row.speed[0].tpot) for name, row in named if row.speed]
-    return charts.histogram(timed) if timed else None
-
-
-def _parts(memory: Memory) -> list[charts.Part]:
-    """The measured total by part; what was not measured has no bytes here."""
-    return [
-        charts.Part("packed", "packed linears", memory.packed),
-        charts.Part("embeddings", "embedding", memory.embeddings),
-        charts.Part("unquantized", "not quantized", memory.unquantized),
-        charts.Part("kv", "KV cache", memory.kv_cache or 0),
-        charts.Part("activations", "activations", memory.activations or 0),
-        charts.Part("process", "the process", memory.process or 0),
-    ]
 
 
 def _memory_note(memory: Memory) -> str:
@@ -170,8 +123,11 @@ def summary(result: Profile) -> str:
     lines = [title(result) if is_several(result) else result.models[0].name, ""]
     lines += [f"  {c['title']:<{width}}  {c['value']:<12} {c['note']}" for c in top]
     shown = [tables.candidates(result) if is_several(result) else tables.quality(result), tables.speed(result)]
+    shown.append(beside.table(result))
     for table in filter(None, shown):
-        lines += ["", *plain_table(*table)]
+        lines += ["", *plain(*table)]
+    for name, table in sweeps.sections(result.sweeps):
+        lines += ["", f"  {name}", "", *plain(*table)]
     lines.append("")
     for name, row in zip(tables.heads(result), result.models, strict=False):
         memory, of = row.memory, f"{name}: " if len(result.models) > 1 else ""
@@ -179,6 +135,7 @@ def summary(result: Profile) -> str:
         lines.append(f"  memory  {of}{total}{fit_words(memory)}")
     lines.append(f"  text    {text.name}, {text.chunks} x {text.n_ctx} tokens; {tables.overlap(result)}")
     lines.append(f"  how     {tables.how(result)}")
+    lines += [f"  not predicted  {name}: {why}" for name, why in beside.unknown(result)]
     lines.append(f"  report  {Path(result.out) / NAMES[2]}")
     said = status(result)
     return "\n".join([*lines, *([f"  {said}"] if said else [])])

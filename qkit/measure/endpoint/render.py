@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...report.text import cell, markdown_table, plain_table
+from ...report import layout
+from ...report.layout import cell, plain
 from .types import Endpoint, Level, Spread
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
@@ -78,9 +79,9 @@ def summary(result: Endpoint) -> str:
     """What the command line prints."""
     lines = [result.model, ""]
     wrong = failed(result)
-    lines += [*plain_table(*levels(result)), ""]
-    lines += [*plain_table(*wrong), ""] if wrong else []
-    lines += plain_table(*facts(result))[1:]
+    lines += [*plain(*levels(result)), ""]
+    lines += [*plain(*wrong), ""] if wrong else []
+    lines += plain(*facts(result))[1:]
     lines += [f"  report: {result.out}"] if result.out else []
     lines += [f"  {failure}" for failure in result.failures]
     return "\n".join(lines)
@@ -89,7 +90,7 @@ def summary(result: Endpoint) -> str:
 def markdown(result: Endpoint) -> str:
     out = [f"# {cell(result.model)} at {cell(result.url)}"]
     for title, table in sections(result):
-        out += ["", f"## {title}", "", *markdown_table(*table)]
+        out += ["", f"## {title}", "", *layout.markdown(*table)]
     out += ["", "## How each figure is defined", ""]
     out += [f"- **{cell(name)}**: {cell(formula)}" for name, formula in result.formulas.items()]
     return "\n".join([*out, ""])
