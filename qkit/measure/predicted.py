@@ -87,10 +87,10 @@ def before(source: Source, where: LocalDevice, read_gbs: float, asked: Asked, fi
 def beside(predicted: Figures, speeds: Sequence[Speed], used: Memory) -> Figures:
     """The prediction with what was measured of the same, and error: predicted / measured - 1; None where it was not."""
     first = speeds[0] if speeds else None
-    measured = {
-        "decode": first and first.decode_tps,
-        "prefill": first and first.prefill_tps,
-        "first": first and first.ttft_median,
+    measured: dict[str, float | None] = {
+        "decode": first.decode_tps if first else None,
+        "prefill": first.prefill_tps if first else None,
+        "first": first.ttft_median if first else None,
         "memory": used.total,
         "weights": used.weights,
         "kv_cache": used.kv_cache,
@@ -110,7 +110,7 @@ def _open(unit: str, value: float, **more: float) -> Figures:
 
 
 def _rate(found: speed.Prediction | None) -> Figures | None:
-    return found and _open("tokens_per_s", found.tokens_per_s, low=found.low, high=found.high)
+    return None if found is None else _open("tokens_per_s", found.tokens_per_s, low=found.low, high=found.high)
 
 
 def _unknown(why: str) -> Figures:

@@ -244,10 +244,10 @@ def _allowed(where: LocalDevice, most: int | None, beside: int) -> LocalDevice:
     if most is None:
         return where
     if where.id == "cpu":
-        # For their share of what is resident: the lookup of models alone takes 160 MB of transformers' modules.
-        import torch  # noqa: F401
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: F401
+        import torch  # noqa: F401  for its share of what is resident
+        from transformers import CONFIG_MAPPING
 
+        CONFIG_MAPPING["llama"]  # the first look for any model loads 160 MB of transformers' modules
         most -= process.resident() + _WORKING + beside
     return replace(where, available_bytes=max(0, min(where.available_bytes, most)))
 
