@@ -104,7 +104,7 @@ def _bill(a: Answer) -> str:
 def _way_out(result: Estimate, index: int) -> str:
     """The first of the steps down that fits, or what would have to be smaller."""
     fit = result.answers[index].fit
-    fitting = [step for step in useful(result.steps[index]) if step.fit.fits] if result.steps else []
+    fitting = [step for step in useful(result, index) if step.fit.fits]
     if fitting:
         step = fitting[0]
         return f"As {step.name} ({units.size(step.nbytes)}) it would, with up to {step.largest_context or 0:,} tokens."
