@@ -197,6 +197,12 @@ def test_a_missed_threshold_is_seen_everywhere(tmp_path):
     assert not result.passed and result.as_dict()["passed"] is False
     for body in (report.to_html(result), report.to_markdown(result), summary(result)):
         assert "hreshold missed" in body and "below 1e+06" in body
+    unknown = reports.predicted(tmp_path, ["Llama-3.3-70B"], ["rtx-4090"], min_tps=1.0)
+    assert not unknown.passed and "the speed is unknown (it does not fit), --min-tps is 1" in report.to_html(unknown)
+    many = reports.predicted(tmp_path, ["Llama-3.1-8B"], ["all"], min_tps=1e6)
+    assert len(many.failures) == len(many.estimates[0].answers) and f"and {len(many.failures) - 4} more" in summary(
+        many
+    )
     met = reports.predicted(tmp_path, ["Llama-3.1-8B"], ["rtx-4090"], min_tps=1.0)
     assert met.passed and "Thresholds met: min-tps 1" in report.to_html(met)
 
