@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test interop bench bench-gpu triton-static arm-tools lint clean
+.PHONY: demo test interop reports bench bench-gpu triton-static arm-tools lint clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,16 @@ test: $(STAMP)
 
 interop: $(STAMP)
 	$(BIN)/python -m pytest tests/interop
+
+# the committed sample reports; the measured one takes minutes, on a machine that does nothing else
+REPORTS := profiles/reports
+reports: $(STAMP)
+	$(BIN)/qkit profile benchmarks/configs/Llama-3.3-70B --scheme w4a16 --device h100-sxm -o $(REPORTS)/Llama-3.3-70B-h100
+	$(BIN)/qkit profile benchmarks/configs/Llama-3.3-70B --scheme w4a16 --device all -o $(REPORTS)/Llama-3.3-70B-all
+	$(BIN)/qkit profile benchmarks/configs/Mixtral-8x7B --device a100-80g-sxm:2 mi300x l40s:4 rtx-4090 -o $(REPORTS)/Mixtral-8x7B
+	rm -rf demo-out/SmolLM2-135M-W4A16
+	$(BIN)/qkit convert demo -o demo-out/SmolLM2-135M-W4A16
+	$(BIN)/qkit profile demo-out/SmolLM2-135M-W4A16 --baseline demo -o $(REPORTS)/SmolLM2-135M-W4A16
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

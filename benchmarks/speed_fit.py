@@ -2,11 +2,14 @@
 
     python benchmarks/speed_fit.py FIGURES.csv                 # fit, write profiles/speed.json, print the tables
     python benchmarks/speed_fit.py FIGURES.csv --check         # the tables alone; nothing is written
+    python benchmarks/speed_fit.py FIGURES.csv profiles/local-speed.csv      # fitted to both
     python benchmarks/speed_fit.py --score OTHER.csv           # what is shipped against other figures
     ... --plot FILE.svg                                        # predicted against published, one point a figure
 
 Columns of a file: `published/rows.py`. Held out: figures are divided into three parts, each predicted by a fit of the
 other two; all figures of one group (a model with an engine and a device; a model; a device; an engine) are in one.
+The held-out tables are of the first file alone, whatever else is fitted; of each further one (profiles/local-speed.csv:
+benchmarks/local_speed.py) a table says how its figures are predicted by a fit of all others but those of the same model.
 Intervals are meant to hold nine in ten. The last line of stdout is one JSON document.
 """
 
@@ -77,9 +80,16 @@ def worst(answers: Sequence[Checked], count: int = 10) -> str:
     )
 
 
+def _all_of(path: Path) -> list[Row]:
+    found, skipped = rows.read(path)
+    if skipped:
+        sys.exit("\n".join(skipped))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="?", type=Path)
+    parser.add_argument("figures", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--score", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -95,9 +105,8 @@ def main() -> None:
         print("Farthest off:\n" + worst(answers))
         document: dict[str, object] = {"score": summary(answers), "unknown": len(found) - len(answers)}
     elif args.figures:
-        found, skipped = rows.read(args.figures)
-        if skipped:
-            sys.exit("\n".join(skipped))
+        files = [_all_of(path) for path in args.figures]
+        found, further = files[0], files[1:]
         prior = from_dict({**json.loads(PRIOR.read_text(encoding="utf-8")), "terms": {}})
         lines, answers, document = [], [], {}
         for split in fitting.SPLITS:
@@ -114,10 +123,20 @@ def main() -> None:
         for title, group in GROUPS.items():
             print(table(f"{title}, of the first division", by(answers, group)))
         print("Farthest off, of the first division:\n" + worst(answers))
+        for path, own in zip(args.figures[1:], further, strict=True):
+            others = [row for each in files if each is not own for row in each]
+            left = fitting.each_left_out(own, others, prior)
+            print("\n" + table(f"{path.name}, each model left out", [line("all", left)]))
+            for title, group in (*GROUPS.items(), ("model", fitting.SPLITS["model"])):
+                print(table(f"{title}, of {path.name}", by(left, group)))
+            document[path.name] = summary(left)
         if not args.check:
+            counted = " and ".join(
+                f"{len(each)} figures of {path.name}" for path, each in zip(args.figures, files, strict=True)
+            )
             made = replace(
-                fitting.fit(found, prior),
-                source=f"{len(found)} figures of {args.figures.name}, by benchmarks/speed_fit.py",
+                fitting.fit([row for each in files for row in each], prior),
+                source=f"{counted}, by benchmarks/speed_fit.py",
             )
             target = profile_path("speed.json")
             target.write_text(json.dumps(as_dict(made), indent=1) + "\n", encoding="utf-8")

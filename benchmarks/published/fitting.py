@@ -26,6 +26,8 @@ _ROUNDS = 20
 
 def fit(rows: Sequence[Row], prior: Fitted) -> Fitted:
     """The terms that `rows` speak of. prior: base, spread and noise."""
+    if not rows:
+        return replace(prior, terms={})
     terms: dict[Term, int] = {}
     owns = []
     for row in rows:
@@ -106,4 +108,16 @@ def held_out(rows: Sequence[Row], prior: Fitted, split: str, seed: int = 0, fold
     for k in range(folds):
         found = fit([row for row, at in zip(rows, part, strict=True) if at != k], prior)
         answers.append(check([row for row, at in zip(rows, part, strict=True) if at == k], found))
+    return answers
+
+
+def each_left_out(rows: Sequence[Row], others: Sequence[Row], prior: Fitted, split: str = "model") -> list[Checked]:
+    """Predictions of `rows`, those of each group by a fit of all other figures: of `others`, and of the other groups.
+
+    Of `others` nothing of the group counts either: a model that both have is seen in none."""
+    group = SPLITS[split]
+    answers = []
+    for name in dict.fromkeys(group(row) for row in rows):
+        found = fit([row for row in (*others, *rows) if group(row) != name], prior)
+        answers += check([row for row in rows if group(row) == name], found)
     return answers

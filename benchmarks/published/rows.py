@@ -1,7 +1,9 @@
 """Published tokens per second, read from a table: what was asked of which engine on which device, and what it gave.
 
 Columns: model, params_b, format, bits (of the decoder's linears), engine, gpu, n_gpus, batch ("max": as many as fit),
-prompt_len, gen_len_or_ctx, phase, tokens_per_s, source. Lengths may be empty.
+prompt_len, gen_len_or_ctx, phase, tokens_per_s, source. Lengths may be empty. Columns that a file need not have:
+bandwidth_gbs, read from memory where it was measured, which counts for more than the catalogue's and for a CPU that is in
+none ("CPU:<model> 2T"); head_bits, of the output head where it is known.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qkit.errors import QkitError
 from qkit.estimate import engines
@@ -65,8 +68,9 @@ def _row(p: dict[str, str]) -> Row:
     engine = engines.named(p["engine"])
     bits = float(p["bits"])
     kernel = engines.kernel_named(p["format"], bits)
-    device, count = _device(p["gpu"]), int(p["n_gpus"] or 1)
-    work = _traffic(p["model"], float(p["params_b"] or 0), bits, engine, _cache_bits(p["format"]))
+    device, count = _device(p["gpu"], _number(p.get("bandwidth_gbs"))), int(p["n_gpus"] or 1)
+    head = _number(p.get("head_bits")) or _head_bits(bits, engine)
+    work = _traffic(p["model"], float(p["params_b"] or 0), bits, head, engine, _cache_bits(p["format"]))
     library = engines.library(engine, kernel, p["engine"], p["format"])
     setting = Setting(engine, p["engine"], kernel, library, device, count, p["phase"], work.experts > 0)
     weights = work.dense_bytes + work.expert_bytes + 2 * work.head_bytes
@@ -78,16 +82,34 @@ def _row(p: dict[str, str]) -> Row:
     )  # fmt: skip
 
 
-def _device(name: str) -> Device:
+def _number(text: str | None) -> float | None:
+    return float(text) if text else None
+
+
+def _device(name: str, bandwidth: float | None = None) -> Device:
     try:
         found = find(name)
     except QkitError:
+        if name.startswith("CPU:") and bandwidth:
+            return _cpu(name, bandwidth)
         if not re.match(r"CPU:(AVX|x86)", name):
             raise
         return find("desktop-ddr5-5600")  # a CPU of which no more is told
+    if bandwidth:
+        found = replace(found, bandwidth_gbs=bandwidth)
     if name.startswith("CPU:") and found.kind != "cpu":  # the cores of a chip that has a GPU, too
         return replace(found, kind="cpu", fp32_tflops=None, capability="arm" if found.vendor == "Apple" else "x86")
     return found
+
+
+def _cpu(name: str, bandwidth: float) -> Device:
+    """A CPU that no catalogue knows, as `qkit.hardware.detect.local_target` has it."""
+    model = re.sub(r"\s*\d+T$", "", name.removeprefix("CPU:")).strip()
+    arm = re.search(r"apple|arm|ampere|graviton|neoverse|cortex|snapdragon", model, re.IGNORECASE)
+    return Device(
+        id="cpu", name=model, vendor="", arch="", kind="cpu", aliases=(),
+        memory_gib=None, usable_gib=None, bandwidth_gbs=bandwidth, capability="arm" if arm else "x86",
+    )  # fmt: skip
 
 
 def _load(p: dict[str, str], engine: engines.Engine) -> Load:
@@ -109,13 +131,16 @@ def _cache_bits(text: str) -> float:
     return 16.0 if not found else 4.0 if found[1] else 8.0
 
 
-def _traffic(model: str, params_b: float, bits: float, engine: engines.Engine, cache_bits: float) -> Traffic:
-    arch, scale = _architecture(model, params_b)
+def _head_bits(bits: float, engine: engines.Engine) -> float:
     if engine.head == "gguf":  # Q6_K unless the file is one of more bits
-        head_bits = bits if bits > 8 else max(6.6, bits)
-    else:
-        head_bits = bits if engine.head == "weights" else 16.0
+        return bits if bits > 8 else max(6.6, bits)
+    return bits if engine.head == "weights" else 16.0
 
+
+def _traffic(
+    model: str, params_b: float, bits: float, head_bits: float, engine: engines.Engine, cache_bits: float
+) -> Traffic:
+    arch, scale = _architecture(model, params_b)
     parts = []
     for m in arch.matrices:
         stored = head_bits if m.role in ("head", "embedding") else bits
@@ -125,9 +150,15 @@ def _traffic(model: str, params_b: float, bits: float, engine: engines.Engine, c
 
 
 @cache
-def _models() -> dict[str, Architecture]:
-    entries = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
-    return {_key(name): architecture(entry["config"]) for entry in entries for name in entry["names"]}
+def entries() -> tuple[dict[str, Any], ...]:
+    """Of models.json: names, config; made: a shape that only benchmarks have, which stands for no other model."""
+    return tuple(json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8")))
+
+
+@cache
+def _models(made: bool = True) -> dict[str, Architecture]:
+    wanted = [entry for entry in entries() if made or not entry.get("made")]
+    return {_key(name): architecture(entry["config"]) for entry in wanted for name in entry["names"]}
 
 
 def _key(name: str) -> str:
@@ -143,6 +174,6 @@ def _architecture(model: str, params_b: float) -> tuple[Architecture, float]:
         return known[_key(model)], 1.0
     if params_b <= 0:
         raise ValueError("neither the model nor its size is known")
-    dense = [a for a in known.values() if not any(m.role == "expert" for m in a.layers[-1].matrices)]
+    dense = [a for a in _models(made=False).values() if not any(m.role == "expert" for m in a.layers[-1].matrices)]
     nearest = min(dense, key=lambda a: abs(a.parameters / 1e9 / params_b - 1))
     return nearest, params_b * 1e9 / nearest.parameters

@@ -12,6 +12,7 @@ from ..hardware.catalogue import parse
 from ..hardware.device import Target
 from ..options import command_line
 from ..report.folder import NAMES, out_folder
+from ..report.predicted.wording import thresholds
 from ..report.predicted.write import write
 from .document import provenance
 from .estimate import Asked, Estimate, estimate
@@ -49,9 +50,9 @@ def predict(models: Sequence[str], targets: Sequence[Target], options: Options) 
     estimates = tuple(estimate(model, targets, asked) for model in models)
     command = shlex.join(["qkit", "profile", *models, *command_line(options)])
     folder = out_folder(options.out, models)
-    thresholds = {} if options.min_tps is None else {"min_tps": options.min_tps}
+    given = {} if options.min_tps is None else {"min_tps": options.min_tps}
     failures = _missed(estimates, options.min_tps)
-    result = Predicted(estimates, provenance(command), thresholds, failures, str(folder))
+    result = Predicted(estimates, provenance(command), given, failures, str(folder))
     write(result, folder)
     return result
 
@@ -62,18 +63,20 @@ def targets_of(devices: Sequence[str]) -> tuple[Target, ...]:
 
 
 def _missed(estimates: Sequence[Estimate], min_tps: float | None) -> tuple[str, ...]:
-    if min_tps is None:
-        return ()
-    return tuple(
-        f"{each.subject.label} on {a.target.spec}: {a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, "
-        f"below {min_tps:g}"
-        for each in estimates
-        for a in each.answers
-        if a.speeds is not None and a.speeds.decode.tokens_per_s < min_tps
-    )
+    """Each device that is too slow, and each of which nobody knows."""
+    found = []
+    for each in estimates if min_tps is not None else ():
+        for a in each.answers:
+            of = f"{each.subject.label} on {a.target.spec}: "
+            if a.speeds is None:
+                found.append(f"{of}the speed is unknown ({a.unknown}), --min-tps is {min_tps:g}")
+            elif a.speeds.decode.tokens_per_s < (min_tps or 0.0):
+                found.append(f"{of}{a.speeds.decode.tokens_per_s:.1f} tokens/s predicted, below {min_tps:g}")
+    return tuple(found)
 
 
 def summary(result: Predicted) -> str:
     """What the command line prints: each model in text, and where the report is."""
-    said = [*(f"threshold missed: {failure}" for failure in result.failures), f"report: {Path(result.out) / NAMES[2]}"]
+    met = thresholds(result)
+    said = [*([met] if met else []), f"report: {Path(result.out) / NAMES[2]}"]
     return "\n\n".join([*(describe(each) for each in result.estimates), "\n".join(said)])

@@ -19,7 +19,7 @@ from .steps import Step
 
 SCHEMA_VERSION = 3
 
-CONTEXT_WORDS = "{:,} tokens of context in each of {} sequences, a KV cache of {}"
+CONTEXT_WORDS = "{:,} tokens of context, batch {}, a KV cache of {}"
 FORMULAS = {
     "weights": "sum over the tensors of their headers, or over the shapes of the architecture at the types of its "
     "config or of the scheme; on several devices the share of the fullest",

@@ -79,6 +79,11 @@ def named(text: str) -> Engine:
     return ENGINES[found] if found else UNKNOWN
 
 
+def release(engine: Engine) -> str:
+    """The release that a prediction speaks of, as figures name it: of qkit this one, of others none in particular."""
+    return engine.name if engine.name == "qkit" else ""
+
+
 # What an engine multiplies weights of a kind with, where it is not told otherwise.
 _DEFAULTS = {
     ("vllm", "int4"): "marlin",

@@ -48,9 +48,14 @@ class Setting:
         known = self.device.capability if self.device.vendor == "NVIDIA" else self.device.arch
         return f"{self.device.vendor} {known}"
 
+    @property
+    def device_key(self) -> str:
+        """Of a CPU that no catalogue knows its model: every machine calls it "cpu"."""
+        return self.device.name if self.device.id == "cpu" else self.device.id
+
     def terms(self) -> dict[str, tuple[Term, ...]]:
         """Quantity -> its terms."""
-        engine, kernel, generation, device = self.engine.name, self.kernel, self.generation, self.device.id
+        engine, kernel, generation, device = self.engine.name, self.kernel, self.generation, self.device_key
         own = f"{kernel} {self.library}".strip()
         levels = {
             "launch": {

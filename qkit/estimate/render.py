@@ -56,17 +56,17 @@ def _detail(result: Estimate, index: int, a: Answer) -> list[str]:
     if fit.problem:
         return _said("", head + fit.problem)
     each = " on each" if a.target.count > 1 else ""
-    of = ", usable" if fit.fits is False else " of usable"
-    usable = f"{of} {units.size(fit.usable)}" if fit.usable is not None else ""
+    of = " needed," if fit.fits is False else " of"
+    usable = f"{of} {units.size(fit.usable)} usable" if fit.usable is not None else ""
     parts = ", ".join(f"{t.name} {units.size(t.nbytes)}" for t in fit.memory.terms if t.nbytes)
-    lines = [head + verdict, *_said("memory", f"{units.size(fit.memory.total)}{each}{usable}: {parts}")]
+    lines = [head + verdict, *_said("memory", f"{units.size(fit.memory.total)}{usable}{each}: {parts}")]
     context, batch = fit.largest_context(fit.batch), fit.largest_batch(fit.context)
     if context:
         own = ", the model's own maximum" if context == fit.most else ""
         many = f"; {batch:,} sequence{'' if batch == 1 else 's'} of {fit.context:,} at once" if batch else ""
         lines += _said("room", f"up to {context:,} tokens of context at batch {fit.batch}{own}{many}")
     lines += [*_speed(a), *_cost(a)]
-    return [*lines, *_steps(result.steps[index])] if result.steps else lines
+    return [*lines, *_steps(useful(result, index))]
 
 
 def _speed(a: Answer) -> list[str]:
@@ -118,14 +118,13 @@ def _cost(a: Answer) -> list[str]:
 
 
 def _steps(steps: Iterable[Step]) -> list[str]:
-    found = useful(list(steps))
-    lines = ["  the next steps down"] if found else []
-    for step in found:
+    lines = ["  the next steps down"]
+    for step in steps:
         many = step.largest_batch or 0
         room = f"up to {step.largest_context or 0:,} tokens, {many:,} sequence{'' if many == 1 else 's'}"
         what = room if step.fit.fits else "does not fit"
         lines.append(f"    {step.name:<48} {units.size(step.nbytes):>9}  {w.engine(step.fit.engine):<13} {what}")
-    return lines
+    return lines if len(lines) > 1 else []
 
 
 _COLUMNS = "{:<24}{:<13}{:>7}{:>8}{:>9}{:>6}{:>20}{:>9}{:>9}"

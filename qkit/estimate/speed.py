@@ -134,7 +134,9 @@ def predict(
 
 
 def manner(setting: Setting) -> Manner:
-    return replace(setting.engine.manner, expands=setting.kernel == "nf4")
+    how = setting.engine.manner
+    # On a CPU the host that prepares a kernel is what runs it.
+    return replace(how, expands=setting.kernel == "nf4", overlaps=how.overlaps and setting.device.kind != "cpu")
 
 
 def _log_and_deviation(
@@ -167,10 +169,10 @@ def _bound(work: Traffic, has: Ceilings, how: Manner, logs: dict[str, float], lo
 def basis(setting: Setting, fit: Fitted) -> str:
     """ "figures of vllm on other devices", in words."""
     known = fit.terms
-    device = any(("bandwidth", "device", setting.device.id) == term for term in known)
+    device = any(("bandwidth", "device", setting.device_key) == term for term in known)
     engine = ("bandwidth", "engine", setting.engine.name) in known
     pair = any(
-        t[:2] == ("compute", "engine, device") and t[2] == f"{setting.engine.name}, {setting.device.id}" for t in known
+        t[:2] == ("compute", "engine, device") and t[2] == f"{setting.engine.name}, {setting.device_key}" for t in known
     )
     if pair:
         return f"published figures of {setting.engine.name} on {setting.device.name}"

@@ -56,8 +56,9 @@ def before(source: Source, where: LocalDevice, read_gbs: float, asked: Asked, fi
     def rate(phase: str, generated: int) -> speed.Prediction | None:
         engine = engines.ENGINES[ENGINE]
         setting = Setting(
-            engine, "", kernel, engines.library(engine, kernel), target.device, 1, phase, work.experts > 0
-        )
+            engine, engines.release(engine), kernel, engines.library(engine, kernel), target.device, 1, phase,
+            work.experts > 0,
+        )  # fmt: skip
         return speed.predict(
             work, setting, speed.Load(phase, asked.batch, asked.prompt, generated), threads=threads, fit=fit
         )

@@ -15,7 +15,7 @@ def table(result: Profile) -> Table | None:
     """A row for each figure that was predicted; None where none was."""
     named = list(zip(tables.heads(result), tables.rows(result), strict=True))
     lines = [line for name, row in named for line in _lines(name if len(named) > 1 else "", row)]
-    head = ["", "predicted", "nine in ten", "measured", "predicted / measured - 1"]
+    head = ["", "predicted", "nine in ten", "measured", "error"]
     return (head, lines) if lines else None
 
 

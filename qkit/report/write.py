@@ -50,7 +50,11 @@ def _sections(result: Profile) -> list[tuple[str, Table]]:
     return [
         *([(f"{_QUALITY} {compared}".rstrip(), scored)] if scored else []),
         *([("Speed (measured)", timed)] if timed else []),
-        *([("Predicted against measured", both)] if (both := beside.table(result)) else []),
+        *(
+            [("Predicted against measured (error: predicted / measured - 1)", both)]
+            if (both := beside.table(result))
+            else []
+        ),
         *([("Not predicted", (["", ""], lacking))] if (lacking := beside.unknown(result)) else []),
         ("Memory", tables.memory(result)),
         *sweeps.sections(result.sweeps),

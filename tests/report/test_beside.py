@@ -16,9 +16,9 @@ def test_each_figure_with_its_interval_and_its_error():
     rows = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     decode = rows["model: decode, bare step, batch 1"]
     assert (decode["predicted"], decode["measured"]) == ("60.0 tok/s", "50.0 tok/s")
-    assert decode["nine in ten"] == "45.0 tok/s to 80.0 tok/s" and decode["predicted / measured - 1"] == "+20.0%"
+    assert decode["nine in ten"] == "45.0 tok/s to 80.0 tok/s" and decode["error"] == "+20.0%"
     prefill = rows["model: prefill of 512 tokens, batch 1"]
-    assert prefill["nine in ten"].endswith(", missed") and prefill["predicted / measured - 1"] == "-18.0%"
+    assert prefill["nine in ten"].endswith(", missed") and prefill["error"] == "-18.0%"
     assert rows["model: first token after a prompt of 512 tokens"]["measured"] == "600.0 ms"
     assert rows["model: memory at 512 tokens x batch 2"]["predicted"] == "900.0 MB"
     assert (

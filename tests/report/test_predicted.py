@@ -65,7 +65,7 @@ def test_what_does_not_fit_says_what_would(made):
     first, second, _, refused = (w.of_one(each, i) for i in range(4))
     fit = each.answers[0].fit
     assert f"more than the {fit.usable / 1e9:.1f} GB that vLLM can use" in first
-    steps = [s for s in useful(each.steps[0]) if s.fit.fits]
+    steps = [s for s in useful(each, 0) if s.fit.fits]
     assert f"As {steps[0].name} (" in first and f"up to {steps[0].largest_context:,} tokens" in first
     assert "two GeForce RTX 4090" in second and " on each, " in second
     assert "vLLM needs compute capability 7." in refused
@@ -181,8 +181,9 @@ def test_sources_of_prices_stand_in_json_and_html(made):
 
 def test_steps_are_few_and_each_is_of_use(made):
     for each in (made["four"].estimates[0], made["two"].estimates[0], made["two"].estimates[1]):
-        for found in each.steps:
-            kept = useful(found)
+        for index, found in enumerate(each.steps):
+            kept, now = useful(each, index), each.subject.weights.total
+            found = [s for s in found if s.kv_dtype or s.nbytes < 0.95 * now]
             assert len(kept) <= 7 and len({(s.nbytes, s.kv_dtype) for s in kept}) == len(kept)
             assert [s.nbytes for s in kept] == sorted((s.nbytes for s in kept), reverse=True)
             fitting = [s for s in found if s.fit.fits]
@@ -196,6 +197,12 @@ def test_a_missed_threshold_is_seen_everywhere(tmp_path):
     assert not result.passed and result.as_dict()["passed"] is False
     for body in (report.to_html(result), report.to_markdown(result), summary(result)):
         assert "hreshold missed" in body and "below 1e+06" in body
+    unknown = reports.predicted(tmp_path, ["Llama-3.3-70B"], ["rtx-4090"], min_tps=1.0)
+    assert not unknown.passed and "the speed is unknown (it does not fit), --min-tps is 1" in report.to_html(unknown)
+    many = reports.predicted(tmp_path, ["Llama-3.1-8B"], ["all"], min_tps=1e6)
+    assert len(many.failures) == len(many.estimates[0].answers) and f"and {len(many.failures) - 4} more" in summary(
+        many
+    )
     met = reports.predicted(tmp_path, ["Llama-3.1-8B"], ["rtx-4090"], min_tps=1.0)
     assert met.passed and "Thresholds met: min-tps 1" in report.to_html(met)
 

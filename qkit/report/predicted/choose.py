@@ -9,7 +9,7 @@ from ...estimate.estimate import Estimate
 from ...estimate.steps import Step
 
 MOST = 30  # devices that are shown; the rest is folded
-_USEFUL = 7
+_USEFUL, _SAVES = 7, 0.95  # steps that are shown; the share of the bytes that one may keep
 
 
 def at_context(a: Answer) -> First | None:
@@ -45,15 +45,16 @@ def per_million(a: Answer) -> float:
     return a.costs.per_million_out if a.costs else float("inf")
 
 
-def useful(steps: Sequence[Step]) -> list[Step]:
-    """At most seven steps, by their bytes: each size once, those that fit, and of the others the nearest."""
+def useful(result: Estimate, index: int) -> list[Step]:
+    """Of the steps down on a device at most seven, by their bytes: each size once, those that fit, and of the others
+    the nearest. A smaller format that saves next to nothing is none."""
     seen: dict[tuple[int, str | None], Step] = {}
-    for step in steps:
-        seen.setdefault((step.nbytes, step.kv_dtype), step)
+    for step in result.steps[index] if result.steps else ():
+        if step.kv_dtype or step.nbytes < _SAVES * result.subject.weights.total:
+            seen.setdefault((step.nbytes, step.kv_dtype), step)
     each = sorted(seen.values(), key=lambda step: -step.nbytes)
-    fitting = [step for step in each if step.fit.fits]
+    kept = [step for step in each if step.fit.fits][:_USEFUL]
     short = [step for step in each if not step.fit.fits]
-    kept = fitting[:_USEFUL]
     kept += sorted(short, key=lambda step: step.fit.memory.total)[: _USEFUL - len(kept)]
     return sorted(kept, key=lambda step: (-step.nbytes, step.kv_dtype or ""))
 

@@ -10,7 +10,6 @@ from ...estimate.document import CONTEXT_WORDS
 from ...estimate.estimate import Estimate
 from ...estimate.fit import BATCHES, contexts
 from ...estimate.result import Predicted
-from ...estimate.steps import Step
 from .choose import at_context, useful
 from .shown import dollars, interval, market, number, seconds
 
@@ -168,9 +167,9 @@ def _cost(a: Answer) -> dict[str, str]:
     }
 
 
-def steps(found: Sequence[Step]) -> Table | None:
-    """The next steps down that are of use; None where there are none."""
-    kept = useful(found)
+def steps(result: Estimate, index: int) -> Table | None:
+    """The next steps down on a device that are of use; None where there are none."""
+    kept = useful(result, index)
     if not kept:
         return None
     head = ["format and scheme", "weights", "engine", "fits", "largest context", "sequences"]

@@ -15,6 +15,7 @@ from .choose import at_context, decode_rate, fits, known, nearest, per_million, 
 from .shown import dollars, interval, rate, seconds
 
 _ENGINES = {"vllm": "vLLM", "transformers": "Transformers"}
+_NAMED = 4  # thresholds that are missed; on a whole catalogue there are many
 _COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 6: "six", 8: "eight"}
 
 
@@ -104,7 +105,7 @@ def _bill(a: Answer) -> str:
 def _way_out(result: Estimate, index: int) -> str:
     """The first of the steps down that fits, or what would have to be smaller."""
     fit = result.answers[index].fit
-    fitting = [step for step in useful(result.steps[index]) if step.fit.fits] if result.steps else []
+    fitting = [step for step in useful(result, index) if step.fit.fits]
     if fitting:
         step = fitting[0]
         return f"As {step.name} ({units.size(step.nbytes)}) it would, with up to {step.largest_context or 0:,} tokens."
@@ -136,6 +137,8 @@ def _of_many(result: Estimate) -> str:
 def thresholds(result: Predicted) -> str:
     """Whether thresholds were met; nothing where there are none."""
     if result.failures:
-        return "Threshold missed: " + "; ".join(result.failures)
+        more = len(result.failures) - _NAMED
+        rest = f"; and {more} more, which profile.json names" if more > 0 else ""
+        return "Threshold missed: " + "; ".join(result.failures[:_NAMED]) + rest
     met = ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items())
     return f"Thresholds met: {met}" if met else ""

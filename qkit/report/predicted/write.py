@@ -64,8 +64,8 @@ def _sections(result: Estimate) -> list[tuple[str, Table]]:
         ("Cost", tables.costs(result)),
     ):  # fmt: skip
         found += [(name, table)] if table else []
-    for a, steps in zip(result.answers, result.steps, strict=False):
-        if table := tables.steps(steps):
+    for index, a in enumerate(result.answers):
+        if table := tables.steps(result, index):
             found.append((f"The next steps down on {w.device(a.target)}", table))
     return [*found, ("The model", tables.facts(result))]
 
@@ -126,11 +126,7 @@ def _detail(result: Estimate) -> dict[str, Any]:
     here = [a for a in result.answers if not a.fit.problem]
     rooms = [(w.device(a.target), w.engine(a.engine), *tables.room(a)) for a in here]
     roofs = [(w.device(a.target), drawn) for a in here if (drawn := drawings.roof(a))]
-    steps = [
-        (w.device(a.target), table)
-        for a, found in zip(result.answers, result.steps, strict=False)
-        if (table := tables.steps(found))
-    ]
+    steps = [(w.device(a.target), table) for i, a in enumerate(result.answers) if (table := tables.steps(result, i))]
     timed = drawings.timed(result)
     unknown = [(a.target.spec, a.unknown) for a in result.answers if a.speeds is None]
     return {
