@@ -72,9 +72,7 @@ def before(source: Source, where: LocalDevice, read_gbs: float, asked: Asked, fi
         "decode": _rate(decode),
         "prefill": _rate(prefill),
         "first": prefill
-        and _open(
-            "seconds", tokens / prefill.tokens_per_s, low=tokens / prefill.high, high=tokens / prefill.low
-        ),
+        and _open("seconds", tokens / prefill.tokens_per_s, low=tokens / prefill.high, high=tokens / prefill.low),
         "memory": {**_open("total", held.total), "parts": {t.name: t.nbytes for t in held.terms}},
         "weights": _open("bytes", held.of("weights")),
         "kv_cache": _open("bytes", held.of("KV cache")),
@@ -90,10 +88,10 @@ def before(source: Source, where: LocalDevice, read_gbs: float, asked: Asked, fi
 def beside(predicted: Figures, speeds: Sequence[Speed], used: Memory) -> Figures:
     """The prediction with what was measured of the same, and error: predicted / measured - 1; None where it was not."""
     first = speeds[0] if speeds else None
-    measured = {
-        "decode": first and first.decode_tps,
-        "prefill": first and first.prefill_tps,
-        "first": first and first.ttft_median,
+    measured: dict[str, float | None] = {
+        "decode": first.decode_tps if first else None,
+        "prefill": first.prefill_tps if first else None,
+        "first": first.ttft_median if first else None,
         "memory": used.total,
         "weights": used.weights,
         "kv_cache": used.kv_cache,
@@ -113,7 +111,7 @@ def _open(unit: str, value: float, **more: float) -> Figures:
 
 
 def _rate(found: speed.Prediction | None) -> Figures | None:
-    return found and _open("tokens_per_s", found.tokens_per_s, low=found.low, high=found.high)
+    return _open("tokens_per_s", found.tokens_per_s, low=found.low, high=found.high) if found else None
 
 
 def _unknown(why: str) -> Figures:
