@@ -1,12 +1,11 @@
 """The models of which speed and memory are measured on a CPU, each in the formats of its engines.
 
-Two that packages ship (SmolLM2-135M: `demo`; Gemma-3-270M: a file), and made ones: speed hangs on shapes, not on values.
-Their names and configs are in published/models.json.
+Two that packages ship (SmolLM2-135M: `demo`; Gemma-3-270M: a file), and made ones: speed hangs on shapes, not on
+values. Their names and configs are in published/models.json.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -91,18 +90,16 @@ def _made(base: Path, config: dict[str, int]) -> None:
     script = str(Path(__file__).parent / "random_llama.py")
     subprocess.run([sys.executable, script, str(base.parent), *options, "--only", "bf16"],
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-    letters = _alphabet()
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": None, "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": []},
-    }  # fmt: skip
-    (base / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    _tokenizer(base)
 
 
-def _alphabet() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
+def _tokenizer(folder: Path) -> None:
+    """Of bytes: the words of the vocabulary beyond them have no text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    return sorted(ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")

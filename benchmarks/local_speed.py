@@ -1,14 +1,14 @@
 """Tokens a second on this machine's CPU, as rows that speed_fit.py takes beside published ones.
 
-    python benchmarks/local_speed.py --work DIR --prepare --gemma FILE          # makes the models, minutes; measures nothing
+    python benchmarks/local_speed.py --work DIR --prepare --gemma FILE    # makes the models, in minutes
     python benchmarks/local_speed.py --work DIR --llamacpp PYTHON -o profiles/local-speed.csv
 
 Engines: qkit, llama.cpp (llama-cpp-python, in an environment of its own) and transformers' own forward; models and
-formats: local_models.py. Every model in every format is a process; those of one model are loaded together and take turns,
-round by round, so that what else the machine does falls on all alike. Decode: 32 tokens of prompt, then new ones, as many
-as four seconds give, 16 to 64; up to 0.3 billion parameters also after 1,024 tokens. Prefill: 128, 512 (and 1,024)
-tokens. Batch 1, all threads. A figure is the median of the rounds. The bandwidth that stands with it is what torch.sum
-reads of 256 MiB, seen before each round, the median of the run.
+formats: local_models.py. Every model in every format is a process; those of one model are loaded together and take
+turns, round by round, so that what else the machine does falls on all alike. Decode: 32 tokens of prompt, then new
+ones, as many as four seconds give, 16 to 64; up to 0.3 billion parameters also after 1,024 tokens. Prefill: 128, 512
+(and 1,024) tokens. Batch 1, all threads. A figure is the median of the rounds. The bandwidth that stands with it is
+what torch.sum reads of 256 MiB, seen before each round, the median of the run.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Worker:
         self.process.wait()
 
 
-def measure(model: str, found: list[Candidate], rounds: int, llamacpp: str | None, bandwidths: list[float]) -> list[dict[str, Any]]:
+def measure(
+    model: str, found: list[Candidate], rounds: int, llamacpp: str | None, bandwidths: list[float]
+) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     workers = [Worker(each, threads, llamacpp) for each in found]
     facts = [of_described(describe_source(str(each.path))) for each in found]
@@ -160,7 +162,9 @@ def main() -> None:
     for model in models:
         rows += measure(model, candidates(args.work, [model], formats), args.rounds, args.llamacpp, bandwidths)
     read = round(statistics.median(bandwidths), 1)
-    source = f"measured by benchmarks/local_speed.py on {date.today()}, median of {args.rounds}, read bandwidth {read} GB/s"
+    source = (
+        f"measured by benchmarks/local_speed.py on {date.today()}, median of {args.rounds}, read bandwidth {read} GB/s"
+    )
     with open(args.out, "w", newline="", encoding="utf-8") if args.out else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

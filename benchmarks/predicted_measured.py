@@ -2,8 +2,8 @@
 
     python benchmarks/predicted_measured.py profiles/local-speed.csv [--figures PUBLISHED.csv] [--work DIR]
 
-Speed: figures of benchmarks/local_speed.py in the engine qkit; each is predicted by a fit of all other figures but those
-of its model, with the published ones of --figures where they are given. Memory, with --work: the folders that
+Speed: figures of benchmarks/local_speed.py in the engine qkit; each is predicted by a fit of all others but those of
+its model, with the published ones of --figures where they are given. Memory, with --work: the folders that
 local_speed.py made there, each loaded in a process of its own with 512 tokens, against the formula. Error: predicted /
 measured - 1; * where the interval that should hold nine in ten does not. The last line of stdout is one JSON document.
 """
@@ -47,7 +47,9 @@ class Compared:
         return self.predicted / self.measured - 1
 
 
-def speeds(answers: Iterable[Checked], models: Sequence[str] = MODELS, formats: Sequence[str] = FORMATS) -> list[Compared]:
+def speeds(
+    answers: Iterable[Checked], models: Sequence[str] = MODELS, formats: Sequence[str] = FORMATS
+) -> list[Compared]:
     """Of the answers those that the table shows."""
     found = []
     for a in answers:
@@ -55,9 +57,7 @@ def speeds(answers: Iterable[Checked], models: Sequence[str] = MODELS, formats: 
         shown = (p["phase"], p["prompt_len"]) in POINTS and a.row.setting.engine.name == "qkit"
         if shown and p["model"] in models and p["format"] in formats:
             found.append(
-                Compared(
-                    p["model"], p["format"], p["phase"], a.predicted.tokens_per_s, a.row.tokens_per_s, a.covered
-                )
+                Compared(p["model"], p["format"], p["phase"], a.predicted.tokens_per_s, a.row.tokens_per_s, a.covered)
             )
     return found
 

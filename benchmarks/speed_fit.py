@@ -8,8 +8,8 @@
 
 Columns of a file: `published/rows.py`. Held out: figures are divided into three parts, each predicted by a fit of the
 other two; all figures of one group (a model with an engine and a device; a model; a device; an engine) are in one.
-The held-out tables are of the first file alone, whatever else is fitted; of each further one (profiles/local-speed.csv:
-benchmarks/local_speed.py) a table says how its figures are predicted by a fit of all others but those of the same model.
+The held-out tables are of the first file alone, whatever else is fitted; of each further one (local-speed.csv, by
+benchmarks/local_speed.py) a table says how a fit of all figures but those of the same model predicts it.
 Intervals are meant to hold nine in ten. The last line of stdout is one JSON document.
 """
 

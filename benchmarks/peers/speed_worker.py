@@ -1,7 +1,7 @@
 """One model in one engine, kept loaded: seconds of a prompt and of each new token, each time that it is asked.
 
-The first line of stdin is {"adapter": path, "settings": {...}, "own": bool}: an adapter of qkit/measure/engines, with its
-settings; own: transformers' forward instead of qkit's decoding step. After {"ready": ...} every line
+The first line of stdin is {"adapter": path, "settings": {...}, "own": bool}: an adapter of qkit/measure/engines, with
+its settings; own: transformers' forward instead of qkit's decoding step. After {"ready": ...} every line
 {"prompt": tokens, "generated": tokens} is answered by {"first": seconds, "steps": [seconds, ...]}. Runs in the engine's
 own Python, which need not have qkit.
 """

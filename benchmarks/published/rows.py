@@ -2,8 +2,8 @@
 
 Columns: model, params_b, format, bits (of the decoder's linears), engine, gpu, n_gpus, batch ("max": as many as fit),
 prompt_len, gen_len_or_ctx, phase, tokens_per_s, source. Lengths may be empty. Columns that a file need not have:
-bandwidth_gbs, read from memory where it was measured, which counts for more than the catalogue's and for a CPU that is in
-none ("CPU:<model> 2T"); head_bits, of the output head where it is known.
+bandwidth_gbs, which was measured and counts for more than the catalogue's, and which a CPU needs that no catalogue
+knows ("CPU:<model> 2T"); head_bits, of the output head where it is known.
 """
 
 from __future__ import annotations

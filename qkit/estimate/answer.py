@@ -105,7 +105,9 @@ def _setting(subject: Subject, fit: Fit, work: Traffic, phase: str) -> Setting:
     engine = engines.ENGINES[fit.engine]
     kernel = engines.kernel_of(subject.spec)
     library = engines.library(engine, kernel)
-    return Setting(engine, engines.release(engine), kernel, library, fit.target.device, fit.target.count, phase, work.experts > 0)
+    return Setting(
+        engine, engines.release(engine), kernel, library, fit.target.device, fit.target.count, phase, work.experts > 0
+    )
 
 
 def _speeds(subject: Subject, fit: Fit, work: Traffic, detailed: bool) -> Speeds | None:

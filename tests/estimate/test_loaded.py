@@ -58,7 +58,10 @@ def test_a_gguf_file_is_expanded_by_qkit_and_transformers_and_not_by_llama_cpp(b
     assert said(path, "transformers", "gpu").weights == found.weights
     assert said(path, "llama.cpp") == stored
     here = (local_target(resolve("cpu"), 30.0),)
-    totals = {e: estimate(str(path), here, Asked(256, engine=e)).answers[0].fit.memory.of("weights") for e in ("qkit", "llama.cpp")}
+    totals = {
+        e: estimate(str(path), here, Asked(256, engine=e)).answers[0].fit.memory.of("weights")
+        for e in ("qkit", "llama.cpp")
+    }
     assert totals == {"qkit": found.weights.total, "llama.cpp": stored.weights.total}
 
 

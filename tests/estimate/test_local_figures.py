@@ -1,4 +1,4 @@
-"""Figures that were measured here beside published ones: their columns, their fit, the table of predicted and measured."""
+"""Figures that were measured here beside published ones: their columns, their fit, predicted against measured."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qkit.estimate.rates import fitted
 from qkit.estimate.speed import Load, predict
 from qkit.hardware.detect import LocalDevice, local_target
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import predicted_measured as table
 from benchmarks.published import fitting, rows
 
+ROOT = Path(__file__).parents[2]
 HEADER = (
     "model,params_b,format,bits,engine,gpu,n_gpus,batch,prompt_len,gen_len_or_ctx,phase,tokens_per_s,vram_gib,source,"
     "bandwidth_gbs,head_bits\n"
@@ -62,14 +62,19 @@ def test_without_a_bandwidth_it_is_not_understood(tmp_path):
 
 
 def test_a_measured_bandwidth_counts_for_more_than_the_catalogue_s(tmp_path):
-    known, measured = read(tmp_path / "f.csv", line(gpu="CPU:Ryzen-7950X 16T", bandwidth=""), line(gpu="CPU:Ryzen-7950X 16T"))
+    known, measured = read(
+        tmp_path / "f.csv", line(gpu="CPU:Ryzen-7950X 16T", bandwidth=""), line(gpu="CPU:Ryzen-7950X 16T")
+    )
     assert known.setting.device.bandwidth_gbs != 40.0 == measured.setting.device.bandwidth_gbs
     assert known.setting.device_key == measured.setting.device_key == known.setting.device.id
 
 
 def test_bits_of_the_head(tmp_path):
     given, usual, gguf = read(
-        tmp_path / "f.csv", line(head="8.5"), line(head=""), line(engine="llama.cpp", format="GGUF Q4_0", bits=4.5, head="")
+        tmp_path / "f.csv",
+        line(head="8.5"),
+        line(head=""),
+        line(engine="llama.cpp", format="GGUF Q4_0", bits=4.5, head=""),
     )
     values = 49152 * 576
     assert given.work.head_bytes == pytest.approx(values * 8.5 / 8) and usual.work.head_bytes == values * 2
@@ -96,11 +101,17 @@ def test_on_a_cpu_a_host_s_work_is_not_hidden(tmp_path):
 
 def some(tmp_path: Path, models=("SmolLM2-135M", "Gemma-3-270M", "Llama-2-7B")) -> list[rows.Row]:
     """Figures of a machine and an engine that reach 0.6 of its bandwidth, and are quick otherwise."""
-    lines = [line(model=m, format=f, bits=b, prompt=p) for m in models for f, b in (("W4A16", 4.25), ("BF16", 16)) for p in (32, 512)]
+    lines = [
+        line(model=m, format=f, bits=b, prompt=p)
+        for m in models
+        for f, b in (("W4A16", 4.25), ("BF16", 16))
+        for p in (32, 512)
+    ]
     truth = replace(fitted(), terms={("bandwidth", "engine", "qkit"): (math.log(0.6 / 0.8), 0.0)})
     found = read(tmp_path / "some.csv", *lines)
     return [
-        replace(r, tokens_per_s=predict(r.work, r.setting, r.load, threads=r.threads, fit=truth).tokens_per_s) for r in found
+        replace(r, tokens_per_s=predict(r.work, r.setting, r.load, threads=r.threads, fit=truth).tokens_per_s)
+        for r in found
     ]
 
 
@@ -139,9 +150,7 @@ def test_the_table_of_predicted_and_measured(tmp_path):
     assert [(x.what, x.covered, round(x.error, 6)) for x in found] == [("decode", False, 0.2), ("prefill", True, -0.25)]
     found.append(table.Compared("SmolLM2-135M", "W4A16", "memory", 650e6, 640e6))
     text = table.markdown(found).splitlines()
-    assert text[2] == (
-        "| SmolLM2-135M | W4A16 | 120.0 | 100.0 | +20%* | 300.0 | 400.0 | -25% | 650 | 640 | +2% |"
-    )
+    assert text[2] == ("| SmolLM2-135M | W4A16 | 120.0 | 100.0 | +20%* | 300.0 | 400.0 | -25% | 650 | 640 | +2% |")
     assert {row.count("|") for row in text[:3]} == {12}
     assert "decode, tokens/s: median error 20%, largest 20%" in text
     partial = table.markdown([*found, table.Compared("Other", "BF16", "decode", 2.0, 4.0)])
@@ -156,7 +165,12 @@ def test_a_second_file_changes_no_table_of_the_first(tmp_path):
     (tmp_path / "local.csv").write_text(HEADER + line(rate=90) + line(model="Gemma-3-270M", rate=50))
 
     def run(*files: str) -> tuple[list[str], dict]:
-        command = [sys.executable, str(ROOT / "benchmarks" / "speed_fit.py"), *(str(tmp_path / f) for f in files), "--check"]
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks" / "speed_fit.py"),
+            *(str(tmp_path / f) for f in files),
+            "--check",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
         *text, last = done.stdout.splitlines()
         return text, json.loads(last)

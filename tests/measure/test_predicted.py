@@ -33,14 +33,18 @@ def test_it_is_the_estimate_of_the_same_model_device_and_setting(folder):
     held = memory(found.arch, found.weights, local_target(HERE, 40.0), "qkit", 100, 4)
     assert said["memory"]["total"] == held.total == sum(said["memory"]["parts"].values())
     assert said["weights"]["bytes"] == found.weights.total
-    assert said["kv_cache"]["bytes"] == 4 * 100 * 2 * 2 * 2 * 32 * 2  # batch, tokens, layers, k and v, heads, width, bytes
+    assert (
+        said["kv_cache"]["bytes"] == 4 * 100 * 2 * 2 * 2 * 32 * 2
+    )  # batch, tokens, layers, k and v, heads, width, bytes
     for name in ("decode", "prefill"):
         assert 0 < said[name]["low"] < said[name]["tokens_per_s"] < said[name]["high"]
     first = said["first"]
     assert first["seconds"] == pytest.approx(2 * 64 / said["prefill"]["tokens_per_s"])
     assert first["low"] < first["seconds"] < first["high"]
     assert said["problem"] is None and said["basis"]["bandwidth"] == "40.0 GB/s, read here"
-    assert all(said[n]["measured"] is None and said[n]["error"] is None for n in ("decode", "first", "memory", "weights"))
+    assert all(
+        said[n]["measured"] is None and said[n]["error"] is None for n in ("decode", "first", "memory", "weights")
+    )
 
 
 def test_twice_the_bandwidth_is_faster_and_takes_the_same_memory(folder):
@@ -63,7 +67,9 @@ def test_no_tensor_is_read(folder):
 def test_errors_are_predicted_over_measured(folder):
     said = predicted.before(open_source(folder), HERE, 40.0, ASKED)
     ran = SimpleNamespace(
-        decode_tps=said["decode"]["tokens_per_s"] / 1.25, prefill_tps=said["prefill"]["tokens_per_s"] * 2, ttft_median=0.5
+        decode_tps=said["decode"]["tokens_per_s"] / 1.25,
+        prefill_tps=said["prefill"]["tokens_per_s"] * 2,
+        ttft_median=0.5,
     )
     used = SimpleNamespace(total=said["memory"]["total"] * 2, weights=said["weights"]["bytes"], kv_cache=None)
     found = predicted.beside(said, [ran], used)
@@ -110,6 +116,11 @@ def test_a_profile_has_both_beside_each_other(folder, tmp_path, monkeypatch):
     assert said["memory"]["measured"] == row["memory"]["total"]
     assert said["kv_cache"]["bytes"] == said["kv_cache"]["measured"] == row["memory"]["kv_cache"]
     assert abs(said["weights"]["error"]) < 0.01
-    for name, unit in (("decode", "tokens_per_s"), ("prefill", "tokens_per_s"), ("first", "seconds"), ("memory", "total")):
+    for name, unit in (
+        ("decode", "tokens_per_s"),
+        ("prefill", "tokens_per_s"),
+        ("first", "seconds"),
+        ("memory", "total"),
+    ):
         assert said[name]["error"] == pytest.approx(said[name][unit] / said[name]["measured"] - 1)
     assert "figure" in said["basis"]["speed"] and "predicted" in result.formulas
