@@ -161,15 +161,18 @@ def main() -> None:
     bandwidths: list[float] = []
     for model in models:
         rows += measure(model, candidates(args.work, [model], formats), args.rounds, args.llamacpp, bandwidths)
-    read = round(statistics.median(bandwidths), 1)
-    source = (
-        f"measured by benchmarks/local_speed.py on {date.today()}, median of {args.rounds}, read bandwidth {read} GB/s"
-    )
-    with open(args.out, "w", newline="", encoding="utf-8") if args.out else sys.stdout as file:
+        if args.out:  # as far as it got
+            write(args.out, rows, statistics.median(bandwidths), args.rounds)
+    print(f"{len(rows)} figures; GB/s read: {min(bandwidths):.1f} to {max(bandwidths):.1f}", file=sys.stderr)
+
+
+def write(path: Path, rows: list[dict[str, Any]], read: float, rounds: int) -> None:
+    how = f"median of {rounds} rounds, read bandwidth {read:.1f} GB/s"
+    source = f"measured by benchmarks/local_speed.py on {date.today()}, {how}"
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, "source": source, "bandwidth_gbs": read} for row in rows)
-    print(f"{len(rows)} figures; GB/s read: {min(bandwidths):.1f} to {max(bandwidths):.1f}", file=sys.stderr)
+        writer.writerows({**row, "source": source, "bandwidth_gbs": round(read, 1)} for row in rows)
 
 
 if __name__ == "__main__":
