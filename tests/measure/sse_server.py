@@ -78,8 +78,7 @@ class Server:
                 except ConnectionError:
                     pass
                 finally:
-                    with outer.lock:
-                        outer.under_way -= 1
+                    outer.over(self)
                     self.close_connection = True
 
         class Quiet(ThreadingHTTPServer):
@@ -100,6 +99,12 @@ class Server:
         """Gone: a connection is refused from now on; what is under way goes on."""
         self.http.shutdown()
         self.http.server_close()
+
+    def over(self, handler: BaseHTTPRequestHandler) -> None:
+        """A request is under way no more; once, however often it is said."""
+        with self.lock:
+            self.under_way -= not getattr(handler, "is_over", False)
+            handler.is_over = True  # type: ignore[attr-defined]
 
     def get(self, handler: BaseHTTPRequestHandler) -> None:
         if self.key is not None and handler.headers.get("Authorization") != f"Bearer {self.key}":
@@ -175,6 +180,7 @@ class Server:
             said = count if how.usage is True else how.usage
             usage = {"prompt_tokens": self.tokens_of(prompt), "completion_tokens": said}
             self.send_event(handler, {"model": how.model, "choices": [], "usage": usage})
+        self.over(handler)  # before the client hears of it, and asks again
         if how.done:
             self.send(handler, b"data: [DONE]\n\n")
         self.send(handler, b"")
