@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..models.cache_name import cache_name
 from . import memory
 from .types import Speed
 
@@ -160,6 +161,7 @@ def steps(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, list[flo
     """Bare forward steps: (seconds to the first token, of each of the count - 1 further steps, cache)."""
     import torch
 
+    name = cache_name()
     with torch.inference_mode():
         started = _now(model.device)
         out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
@@ -167,12 +169,12 @@ def steps(model: Any, prompt: torch.Tensor, count: int) -> tuple[float, list[flo
         last = _now(model.device)
         first, each = last - started, []
         for _ in range(count - 1):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=token, **{name: out[name]}, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(dim=-1)
             now = _now(model.device)
             each.append(now - last)
             last = now
-    return first, each, out.past_key_values
+    return first, each, out[name]
 
 
 def _now(device: torch.device) -> float:

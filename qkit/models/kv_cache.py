@@ -1,7 +1,7 @@
 """What goes into a model's KV cache: seen, or rounded to FP8 as engines do that keep it in 8 bits.
 
-Attention hands keys (after norm and rotation) and values to `past_key_values.update` and computes with what it gives
-back. A stand-in for `past_key_values`, put there by a hook, is so the one place for every architecture, with a cache
+Attention hands keys (after norm and rotation) and values to `update` of its cache argument and computes with what that
+gives back. A stand-in for the argument, put there by a hook, is so the one place for every architecture, with a cache
 and without, and whatever computes attention; compressed-tensors does the same (modeling/kvcache.py).
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import QkitError
 from ..spec.dtypes import E4M3_MAX
+from .cache_name import name_in
 from .experts import decoder_of
 from .families import KV_SCALES
 
@@ -45,8 +46,9 @@ class _Hook:
         self.change = change
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stand_in = _StandIn(kwargs.get("past_key_values"), partial(self.change, attention))
-        return args, {**kwargs, "past_key_values": stand_in}
+        name = name_in(kwargs, attention.forward)
+        stand_in = _StandIn(kwargs.get(name), partial(self.change, attention))
+        return args, {**kwargs, name: stand_in}
 
 
 class _StandIn:

@@ -12,6 +12,7 @@ from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
+from ..models.cache_name import cache_name, name_in
 from .growing_cache import apart, grow, new
 from .linear import QuantLinear
 
@@ -309,12 +310,13 @@ class _Runner:
 
         from ..kernels.cpu.decoder import decode
 
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        name = name_in(given, model.forward)
+        ids, cache = given.get("input_ids"), given.get(name)
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or type(cache) is not DynamicCache:
             return None
         if torch.is_grad_enabled() or model.training or ids.shape[0] > _MAX_BATCH:
             return None
-        rest = given.keys() - {"input_ids", "past_key_values", "attention_mask", "position_ids", "logits_to_keep"}
+        rest = given.keys() - {"input_ids", name, "attention_mask", "position_ids", "logits_to_keep"}
         if any(given[k] is not None for k in rest - _KNOWN - {"use_cache"}) or given.get("use_cache") is False:
             return None
         config = model.config
@@ -343,7 +345,7 @@ class _Runner:
         tokens = ids.reshape(-1).long().contiguous()
         logits = decode(self.decoder, store.cache, length, tokens, positions.contiguous(), first)
         store.length += 1
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{cache_name(): cache})
 
 
 def _first(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
