@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Options:
     )
     max_slowdown: float | None = option(
         None,
-        "exit with 1 if generate, or predicted decode, gets slower by more than PCT percent",
+        "exit with 1 if generate, predicted decode or a server's output gets slower by more than PCT percent",
         parse=number,
         metavar="PCT",
     )
@@ -123,40 +123,42 @@ class Comparison:
 
 @with_options(Options)
 def compare(before: str | os.PathLike[str], after: str | os.PathLike[str], options: Options) -> Comparison:
-    """Compare two documents that `qkit profile` wrote as profile.json.
+    """Compare two documents that `qkit profile` wrote as profile.json, or endpoint.json.
 
-    A report of one model is compared with one of one model; of several, models are paired by their names, and
-    predictions by model and device. Figures that were measured on another device, another text or against another
-    baseline, or predicted for another context, batch or engine, are shown and not held against each other.
-    Raises QkitError for a file that is no such document, one of another version, and a prediction beside a measurement.
+    A report of one model is compared with one of one model; of several, models are paired by their names, predictions
+    by model and device, a server's levels by concurrency. Figures that were measured on another device, another text
+    or against another baseline, or predicted for another context, batch or engine, are shown and not held against each
+    other.
+    Raises QkitError for a file that is no such document, one of another version, and two of different kinds.
     """
     documents = _read(before), _read(after)
     kinds = [document["kind"] for document in documents]
     if kinds[0] != kinds[1]:
+        said = {"measured": "measured", "predicted": "predicted", "endpoint": "of a running server"}
         raise QkitError(
-            f"one report is {kinds[0]}, the other {kinds[1]}: a prediction is no measurement",
+            f"one report is {said[kinds[0]]}, the other {said[kinds[1]]}",
             "compare two of a kind; a report that was measured shows what was predicted for its device beside it",
         )
-    if options.max_kld_increase is not None and kinds[0] == "predicted":
-        raise QkitError("--max-kld-increase is for what was measured: nothing predicts quality", "leave it out")
+    held = _held(kinds[0])
+    for name in (f.name for f in fields(Options) if f.name.startswith("max_") and f.name not in held):
+        if getattr(options, name) is not None:
+            lacking = "nothing predicts quality" if kinds[0] == "predicted" else "a server's load says nothing of it"
+            raise QkitError(f"--{name.replace('_', '-')} is for a model that was measured: {lacking}", "leave it out")
     named, unpaired = _pairs(*documents)
     pairs = tuple(_pair(*documents, names) for names in named)
-    limits = {
-        name: value
-        for name in ("max_kld_increase", "max_slowdown", "max_memory_increase")
-        if (value := getattr(options, name)) is not None
-    }
-    failures = [failure for pair in pairs for failure in _failures(pair, limits, _held(kinds[0]), len(pairs) > 1)]
+    limits = {name: value for name in held if (value := getattr(options, name)) is not None}
+    failures = [failure for pair in pairs for failure in _failures(pair, limits, held, len(pairs) > 1)]
     failures += [f"{name} is in one report only" for name in unpaired] if limits else []
     return Comparison(pairs, tuple(unpaired), limits, tuple(failures), options.markdown)
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A profile's document, checked against the schema."""
-    hint = "name the profile.json of a folder that qkit profile wrote"
+    hint = "name the profile.json of a folder that qkit profile wrote, or the endpoint.json"
     place = Path(path)
     if place.is_dir():
-        place = place / "profile.json"
+        served = place / "endpoint.json"
+        place = served if served.exists() and not (place / "profile.json").exists() else place / "profile.json"
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:
@@ -211,7 +213,10 @@ def _pair(before: Document, after: Document, names: tuple[str, str]) -> Pair:
 
 def _held(kind: str) -> dict[str, str]:
     """Threshold -> the figure that it is held against."""
-    return {"max_kld_increase": KLD, "max_slowdown": RATES[kind], "max_memory_increase": MEMORY}
+    found = {"max_slowdown": RATES[kind]}
+    if kind != "endpoint":
+        found["max_memory_increase"] = MEMORY
+    return {"max_kld_increase": KLD, **found} if kind == "measured" else found
 
 
 def _failures(pair: Pair, limits: Mapping[str, float], held: Mapping[str, str], named: bool) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from qkit.estimate.command import predict
 from qkit.estimate.result import Predicted
 from qkit.hardware.catalogue import find, parse
+from qkit.measure.endpoint.types import Endpoint, Failures, Level, Spread
 from qkit.measure.engines.types import Point, Sweep, measured_point
 from qkit.measure.options import Options
 from qkit.measure.quality import DELTA_P_PERCENTILES, KLD_PERCENTILES, Divergence, Estimate, Quality, Scores
@@ -106,6 +107,7 @@ def swept() -> Profile:
                     plan, warmups=1, ttft=[context / 800], tpot=steps, generate=[(1.0, 0.5)], peak_bytes=10**9
                 )
             )
+    points = [p if p.skipped else dataclasses.replace(p, read_gbs=12.3, read_share=0.31) for p in points]
     found = Sweep("qkit", "qkit 0.1", "model", {"dtype": "bfloat16", "threads": 2}, tuple(points))
     return dataclasses.replace(make(), sweeps=(found, dataclasses.replace(found, engine="llama.cpp")))
 
@@ -142,6 +144,28 @@ def predictions(root: Path) -> dict[str, Predicted]:
             price_per_hour=0.4,
         ),
     }
+
+
+def served() -> Endpoint:
+    """A server at four concurrencies, of which one has failures and the last breaks it."""
+    levels = []
+    for n in (1, 2, 4, 8):
+        times = [Spread(n * x, n * x, n * x * 1.2, n * x * 1.5) for x in (0.001, 0.2, 0.02, 0.02, 1.5)]
+        failed = (
+            (Failures("HTTP 500", n - 2, HOSTILE),) if n == 4 else (Failures("timed out", n, "8 s"),) if n == 8 else ()
+        )
+        good = 0 if n == 8 else n * 2 - sum(f.count for f in failed)
+        spread = times if good else [None] * 5
+        levels.append(
+            Level(n, n * 2, good, failed, 0, 3.0, *spread, 512 * good, 64 * good, good / 3, 64 * good / 3,
+                  20.0 * n if good else None, None)
+        )  # fmt: skip
+    provenance = {"qkit": "0", "python": "3", "system": "Linux", "date": "now", "command": "qkit profile --endpoint"}
+    return Endpoint(
+        "http://localhost:8000/v1", "org/model", "/completions", 512, "what the server counts", 64, True, "usage", 3,
+        (Failures("HTTP 503", 1, "loading"),), tuple(levels), (16, 32), "at concurrency 8 no request succeeded",
+        provenance, {"TTFT": "first"}, {"min_tps": 1.0}, ("at concurrency 8 no request succeeded",), "r",
+    )  # fmt: skip
 
 
 def measurements() -> dict[str, Profile]:

@@ -23,6 +23,7 @@ from . import bench, evaluation, facts, fit, footprint, predicted, room, speed
 from .endpoint.command import profile_endpoint
 from .endpoint.run import default_name
 from .engines import command as engines
+from .engines.bandwidth import with_bandwidth
 from .engines.render import FORMULAS as SWEEP_FORMULAS
 from .frontier import Point, on_frontier
 from .options import Options
@@ -140,6 +141,9 @@ def _measured(names: list[str], options: Options) -> Profile:
         options, [(each.name, each.sizes) for each in placed.models if each.loaded], tokens.flatten().tolist(), where
     )
     rows, base, failed, ceiling = _measure(placed, where, tokens, context, limit, options)
+    sources = {each.name: each.source for each in placed.models}
+    kind = "cpu" if where.kind == "cpu" else "gpu"
+    sweeps = tuple(with_bandwidth(each, sources[each.model], kind, ceiling) for each in sweeps)
     rows = _with_frontier(rows, base)
     thresholds = {k: v for k in ("max_kld", "min_tps") if (v := getattr(options, k)) is not None}
     result = Profile(

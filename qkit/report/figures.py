@@ -11,7 +11,7 @@ Document = Mapping[str, Any]
 Value = tuple[float | None, float | None]  # with its standard error, None where it is exact or its error unknown
 
 KLD, MEMORY = "mean KL divergence", "memory"
-RATES = {"measured": "generate", "predicted": "decode"}  # what a slowdown is of
+RATES = {"measured": "generate", "predicted": "decode", "endpoint": "output"}  # what a slowdown is of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,15 @@ def short(name: str) -> str:
 
 
 def rows(document: Document) -> dict[str, Document]:
-    """Name -> what is compared under it: a model that was measured, or one on a device."""
+    """Name -> what is compared under it: a model that was measured, one on a device, or a server's concurrency."""
+    if document["kind"] == "endpoint":
+        return {
+            f"concurrency {level['concurrency']}": {
+                **level,
+                "name": f"{document['model']}, {level['concurrency']} at once",
+            }
+            for level in document["levels"]
+        }
     if document["kind"] == "measured":
         return {short(model["name"]): model for model in document["models"]}
     return {
@@ -71,12 +79,21 @@ def _of(*path: str) -> Callable[[Document, Document], Value]:
     return of
 
 
+def _succeeded(name: str) -> Callable[[Document, Document], Value]:
+    return lambda document, level: (level[name] if level["succeeded"] else None, None)
+
+
+def _failed(document: Document, level: Document) -> Value:
+    return 1 - level["succeeded"] / level["requests"], None
+
+
 def _first(document: Document, answer: Document) -> Value:
     """The time to the first token of a prompt as long as the context."""
     found = [f for f in (answer["speed"] or {"first": []})["first"] if f["prompt"] == answer["of"]["context"]]
     return (found[0]["seconds"] if found else None), None
 
 
+_LOAD = ("concurrency", "context", "new tokens")
 _TEXT, _RUN, _ASKED = ("text", "protocol"), ("device", "prompt", "batch"), ("context", "batch", "engine")
 FIGURES: dict[str, tuple[Figure, ...]] = {
     "measured": (
@@ -98,11 +115,23 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("time to first token", "seconds", _ASKED, _first),
         Figure("a million new tokens", "dollars", _ASKED, _of("costs", "per_million_out")),
     ),
+    "endpoint": (
+        Figure(RATES["endpoint"], "tokens/s", _LOAD, _succeeded("output_tps")),
+        Figure("requests a second", "", _LOAD, _succeeded("requests_per_s")),
+        Figure("time to first token, p50", "seconds", _LOAD, _of("ttft", "p50")),
+        Figure("time to first token, p99", "seconds", _LOAD, _of("ttft", "p99")),
+        Figure("time per output token, p50", "seconds", _LOAD, _of("tpot", "p50")),
+        Figure("time per output token, p99", "seconds", _LOAD, _of("tpot", "p99")),
+        Figure("failed requests", "share", _LOAD, _failed),
+    ),
 }
 
 
 def setting(document: Document, row: Document) -> dict[str, Any]:
     """What figures were found with: they compare only where it is the same."""
+    if document["kind"] == "endpoint":
+        asked = {"context": document["context"], "new tokens": document["max_tokens"]}
+        return {**asked, "concurrency": row["concurrency"]}
     if document["kind"] == "predicted":
         return {"context": row["of"]["context"], "batch": row["of"]["batch"], "engine": row["engine"]}
     text, device, memory = document["text"], document["device"], row["memory"]

@@ -25,11 +25,11 @@ def out_folder(out: str | None, models: Sequence[str]) -> Path:
     return folder
 
 
-def save(folder: Path, bodies: Sequence[str]) -> list[Path]:
-    """Write the bodies of `NAMES`. Raises QkitError where that fails."""
+def save(folder: Path, bodies: Sequence[str], names: Sequence[str] = NAMES) -> list[Path]:
+    """Write the bodies of the names. Raises QkitError where that fails."""
     from ..storage.local import LocalStore
     from ..storage.writer import write_file
 
-    for name, body in zip(NAMES, bodies, strict=True):
+    for name, body in zip(names, bodies, strict=True):
         write_file(LocalStore(folder), name, body.encode())
-    return [folder / name for name in NAMES]
+    return [folder / name for name in names]

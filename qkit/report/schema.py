@@ -1,7 +1,7 @@
-"""schema.json, which ships beside this file: what a profile.json holds, and the check of a document against it.
+"""schema.json, which ships beside this file: what a profile.json or endpoint.json holds, and a check of either.
 
 A report is not checked as it is written: what it would find is a fault of qkit's own, for which nobody should lose what
-was measured. The tests check documents of both kinds, and whoever reads one checks it."""
+was measured. The tests check documents of every kind, and whoever reads one checks it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..hardware.schema import problems as found
 
-KINDS = ("measured", "predicted")
+KINDS = ("measured", "predicted", "endpoint")
 
 
 @cache

@@ -345,7 +345,8 @@ class _Runner:
         tokens = ids.reshape(-1).long().contiguous()
         logits = decode(self.decoder, store.cache, length, tokens, positions.contiguous(), first)
         store.length += 1
-        return CausalLMOutputWithPast(logits=logits[:, None], **{cache_name(): cache})
+        held: dict[str, Any] = {cache_name(): cache}
+        return CausalLMOutputWithPast(logits=logits[:, None], **held)
 
 
 def _first(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:

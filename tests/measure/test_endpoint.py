@@ -18,6 +18,7 @@ from qkit.measure.endpoint import load, render, request, run
 from qkit.measure.endpoint.address import parse
 from qkit.measure.endpoint.prompts import Prompts
 from qkit.measure.endpoint.request import Outcome
+from qkit.report import schema
 
 QUICK = {"context": 40, "max_tokens": 6, "concurrency": (1, 3), "timeout": 20.0}
 WARM = 2  # requests that this server gets before the load: it counts its tokens as the first says
@@ -383,6 +384,9 @@ def test_a_profile_of_an_endpoint(serve, tmp_path, capsys):
     assert saved["kind"] == "endpoint" and saved["passed"] and [row["succeeded"] for row in saved["levels"]] == [8, 8]
     assert "--endpoint" in saved["provenance"]["command"] and saved["thresholds"] == {"min_tps": 0.001}
     assert "| 1 | 8 | 0 |" in (tmp_path / "r" / "endpoint.md").read_text()
+    assert schema.problems(saved) == []
+    page = (tmp_path / "r" / "endpoint.html").read_text()
+    assert "Output over concurrency" in page and "Thresholds met: min-tps 0.001" in page
     assert cli.main([*common, "-o", str(tmp_path / "s"), "--min-tps", "1e9", "--json"]) == 1
     assert "below 1e+09" in json.loads(capsys.readouterr().out)["failures"][0]
 

@@ -149,7 +149,7 @@ def test_max_memory_is_kept(tmp_path):
     )  # fmt: skip
     weights = open_source(str(folder)).stored.nbytes
     found = []
-    for most in (0, 400 << 20):
+    for most in (0, 350 << 20):
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(folder), str(most), str(tmp_path / "r")],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

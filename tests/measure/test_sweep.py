@@ -14,9 +14,10 @@ from qkit.errors import QkitError
 from qkit.measure import fit, profile, speed, summary
 from qkit.measure.engines import command, render, table
 from qkit.measure.engines import sweep as sweeping
+from qkit.measure.engines.bandwidth import with_bandwidth
 from qkit.measure.engines.plan import needed_cache, plan
 from qkit.measure.engines.sweep import sweep
-from qkit.measure.engines.types import Point, achieved, measured_point
+from qkit.measure.engines.types import Point, measured_point
 from qkit.measure.options import Options
 from qkit.options import from_kwargs
 from qkit.sources import open_source
@@ -211,15 +212,27 @@ def test_figures_of_a_point_by_hand():
     assert found.ttft_p50 == 2.0 and found.prefill_tps == 90.0 and found.repeats == 2
     assert found.decode_tps == pytest.approx(2 * 4 / 0.8) and found.tpot_p50 == pytest.approx(0.15)
     assert found.generate == (3.0, 4.0) and found.generate_tps == pytest.approx(2 * 2 * 4 / 2.0)
-    reached = achieved(found, bytes_per_step=3 * 10**9, ceiling_gbs=40.0)
-    assert reached.read_gbs == pytest.approx(20.0) and reached.share == pytest.approx(0.5)
-    assert achieved(plan, 1, 1.0) is None
-    row = render.table(
-        sweeping.Sweep("e", "e 1", "m", {}, (found,)), bytes_per_step={(2, 100): 3 * 10**9}, ceiling_gbs=40.0
-    )
-    assert row[1][0][-2:] == ["20.0", "50%"] and row[1][0][2] == "90.0"
     alone = measured_point(replace(plan, generated=1), warmups=1, ttft=[1.0], tpot=[], generate=[], peak_bytes=None)
     assert alone.tpot_p50 is alone.decode_tps is alone.generate_tps is None
+
+
+@pytest.mark.parametrize("engine", ["qkit", "vllm"])
+def test_bandwidth_of_a_point_by_hand(llama, engine):
+    """Every weight but the embedding, and keys and values of each token; qkit and vLLM hold a 16-bit model alike."""
+    source = open_source(str(llama))
+    config = source.config
+    cached = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2  # of a token
+    weights = sum(source.meta(n).nbytes for n in source.names() if "embed_tokens" not in n)
+    if config.get("tie_word_embeddings"):
+        weights += source.meta("model.embed_tokens.weight").nbytes
+    plan = Point(3, 100, 90, 8)
+    done = measured_point(plan, warmups=1, ttft=[1.0], tpot=[1e-6, 2e-6, 3e-6], generate=[], peak_bytes=None)
+    sweep = with_bandwidth(sweeping.Sweep(engine, "e 1", "m", {}, (done, plan)), source, "cpu", 40.0)
+    first, second = sweep.points
+    assert first.read_gbs == pytest.approx((weights + 3 * 94 * cached) / 2e-6 / 1e9)
+    assert first.read_share == pytest.approx(first.read_gbs / 40) and second == plan
+    row = dict(zip(render.table(sweep)[0], render.table(sweep)[1][0], strict=True))
+    assert row["of ceiling"] == f"{first.read_share:.0%}" and row["read GB/s"] == f"{first.read_gbs:,.1f}"
 
 
 def test_a_profile_with_an_engine(llama, tmp_path, monkeypatch):
@@ -232,6 +245,9 @@ def test_a_profile_with_an_engine(llama, tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "r" / "profile.json").read_text())
     (found,) = saved["sweeps"]
     assert [p["skipped"] is None for p in found["points"]] == [True, True, False]
-    assert "sweep TPOT" in saved["formulas"]
+    assert "sweep TPOT" in saved["formulas"] and "sweep read GB/s" in saved["formulas"]
+    assert [p["read_gbs"] is not None for p in found["points"]] == [True, True, False]
+    ceiling = saved["device"]["read_ceiling_gbs"]
+    assert all(p["read_share"] == pytest.approx(p["read_gbs"] / ceiling) for p in found["points"][:2])
     assert "the model takes 512 tokens" in (tmp_path / "r" / "profile.md").read_text()
     assert "the model takes 512 tokens" in (tmp_path / "r" / "profile.html").read_text()

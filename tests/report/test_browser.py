@@ -11,19 +11,21 @@ import chromium
 import pytest
 import reports
 
+from qkit.measure.endpoint import page as endpoint
 from qkit.report import write as measured
 from qkit.report.predicted import write as predicted
 
 PROGRAM = chromium.find()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=f"none of {', '.join(chromium.NAMES)} is on PATH")
 WIDTHS = (390, 768, 1280, 1920)
-KINDS = ("alone", "pair", "beside", "several", "swept", "one", "four", "all", "two")
+KINDS = ("alone", "pair", "beside", "several", "swept", "served", "one", "four", "all", "two")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     bodies = {name: measured.to_html(result) for name, result in reports.measurements().items()}
+    bodies["served"] = endpoint.html(reports.served())
     bodies |= {name: predicted.to_html(result) for name, result in reports.predictions(root).items()}
     for name, body in bodies.items():
         (root / f"{name}.html").write_text(body)

@@ -11,6 +11,7 @@ import reports
 
 from qkit.comparison import compare
 from qkit.errors import QkitError
+from qkit.measure.endpoint.command import write as served
 from qkit.report import write
 from qkit.report.changes import text
 
@@ -91,3 +92,26 @@ def test_what_is_no_report_is_refused(tmp_path, predictions):
         compare(predictions["h100"], predictions["h100"], max_kld_increase=0.1)
     with pytest.raises(QkitError, match="nothing in common"):
         compare(saved(reports.several(), tmp_path / "several"), good)
+
+
+def test_a_servers_load_before_and_after(tmp_path):
+    before = reports.served()
+    slower = [dataclasses.replace(level, output_tps=level.output_tps / 2) for level in before.levels[:2]]
+    after = dataclasses.replace(before, levels=tuple(slower))
+    for name, result in (("a", before), ("b", after), ("c", dataclasses.replace(after, context=1024))):
+        (tmp_path / name).mkdir()
+        served(result, tmp_path / name)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    found = compare(a, b, max_slowdown=40)
+    assert [pair["output"].relative for pair in found.pairs] == [-0.5, -0.5]
+    assert found.unpaired == ("concurrency 4", "concurrency 8") and len(found.failures) == 4
+    assert "model, 2 at once" in text(found)
+    same = compare(a, a)
+    assert same.pairs[0]["failed requests"].before == 0 and same.pairs[3]["output"].before is None
+    different = compare(a, c, max_slowdown=40)
+    assert "cannot be held" in different.failures[0] and "context" in different.pairs[0]["output"].note
+    with pytest.raises(QkitError, match="one report is of a running server, the other measured"):
+        compare(a, saved(reports.make(), tmp_path / "good"))
+    for name in ("max_kld_increase", "max_memory_increase"):
+        with pytest.raises(QkitError, match="a server's load says nothing of it"):
+            compare(a, b, **{name: 0.1})

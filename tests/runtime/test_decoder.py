@@ -13,6 +13,7 @@ from models import make_model
 
 from qkit.kernels import backend
 from qkit.kernels.cpu.decoder import Cache, decode, dense
+from qkit.models.cache_name import cache_name
 from qkit.runtime import QuantLinear, decoder, growing_cache, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="no C++ library")
@@ -68,6 +69,25 @@ def steps(forward: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None
 
 def error(a: torch.Tensor, truth: torch.Tensor) -> float:
     return float((a - truth).norm() / truth.norm())
+
+
+@torch.no_grad()
+def test_whatever_the_cache_is_called(folders: Any, monkeypatch: Any) -> None:
+    """transformers renamed the argument in 5.24: callers may use either name there, and `generate` uses the new one."""
+    model = packed(folders("llama"))
+    calls = []
+    original = decoder._Runner.step
+    monkeypatch.setattr(decoder._Runner, "step", lambda *given: calls.append(original(*given)) or calls[-1])
+    prompt, one = tokens(model, 1, 12), tokens(model, 1, 1, 1)
+    model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert [c is not None for c in calls] == [False] + 5 * [True]
+    kept = own(model)(prompt, use_cache=True)[cache_name()]
+    found = []
+    for name in {"past_key_values", cache_name()}:
+        output = model(input_ids=one, **{name: copy.deepcopy(kept)})
+        assert calls[-1] is output and output[name] is output.past_key_values
+        found.append(output.logits)
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from ...errors import QkitError
 from ...options import command_line
-from . import render, run
+from ...report.folder import save
+from ...report.layout import as_json
+from . import page, render, run
 from .types import Endpoint
 
 if TYPE_CHECKING:
     from ..options import Options
 
-NAMES = ("endpoint.json", "endpoint.md")
+NAMES = ("endpoint.json", "endpoint.md", "endpoint.html")
 # What a running server has decided already, or does not say.
 _APART = ("baseline", "device", "max_kld", "engine", "engine_python", "sweep", "batch", "allow_overlap")
 
@@ -60,11 +61,5 @@ def _held(result: Endpoint, least: float) -> Endpoint:
 
 
 def write(result: Endpoint, folder: Path) -> list[Path]:
-    """Write both files into `folder`, each whole or not at all. Raises QkitError where that fails."""
-    from ...storage.local import LocalStore
-    from ...storage.writer import write_file
-
-    bodies = (json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n", render.markdown(result))
-    for name, body in zip(NAMES, bodies, strict=True):
-        write_file(LocalStore(folder), name, body.encode())
-    return [folder / name for name in NAMES]
+    """Write the three files into `folder`, each whole or not at all. Raises QkitError where that fails."""
+    return save(folder, (as_json(result.as_dict()), render.markdown(result), page.html(result)), NAMES)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ... import units
-from .types import Point, Sweep, achieved
+from . import bandwidth
+from .types import Point, Sweep
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
@@ -18,19 +19,19 @@ FORMULAS = {
     "(vLLM: mean over the sequences)",
     "sweep peak": "the most that the engine's processes held in RAM during the timed runs, weights and libraries "
     "included (on a GPU: what torch allocated there)",
+    **bandwidth.FORMULAS,
 }
 
 
-def table(sweep: Sweep, bytes_per_step: dict[tuple[int, int], int] | None = None, ceiling_gbs: float = 0.0) -> Table:
-    """A row for each point that was measured. With the bytes that a step reads at (batch, context), and the GB/s that
-    the device reads at most, also the bandwidth that was reached."""
+def table(sweep: Sweep) -> Table:
+    """A row for each point that was measured."""
     head = ["batch", "context", "prefill tok/s", "TTFT p50", "TPOT p50", "TPOT p90", "TPOT p99", "decode tok/s"]
-    head += ["generate tok/s", "peak memory", "runs"] + (["read GB/s", "of ceiling"] if bytes_per_step else [])
-    return head, [_row(point, bytes_per_step, ceiling_gbs) for point in sweep.measured]
+    head += ["generate tok/s", "read GB/s", "of ceiling", "peak memory", "runs"]
+    return head, [_row(point) for point in sweep.measured]
 
 
-def _row(point: Point, bytes_per_step: dict[tuple[int, int], int] | None, ceiling_gbs: float) -> list[str]:
-    row = [
+def _row(point: Point) -> list[str]:
+    return [
         str(point.batch),
         f"{point.context:,}",
         _rate(point.prefill_tps),
@@ -40,14 +41,11 @@ def _row(point: Point, bytes_per_step: dict[tuple[int, int], int] | None, ceilin
         _ms(point.tpot_p99),
         _rate(point.decode_tps),
         _rate(point.generate_tps),
+        _rate(point.read_gbs),
+        "-" if point.read_share is None else f"{point.read_share:.0%}",
         "-" if point.peak_bytes is None else units.size(point.peak_bytes),
         f"{point.repeats} after {point.warmups}",
     ]
-    if bytes_per_step:
-        read = bytes_per_step.get((point.batch, point.context))
-        reached = None if read is None else achieved(point, read, ceiling_gbs)
-        row += ["-", "-"] if reached is None else [f"{reached.read_gbs:.1f}", f"{reached.share:.0%}"]
-    return row
 
 
 def skipped(sweep: Sweep) -> Table | None:

@@ -24,6 +24,8 @@ class Point:
     generate_tps batch x (generated - 1) a call / their time after the first new token; None where it has none
     peak_bytes   the most that the engine's processes held in RAM while the timed runs ran; on a GPU, the most that
                  torch allocated there. None where neither can be seen
+    read_gbs     1e9 bytes a second that the median step reads of weights and caches, and read_share, their share of
+                 what the device reads at most; None where the bytes are not known
     skipped      why nothing was measured; None where it was
     """
 
@@ -44,6 +46,8 @@ class Point:
     generate: tuple[float, ...] = ()
     generate_tps: float | None = None
     peak_bytes: int | None = None
+    read_gbs: float | None = None
+    read_share: float | None = None
     skipped: str | None = None
 
 
@@ -70,26 +74,6 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Achieved:
-    """What a point reads of memory, in 1e9 bytes a second, and its share of the ceiling (1 = all of it)."""
-
-    read_gbs: float
-    share: float
-
-
-def achieved(point: Point, bytes_per_step: int, ceiling_gbs: float) -> Achieved | None:
-    """The bandwidth that a point's median decode step reaches; None where no step was measured.
-
-    bytes_per_step  what one step reads of memory for all of the point's sequences: weights and their caches
-    ceiling_gbs     what the device reads at most, in 1e9 bytes a second
-    """
-    if point.tpot_p50 is None:
-        return None
-    read = bytes_per_step / point.tpot_p50 / 1e9
-    return Achieved(read, read / ceiling_gbs)
 
 
 def measured_point(

@@ -24,8 +24,8 @@ class Curve:
     points: tuple[tuple[int, float, float | None, float | None], ...]
 
 
-def curves(series: Sequence[Curve], what: str, along: str) -> Markup:
-    """Tokens a second, from zero up, against batch or context, on a logarithmic axis."""
+def curves(series: Sequence[Curve], what: str, along: str, unit: str = "tokens/s") -> Markup:
+    """Tokens a second (or what `unit` says), from zero up, against batch or context, on a logarithmic axis."""
     series = [each for each in series if each.points]
     if not series:
         return nothing("nothing is known", f"{what}: nothing is known")
@@ -49,18 +49,18 @@ def curves(series: Sequence[Curve], what: str, along: str) -> Markup:
             known = "" if least is None or most is None else f", nine in ten {amount(least)} to {amount(most)}"
             if len(each.points) == 1 and least is not None and most is not None:
                 out.append(line(f"curve-{each.css}", x(n), y(least), x(n), y(most)))
-            title = f"{each.name}, {along} {n:,}: {amount(value)} tokens/s{known}"
+            title = f"{each.name}, {along} {n:,}: {amount(value)} {unit}{known}"
             out.append(dot(f"fill-{each.css}", x(n), y(value), title, 4))
-    out += [text((LEFT + RIGHT) / 2, BOTTOM + 36, along, "tick", "middle"), text(0, 12, "tokens/s", "tick")]
-    return svg(out, BOTTOM + 42, f"{what}. " + "; ".join(_spoken(each, along) for each in series))
+    out += [text((LEFT + RIGHT) / 2, BOTTOM + 36, along, "tick", "middle"), text(0, 12, unit, "tick")]
+    return svg(out, BOTTOM + 42, f"{what}. " + "; ".join(_spoken(each, along, unit) for each in series))
 
 
-def _spoken(each: Curve, along: str) -> str:
+def _spoken(each: Curve, along: str, unit: str) -> str:
     def one(p: tuple[int, float, float | None, float | None]) -> str:
         band = "" if p[2] is None or p[3] is None else f" ({amount(p[2])} to {amount(p[3])})"
         return f"{p[0]:,}: {amount(p[1])}{band}"
 
-    return f"{each.name}, tokens/s by {along}: " + ", ".join(map(one, each.points))
+    return f"{each.name}, {unit} by {along}: " + ", ".join(map(one, each.points))
 
 
 def _count(n: int) -> str:
