@@ -23,9 +23,10 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     engine = runpy.run_path(request["adapter"])["Engine"](request["settings"])
     if request["own"]:
-        from qkit.runtime import decoder
+        from qkit.runtime import decoder, head
 
         decoder.detach(engine.model)
+        head.as_it_was(engine.model)
     say(ready=engine.version)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -80,7 +80,7 @@ def overhead(shape: Shape, target: Target, engine: str, context: int, batch: int
         return _vllm(shape, target, context, batch, s)
     if engine == "llama.cpp":
         return _llama_cpp(shape, target, context, batch, s)
-    return _torch(shape, target, context, batch)
+    return _torch(shape, target, engine, context, batch)
 
 
 def step(target: Target, context: int, batch: int, s: Serving) -> tuple[int, int]:
@@ -131,14 +131,14 @@ def _llama_cpp(shape: Shape, target: Target, context: int, batch: int, s: Servin
     )
 
 
-def _torch(shape: Shape, target: Target, context: int, batch: int) -> tuple[Term, ...]:
+def _torch(shape: Shape, target: Target, engine: str, context: int, batch: int) -> tuple[Term, ...]:
     tokens = context * batch
     wide = max(3 * shape.mlp + (3 + shape.chosen) * shape.hidden, shape.attention + 3 * shape.hidden)
     activations = math.ceil(tokens * wide * _SMALL)
     cuda = target.device.kind == "gpu"
-    # On a CPU torch copies the head's weight once a sequence where it multiplies the last position of a prompt: seen
-    # with 2.13, in the 16-bit types.
-    copied = shape.hidden * _SMALL if target.device.kind == "cpu" else 0
+    # On a CPU torch copies the head's weight once a sequence where it multiplies the last position of a prompt, unless
+    # its input is laid out for it: runtime/head.py.
+    copied = shape.hidden * _SMALL if target.device.kind == "cpu" and engine != "qkit" else 0
     logits = batch * shape.vocab * (_SMALL + 8 + copied)
     return (
         Term("activations", activations, _PROMPT, (tokens, wide)),

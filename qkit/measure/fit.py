@@ -46,14 +46,11 @@ class Sizes:
         """Bytes that one MLP takes at the least while a prompt runs: its input and residual, gate, up, product."""
         return batch * tokens * self.itemsize * (2 * self.arch.hidden + 3 * self.arch.intermediate)
 
-    def head(self, batch: int, device: str) -> int:
+    def head(self, batch: int) -> int:
         """Bytes that the logits of the last position take while they are made.
 
-        generate adds two float32 copies: one of its own, and one for a processor of scores. On the CPU torch copies
-        the head's weight once a sequence in the 16-bit types, where it multiplies the last position of a prompt,
-        whose rows are not adjacent: seen with 2.13, bf16 and f16, not with float32 nor on adjacent rows."""
-        copied = self.arch.hidden * self.itemsize if device == "cpu" and self.itemsize == 2 else 0
-        return batch * self.arch.vocab * (self.itemsize + 2 * 4 + copied)
+        generate adds two float32 copies: one of its own, and one for a processor of scores."""
+        return batch * self.arch.vocab * (self.itemsize + 2 * 4)
 
 
 def sizes(source: Source) -> Sizes:
@@ -93,7 +90,7 @@ class Load:
 
     @property
     def passing(self) -> int:
-        return max(max(m.head(self.batch, self.where.id), m.layer(self.context, self.batch)) for m in self.models)
+        return max(max(m.head(self.batch), m.layer(self.context, self.batch)) for m in self.models)
 
     @property
     def scores(self) -> bool:

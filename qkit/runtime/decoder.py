@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.cache_name import cache_name, name_in
 from .growing_cache import apart, grow, new
+from .head import Head
 from .linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _linear(module: nn.Module) -> Linear:
         if not isinstance(state, CpuWeight):
             raise TypeError("a linear is not on the C++ kernels")
         return Linear(state, None if module.bias is None else _own(module.bias))
-    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16:
+    if not (type(module) is nn.Linear or type(module) is Head) or module.weight.dtype != torch.bfloat16:
         raise TypeError(f"a linear is a {type(module).__name__}")
     return Linear(_own(module.weight), None if module.bias is None else _own(module.bias))
 

@@ -39,7 +39,7 @@ def load(
     import torch
 
     from ..sources import open_source
-    from . import decoder
+    from . import decoder, head
     from .frame import Frame
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
@@ -50,8 +50,10 @@ def load(
     with torch.no_grad():
         _generation_config(model, opened)
     model.eval()
-    if target.type == "cpu" and (reason := decoder.attach(model)) is not None:
-        _log.info("decoding runs the model's own steps: %s", reason)
+    if target.type == "cpu":
+        head.lay_out(model)
+        if (reason := decoder.attach(model)) is not None:
+            _log.info("decoding runs the model's own steps: %s", reason)
     return model
 
 

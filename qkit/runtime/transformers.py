@@ -33,6 +33,7 @@ from ..models.families import is_kv_scale
 from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
+from . import head
 from .frame import activations_of
 from .linear import QuantLinear, quant_linear
 from .load import log_kernels
@@ -222,6 +223,8 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
             kernels[layer.select(model.dtype).name] += 1
         if formats.kv_cache(self.reader):
             kv_cache.check_scales(model)
+        if model.device.type == "cpu":
+            head.lay_out(model)
         log_kernels(kernels, model.device)
         return model
 

@@ -60,8 +60,10 @@ def test_transformers_by_hand():
     assert found.of("weights") == 8_030_261_248 * 2
     assert found.of("activations") == 3 * 4096 * (3 * 14336 + 3 * 4096) * 2
     assert found.of("logits") == 3 * 128256 * (2 + 4 + 4)
-    cpu = memory(arch, of_architecture(arch), Target(gpu(64.0, kind="cpu")), "qkit", 4096, 3)
+    cpu, ours = (memory(arch, of_architecture(arch), Target(gpu(64.0, kind="cpu")), engine, 4096, 3)
+                 for engine in ("transformers", "qkit"))  # fmt: skip
     assert cpu.of("logits") == 3 * 128256 * (2 + 4 + 4 + 4096 * 2)  # torch copies the head once a sequence
+    assert ours.of("logits") == found.of("logits")  # but not where its input is laid out for it
     assert cpu.as_list()[0] == {"name": "weights", "bytes": 8_030_261_248 * 2, "basis": "formula: all tensors"}
 
 

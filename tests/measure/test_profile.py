@@ -238,18 +238,18 @@ def test_what_fits_is_the_most_that_fits(folders):
     assert sizes[0].weights == loaded - ROTARY and sizes[1].weights == open_source(folders[1]).stored.nbytes
     here = detect.cpu()
 
-    def need(device, tokens, batch):
+    def need(tokens, batch):
         cache = 2 * 3 * 2 * 16 * 2 * (tokens + speed.GENERATED)
-        head = VOCAB * (2 + 8 + (64 * 2 if device == "cpu" else 0))  # where torch copies the head for each sequence
+        head = VOCAB * (2 + 8)
         layer = tokens * 2 * (2 * 64 + 3 * 96)
         return sum(s.weights for s in sizes) + batch * (cache + max(head, layer))
 
     for device in ("cpu", "cuda:0"):
-        exactly = replace(here, id=device, available_bytes=need(device, 100, 7))
+        exactly = replace(here, id=device, available_bytes=need(100, 7))
         assert fit.check(fit.Load(sizes, exactly, 100, 7, 128))
         with pytest.raises(QkitError, match=r"at --batch 9 and --context 100 ") as caught:
             fit.check(fit.Load(sizes, exactly, 100, 9, 128))
-        most = max(tokens for tokens in range(8, 100) if need(device, tokens, 9) <= exactly.available_bytes)
+        most = max(tokens for tokens in range(8, 100) if need(tokens, 9) <= exactly.available_bytes)
         assert caught.value.hint == (
             "the largest --batch that fits at --context 100 is 7; "
             f"the largest --context that fits at --batch 9 is {most}"
@@ -261,14 +261,14 @@ def test_what_fits_is_the_most_that_fits(folders):
 
 
 def test_the_head_takes_what_the_check_counts_for_it(tmp_path):
-    """The logits of a large vocabulary outweigh the rest here, copies of the head's weight included."""
+    """The logits of a large vocabulary outweigh the rest here, and no copy of the head's weight is made."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from qkit.sources import open_source
 
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 100_000})).bfloat16()
     model.save_pretrained(tmp_path)
-    counted = fit.sizes(open_source(str(tmp_path))).head(4, "cpu")
+    counted = fit.sizes(open_source(str(tmp_path))).head(4)
     found = footprint.measure(str(tmp_path), "cpu", list(range(64)), 4, 0, threads=1)
     assert found.activations <= 1.3 * counted
 

@@ -51,17 +51,17 @@ def test_qkit_at_several_batches_and_contexts(llama):
 
 def test_what_does_not_run_is_skipped_with_its_reason(llama):
     sizes = fit.sizes(open_source(str(llama)))  # takes 512 tokens
-    roomy = plan(sizes, [2, 1, 2], [512, 64, 1024], free=1 << 40, device="cpu", whole=True, generated=8)
+    roomy = plan(sizes, [2, 1, 2], [512, 64, 1024], free=1 << 40, whole=True, generated=8)
     assert [(p.batch, p.context, p.prompt) for p in roomy if not p.skipped] == [
         (1, 64, 64), (2, 64, 64), (1, 512, 504), (2, 512, 504),
     ]  # fmt: skip
     assert [p.skipped for p in roomy if p.skipped] == ["the model takes 512 tokens"] * 2
-    needed = sizes.weights + needed_cache(sizes, 1, 512) + max(sizes.head(1, "cpu"), sizes.layer(504, 1))
-    tight = plan(sizes, [1, 2], [64, 512], free=needed, device="cpu", whole=True, generated=8)
+    needed = sizes.weights + needed_cache(sizes, 1, 512) + max(sizes.head(1), sizes.layer(504, 1))
+    tight = plan(sizes, [1, 2], [64, 512], free=needed, whole=True, generated=8)
     assert [(p.batch, p.context) for p in tight if p.skipped] == [(2, 512)]
     assert "by formula" in tight[-1].skipped and "are free" in tight[-1].skipped
     # An engine that reads a prompt in pieces needs no room for the activations of all of it.
-    assert plan(sizes, [1], [512], free=needed - 1, device="cpu", whole=False)[0].skipped is None
+    assert plan(sizes, [1], [512], free=needed - 1, whole=False)[0].skipped is None
     found = sweep(str(llama), "qkit", [p for p in roomy if p.context != 512], TOKENS, repeats=1)
     assert len(found.measured) == 2 and found.problem is None
     assert found.points[-1].skipped == "the model takes 512 tokens"

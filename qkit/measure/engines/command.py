@@ -40,8 +40,7 @@ def sweeps(
         return ()
     kind = table.get(options.engine)
     plans = [
-        plan(sizes, options.batch, options.sweep, free=where.available_bytes, device=where.id, whole=kind.whole)
-        for _, sizes in models
+        plan(sizes, options.batch, options.sweep, free=where.available_bytes, whole=kind.whole) for _, sizes in models
     ]
     found = []
     with track(f"sweep in {kind.name}", sum(map(len, plans)), "points") as advance:

@@ -21,7 +21,6 @@ def plan(
     contexts: Sequence[int] = CONTEXTS,
     *,
     free: int,
-    device: str,
     whole: bool,
     generated: int = GENERATED,
 ) -> tuple[Point, ...]:
@@ -31,10 +30,10 @@ def plan(
     whole   whether a prompt goes through the model at once; else activations are the engine's, of a few tokens
     """
     pairs = {(context * batch, context, batch) for context in contexts for batch in batches}
-    return tuple(_point(sizes, b, c, free, device, whole, generated) for _, c, b in sorted(pairs))
+    return tuple(_point(sizes, b, c, free, whole, generated) for _, c, b in sorted(pairs))
 
 
-def _point(sizes: Sizes, batch: int, context: int, free: int, device: str, whole: bool, generated: int) -> Point:
+def _point(sizes: Sizes, batch: int, context: int, free: int, whole: bool, generated: int) -> Point:
     most = sizes.max_tokens
     prompt = context if most is None else min(context, most - generated)
     if most is not None and context > most:
@@ -42,7 +41,7 @@ def _point(sizes: Sizes, batch: int, context: int, free: int, device: str, whole
     if prompt < 1:
         return Point(batch, context, context, generated, skipped=f"the model takes {most:,} tokens, with what is new")
     cache = needed_cache(sizes, batch, prompt + generated)
-    passing = max(sizes.head(batch, device), sizes.layer(prompt, batch) if whole else 0)
+    passing = max(sizes.head(batch), sizes.layer(prompt, batch) if whole else 0)
     needed = sizes.weights + cache + passing
     if needed > free:
         return Point(
