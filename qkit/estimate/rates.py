@@ -93,7 +93,7 @@ class Setting:
                 "release": self.release,
                 **({"experts": f"{engine}, {self.phase}"} if self.experts else {}),
             },
-            "attention": {"all": "", "engine": engine},
+            "attention": {"all": "", "engine": engine, "generation": generation},
             "cache": {"family": self.engine.family, "engine": engine, "release": self.release},
             "sequence": {"family": self.engine.family, "engine": engine, "release": self.release},
             "link": {"all": ""},
