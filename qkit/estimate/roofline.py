@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from .traffic import Traffic
 
 _SHARP = 3.0  # the two ceilings meet in a curve: (a^3 + b^3)^(1/3)
+# Norms, rotations, activations and copies, in operations for each value of the stream and layer, at attention's rate: what
+# halves the error of small models' prompts on CPUs (profiles/local-speed.csv) and moves GPUs' by nothing.
+_BETWEEN = 1000.0
 _UBATCH = 512  # tokens that llama.cpp takes of a prompt at once
 
 
@@ -49,7 +52,7 @@ class Rates:
     """What an engine reaches there.
 
     launch       s a layer and pass
-    bandwidth, compute  share of the ceilings; attention: of compute, in attention over a prompt
+    bandwidth, compute  share of the ceilings; attention: of compute, in attention over a prompt and between matrices
     cache        bytes moved for each byte of cache that is looked at
     sequence     s a sequence and step: sampling, scheduling, moving what it keeps
     link         s a layer and pass where devices share matrices
@@ -103,7 +106,8 @@ def prefill(work: Traffic, has: Ceilings, how: Manner, rates: Rates, sequences: 
     passes = math.ceil(tokens / _UBATCH) if how.chunked else 1
     reading = passes * _read(work, how, tokens / passes) / (has.bandwidth * rates.bandwidth * count)
     computing = 2 * tokens * work.values / (has.peak * rates.compute * count)
-    attention = work.attention(tokens, prompt / 2) / (has.plain * count * rates.compute * rates.attention)
+    between = tokens * work.layers * work.hidden * _BETWEEN
+    attention = (work.attention(tokens, prompt / 2) + between) / (has.plain * count * rates.compute * rates.attention)
     # Logits are of the last position alone: what counts is that the head's weights are read.
     head = work.head_bytes / (has.bandwidth * rates.bandwidth * count)
     seconds = _with_launches(_both(reading, computing) + attention + head, passes * work.layers * rates.launch, how)

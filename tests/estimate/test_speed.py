@@ -96,7 +96,8 @@ def test_decode_is_bytes_over_bandwidth():
 
 def test_prefill_is_operations_over_peak():
     work = work_of()
-    expected = (2 * 2048 * work.values + work.attention(2048, 1024)) / 100e12
+    between = 2048 * 32 * 4096 * 1000  # tokens x layers x width x operations between matrices
+    expected = (2 * 2048 * work.values + work.attention(2048, 1024) + between) / 100e12
     assert prefill(work, CARD, Manner(), FREE, 1, 2048) == pytest.approx(expected, rel=0.01)
     pipelined = prefill(
         work, replace(CARD, count=4), Manner(chunked=True, serial=True), replace(FREE, pipeline=9), 1, 2048
