@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from .traffic import Traffic
 
 _SHARP = 3.0  # the two ceilings meet in a curve: (a^3 + b^3)^(1/3)
-# Norms, rotations, activations and copies, in operations for each value of the stream and layer, at attention's rate: what
-# halves the error of small models' prompts on CPUs (profiles/local-speed.csv) and moves GPUs' by nothing.
+# Norms, rotations, activations and copies, in operations for each value of the stream and layer, at attention's rate:
+# what halves the error of small models' prompts on CPUs (profiles/local-speed.csv) and moves GPUs' by nothing.
 _BETWEEN = 1000.0
 _UBATCH = 512  # tokens that llama.cpp takes of a prompt at once
 
