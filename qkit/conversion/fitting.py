@@ -32,11 +32,13 @@ def check(options: Options) -> None:
 
 
 def choose(options: Options, source: Source, stored: tuple[LayerSpec, ...]) -> tuple[Options, list[str]]:
-    """(the options with a scheme, what to say of it). stored: how the source is quantized: more bits would hold nothing
-    more.
+    """(the options with a scheme, what to say of it). stored: how a source that stays as it is was quantized.
+
+    More bits than most of a quantized source has would hold nothing more.
 
     Raises QkitError where no scheme of the format fits, saying what would."""
     from ..estimate.steps import best_scheme
+    from ..estimate.subject import main_spec
     from ..hardware.catalogue import parse
     from ..models.architecture import architecture
 
@@ -48,6 +50,7 @@ def choose(options: Options, source: Source, stored: tuple[LayerSpec, ...]) -> t
         raise QkitError(f"--fit takes one device, not {len(targets)}", "name one, such as rtx-4090 or h100-sxm:2")
     arch = architecture(source.config)
     context = options.context or min(CONTEXT, arch.max_tokens or CONTEXT)
-    bits = max((spec.bits for spec in stored), default=None)
+    main = main_spec(source)
+    bits = max((spec.bits for spec in stored), default=main.bits if main else None)
     choice = best_scheme(arch, targets[0], context, options.batch or BATCH, options.format, bits)
     return replace(options, scheme=choice.scheme), [f"--fit chose {choice.words}"]

@@ -74,7 +74,7 @@ def of_described(source: Source, format: str | None = None, scheme: str | None =
         return Subject(
             **common, weights=weights, stored=stored, container="safetensors", spec=spec, dtype=dtype, basis=basis
         )
-    weights, spec = of_source(source), _main_spec(source)
+    weights, spec = of_source(source), main_spec(source)
     gguf = getattr(source, "tensors", None) is not None
     stored = f"as stored: {'gguf' if gguf else 'safetensors'}, {spec.describe() if spec else dtype}"
     return Subject(
@@ -98,7 +98,8 @@ def _converted(common: Mapping[str, Any], arch: Architecture, format: str, schem
     )  # fmt: skip
 
 
-def _main_spec(source: Source) -> LayerSpec | None:
+def main_spec(source: Source) -> LayerSpec | None:
+    """How most of a checkpoint's quantized weights are stored; None where none are."""
     tensors = getattr(source, "tensors", None)
     if tensors is not None:
         nbytes: Counter[str] = Counter()

@@ -96,6 +96,14 @@ def test_a_quantized_source_gets_no_more_bits_than_it_has(model, tmp_path):
     assert plan.options.scheme == "w4a16"
 
 
+@pytest.mark.parametrize(("scheme", "chosen"), [("q8_0", "q8_0"), ("q4_0", "q4_k_m")])
+def test_a_gguf_file_gets_no_more_bits_than_most_of_it_has(model, tmp_path, scheme, chosen):
+    convert(str(model), tmp_path / "g", format="gguf", scheme=scheme, method="rtn")
+    (source,) = (tmp_path / "g").glob("*.gguf")
+    plan = convert(str(source), tmp_path / "out", dry_run=True, fit="rtx-4090", format="gguf").plan
+    assert plan.options.scheme == chosen
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
