@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..hardware.device import Target
+from ..hardware.fast import fast_formats, kinds_of
 from ..spec.dtypes import ITEMSIZE
 from . import engines
 from .cost import Against, Costs, Purchase, against, costs, purchase
@@ -63,7 +64,8 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Answer:
-    """fit: memory; speeds: None where nothing supports a figure, unknown says why; costs at full load."""
+    """fit: memory; speeds: None where nothing supports a figure, unknown says why; costs at full load. slow: that the
+    device has no fast kernels for the model's format, "" where it has or no list says so."""
 
     target: Target
     engine: str
@@ -74,6 +76,7 @@ class Answer:
     against: Against | None
     purchase: Purchase | None
     purchase_source: str
+    slow: str = ""
 
 
 def answer(subject: Subject, fit: Fit, money: Money, work: Traffic, detailed: bool = False) -> Answer:
@@ -93,7 +96,18 @@ def answer(subject: Subject, fit: Fit, money: Money, work: Traffic, detailed: bo
         bought = purchase((price.usd or 0) * target.count, target.device.tdp_w * target.count, spent)
         source = f"{price.market}, {price.date} ({price.source})"
     versus = against(spent, *money.hosted) if spent and money.hosted else None
-    return Answer(target, fit.engine, fit, speeds, unknown, spent, versus, bought, source)
+    slow = "" if fit.problem else _slow(subject, target)
+    return Answer(target, fit.engine, fit, speeds, unknown, spent, versus, bought, source, slow)
+
+
+def _slow(subject: Subject, target: Target) -> str:
+    device, spec = target.device, subject.spec
+    kinds = kinds_of(spec) if spec is not None else ()
+    if not kinds or not device.vendor or any(kind in fast_formats(device) for kind in kinds):
+        return ""
+    assert spec is not None
+    lacking = f"no fast kernels for {spec.describe()} on {device.name}"
+    return f"{lacking}: what it saves is memory, and it may run slower than this"
 
 
 def work_of(subject: Subject, engine: str, kv_dtype: str | None) -> Traffic:

@@ -124,6 +124,7 @@ def _answer(a: Answer, result: Estimate) -> dict[str, Any]:
         "grid": _grid(fit) if result.detailed else None,
         "speed": _speeds(a.speeds),
         "speed_unknown": a.unknown or None,
+        "slow": a.slow or None,
         "costs": asdict(a.costs) if a.costs else None,
         "against": asdict(a.against) if a.against else None,
         "purchase": {**asdict(a.purchase), "source": a.purchase_source} if a.purchase else None,

@@ -83,6 +83,7 @@ def _speed(a: Answer) -> list[str]:
         *_said("prefill", rate(s.prefill)),
         *_said("first", f"token after {firsts}{instant}"),
         *_said("basis", f"{s.decode.basis}; parentheses hold nine in ten"),
+        *(_said("note", a.slow) if a.slow else []),
     ]
 
 

@@ -6,7 +6,12 @@ what vLLM's platforms/rocm.py takes for FP8. GGUF: the back ends of llama.cpp.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .device import Device
+
+if TYPE_CHECKING:
+    from ..spec import LayerSpec
 
 _GGUF = {"NVIDIA": "CUDA", "AMD": "HIP", "Apple": "Metal", "Intel": "SYCL"}
 
@@ -22,6 +27,17 @@ def fast_formats(device: Device) -> dict[str, str]:
     if backend and not device.arch.startswith("Gaudi"):
         found["gguf"] = f"llama.cpp, {backend}"
     return found
+
+
+def kinds_of(spec: LayerSpec) -> tuple[str, ...]:
+    """The kinds of scheme, as in `fast_formats`, whose kernels multiply with weights stored so; none where no list
+    speaks of them (2 and 3 bits)."""
+    if spec.kind == "int":
+        name = f"w{spec.bits}a{16 if spec.input is None else 8}"
+        return (name,) if name in ("w4a16", "w8a16", "w8a8") else ()
+    if spec.kind == "ggml":
+        return ("gguf",)
+    return (spec.kind, f"{spec.kind}a16") if spec.kind in ("fp8", "nvfp4", "mxfp4") else ("bnb",)
 
 
 def _of(device: Device) -> dict[str, str]:

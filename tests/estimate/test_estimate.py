@@ -144,6 +144,24 @@ def test_what_engines_do_not_run_is_said(tmp_path: Path):
     assert not found.fit.fits and "Apple" in found.unknown and found.speeds is None
 
 
+@pytest.mark.parametrize(
+    ("format", "scheme", "device", "slow"),
+    [
+        ("compressed-tensors", "w4a16", "h100-sxm", False),
+        ("compressed-tensors", "w4a16", "mi300x", True),
+        ("compressed-tensors", "fp8", "a100-80g-sxm", False),  # Marlin takes its weights
+        ("compressed-tensors", "fp8", "epyc-9654", True),
+        ("compressed-tensors", "nvfp4a16", "rtx-4090", False),
+        ("bnb", "nf4", "mi300x", True),
+        ("gguf", "q4_k_m", "mi300x", False),
+        (None, None, "mi300x", False),
+    ],
+)
+def test_formats_without_fast_kernels_are_said(tmp_path: Path, format: str, scheme: str, device: str, slow: bool):
+    found = estimate(config_of(tmp_path, "Llama-3.1-8B"), parse(device), Asked(format=format, scheme=scheme))
+    assert ("no fast kernels" in found.answers[0].slow) == slow == ("no fast kernels" in describe(found))
+
+
 def test_text_says_that_it_is_predicted(tmp_path: Path):
     model = config_of(tmp_path, "Llama-3.1-8B")
     one = describe(estimate(model, parse("rtx-4090"), Asked()))

@@ -76,6 +76,8 @@ def bases(result: Estimate, answers: Sequence[Answer]) -> Table:
         found.setdefault(("usable", a.fit.usable_words), []).append(a.target.spec)
         if a.speeds:
             found.setdefault(("speed", a.speeds.decode.basis), []).append(a.target.spec)
+        if a.slow:
+            found.setdefault(("kernels", a.slow), []).append(a.target.spec)
         if a.costs:
             found.setdefault(("price an hour", a.costs.source), []).append(a.target.spec)
         if a.purchase:
