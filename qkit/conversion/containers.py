@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..formats.gguf import Gguf
     from ..sources.types import Sidecar, Source
+    from ..storage.writer import Pieces
     from .plan import Plan
 
 INDEX = "model.safetensors.index.json"
@@ -37,7 +38,7 @@ class Container(Protocol):
         """The files, whose names and sizes are fixed before anything is written. name: what the result is called."""
         ...
 
-    def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor]) -> FileDigest:
+    def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor | Pieces]) -> FileDigest:
         """Write one of the files. tensors: the outputs of its tasks, in order."""
         ...
 
@@ -60,7 +61,7 @@ class Safetensors:
     def shards(self, tasks: Sequence[Task], by_block: bool, name: str) -> tuple[Shard, ...]:
         return make_shards(tasks, by_block=by_block)
 
-    def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor]) -> FileDigest:
+    def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor | Pieces]) -> FileDigest:
         from ..storage.writer import write_safetensors
 
         return write_safetensors(store, shard.file, [output for t in shard.tasks for output in t.outputs], tensors)
@@ -98,7 +99,7 @@ class OneGguf:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
         return (Shard(f"{plain}.gguf", tuple(tasks)),)
 
-    def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor]) -> FileDigest:
+    def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor | Pieces]) -> FileDigest:
         from ..storage.gguf import Entry, write_gguf
 
         fmt: Gguf = plan.fmt  # type: ignore[assignment]  # the only one with this container

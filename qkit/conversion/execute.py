@@ -11,10 +11,11 @@ from ..methods import METHODS
 from ..models.config import positive_int, text_config
 from ..models.families import is_kv_scale, module_of
 from ..progress import notify, track
+from ..storage.writer import Pieces
 from .containers import CONTAINERS
 from .executor import Executor
-from .record import check_finite, computed_on, digest, record, weight_error
-from .tasks import block_schemes
+from .record import check_finite, computed_on, digest, noted, record, weight_error
+from .tasks import block_schemes, in_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ class Produced:
     """What a task gave: its outputs in writing order; entries of the manifest by name of the weight, for quantized
     ones; digests of the source tensors by name."""
 
-    outputs: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor | Pieces]
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -193,6 +194,10 @@ class Produce:
 
     def __call__(self, task: Task) -> Produced:
         made = Produced([])
+        slabs = self.block is None and in_slabs(task, self.source)
+        if slabs:
+            made.outputs = [Pieces(task.meta, noted(task.name, slabs, made.digests))]
+            return made
         pieces = []
         for name in task.sources:
             tensor = self.source.read(name)
@@ -265,17 +270,17 @@ def stack(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 def _write_shard(shard: Shard, produce: Produce, work: Workspace, executor: Executor, advance: Any) -> None:
     from ..storage.manifest import file_entry
 
-    noted: list[Produced] = []
+    done: list[Produced] = []
 
-    def stream() -> Iterator[torch.Tensor]:
+    def stream() -> Iterator[torch.Tensor | Pieces]:
         for task, made in zip(shard.tasks, executor.run(produce, shard.tasks), strict=True):
-            noted.append(made)
+            done.append(made)
             yield from made.outputs
             made.outputs = ()  # or they would live until the next task is done
             advance(task.bytes_in)
 
     written = CONTAINERS[produce.fmt.container].write(produce.plan, work.store, shard, stream())
-    for made in noted:
+    for made in done:
         work.manifest.tensors.update(made.entries)
         work.manifest.sources.update(made.digests)
     work.manifest.files[shard.file] = file_entry(written)

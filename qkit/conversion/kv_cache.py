@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,9 @@ class CacheScales(Wrapped):
         # 1 where nothing was ever seen but zeros; never 0, by which clients would divide.
         scale = max(self.largest[name] / E4M3_MAX, torch.finfo(dtype).tiny) if self.largest[name] else 1.0
         return torch.tensor([scale], dtype=dtype)
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return None if name in self._own else self.source.slabs(name, most)
 
 
 def with_cache(

@@ -14,7 +14,7 @@ from ..methods import METHODS
 from ..models.families import BLOCK
 from ..text.tokenizer import held
 from .options import Options
-from .tasks import Shard, Task, block_schemes
+from .tasks import SLAB_BYTES, Shard, Task, block_schemes, in_slabs
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -62,9 +62,9 @@ def predict(
     tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
     workers = usable
-    while workers > 1 and MARGIN * (base + _in_flight(shards, workers)) > limit:
+    while workers > 1 and MARGIN * (base + _in_flight(source, shards, workers)) > limit:
         workers -= 1
-    peak = base + _in_flight(shards, workers)
+    peak = base + _in_flight(source, shards, workers)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
     if observed:
@@ -88,19 +88,23 @@ def predict(
     return Prediction(workers, peak, seconds)
 
 
-def _in_flight(shards: Sequence[Shard], workers: int) -> int:
+def _in_flight(source: Source, shards: Sequence[Shard], workers: int) -> int:
     """Most bytes alive at once while, file by file, `workers` tasks run in order, the first of them being written.
 
     A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
     most = 0
     for shard in shards:
-        held = [_held(task) for task in shard.tasks]
-        most = max([most, *(sum(held[i : i + workers]) for i in range(len(held)))])
+        held = [_held(task, source) for task in shard.tasks]
+        # A tensor that passes through in slabs is read as it is written, not ahead.
+        ahead = [0 if in_slabs(task, source) else nbytes for task, nbytes in zip(shard.tasks, held, strict=True)]
+        most = max([most, *(held[i] + sum(ahead[i + 1 : i + workers]) for i in range(len(held)))])
     return most
 
 
-def _held(task: Task) -> int:
-    return task.bytes_in + task.numel + task.bytes_out if task.scheme else task.bytes_in
+def _held(task: Task, source: Source) -> int:
+    if task.scheme:
+        return task.bytes_in + task.numel + task.bytes_out
+    return task.bytes_in if in_slabs(task, source) is None else SLAB_BYTES
 
 
 def _matmul_rate(device: str) -> float:

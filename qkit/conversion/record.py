@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -70,3 +72,16 @@ def digest(tensor: torch.Tensor) -> str:
     from ..kernels import crc32
 
     return f"crc32:{crc32(tensor):08x}"
+
+
+def noted(name: str, pieces: Iterable[torch.Tensor], digests: dict[str, str]) -> Iterator[torch.Tensor]:
+    """The pieces of a tensor, checked to be finite as they pass; once all have, `digest` of the tensor in `digests`."""
+    from ..storage.writer import tensor_bytes
+
+    found = 0
+    for piece in pieces:
+        check_finite(name, piece)
+        found = zlib.crc32(tensor_bytes(piece), found)
+        yield piece
+        del piece  # before the next one is read
+    digests[name] = f"crc32:{found:08x}"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import QkitError
 from ..models.families import BLOCK, why_kept
 from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..sources.types import Source
+
 SHARD_BYTES = 2 * 10**9
+SLAB_BYTES = 32 << 20  # of a tensor that passes through, in memory at a time
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,13 @@ class Shard:
     @property
     def bytes_out(self) -> int:
         return sum(t.bytes_out for t in self.tasks)
+
+
+def in_slabs(task: Task, source: Source) -> Iterator[torch.Tensor] | None:
+    """The one tensor of a task that passes through, in pieces; None where it is small, or is handled whole."""
+    if task.scheme is not None or len(task.sources) > 1 or task.bytes_in <= SLAB_BYTES:
+        return None
+    return source.slabs(task.name, SLAB_BYTES) if task.outputs[0][1] == task.meta else None
 
 
 def schemes_of(tasks: Iterable[Task]) -> dict[str, LayerSpec]:

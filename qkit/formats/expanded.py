@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,9 @@ class Expanded(Wrapped):
         if name not in self._shapes:
             return self.source.read(name)
         return values_of(self.weight(name), torch_dtype(self._dtype))
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return None if name in self._shapes else self.source.slabs(name, most)
 
     def weight(self, name: str) -> Weight:
         """The quantized weight as it is stored. Raises QkitError naming it and what is wrong with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,3 +27,7 @@ class CastSource(Wrapped):
 
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(name).to(torch_dtype(self.meta(name).dtype))
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        found, dtype = self.source.slabs(name, most), torch_dtype(self.meta(name).dtype)
+        return None if found is None else (piece.to(dtype) for piece in found)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,3 +247,8 @@ class FolderSource:
         """`read(name)[index]`; nothing else is read."""
         stored = self._stored[name]
         return self._where[stored].read(stored, index)
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor]:
+        """`read(name)` in pieces of rows."""
+        stored = self._stored[name]
+        return self._where[stored].slabs(stored, most)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -213,6 +213,9 @@ class LoraSource:
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)[index].clone() if name in self._changes else self._base.read_part(name, index)
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return None if name in self._changes else self._base.slabs(name, most)
 
     def _shape(self, key: str) -> tuple[int, ...]:
         return self._file.meta(key).shape

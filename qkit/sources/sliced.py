@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..models.fused import Fused, Part, canonical, find_fused
@@ -40,6 +40,9 @@ class Sliced(Wrapped):
         fused, part = self._parts[name]
         expert = self.source.read_part(fused.name, part.expert)
         return (expert.t() if fused.transposed else expert)[fused.of(part.half)].contiguous()
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return None if name in self._parts else self.source.slabs(self._stored[name], most)
 
 
 class Joined(Wrapped):
@@ -83,6 +86,9 @@ class Joined(Wrapped):
             expert = whole[part.expert].t() if _transposed(fused) else whole[part.expert]
             expert[fused.of(part.half)] = self.source.read(_value(part.name))
         return whole
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return None if name in self.joined else self.source.slabs(name, most)
 
 
 def _value(part: str) -> str:

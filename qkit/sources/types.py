@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -110,6 +110,11 @@ class Source(Protocol):
         """`read(name)[index]`, in memory of its own, and without reading the rest where that can be helped."""
         ...
 
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        """`read(name)` in pieces along its first dimension, in order, each in memory of its own and of at most `most`
+        bytes or one row, read as it is asked for; None where the tensor can only be read whole."""
+        ...
+
 
 class Wrapped:
     """`Source` over another one, like it in all that a subclass does not say otherwise."""
@@ -148,6 +153,10 @@ class Wrapped:
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)[index].clone()
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        """None: what `read` gives need not be what the source has."""
+        return None
 
 
 def found_in(source: Source, kind: type[T]) -> T | None:

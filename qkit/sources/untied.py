@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..spec.dtypes import TensorMeta
@@ -38,3 +38,6 @@ class Untied(Wrapped):
 
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(EMBEDDING if name == HEAD else name)
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return self.source.slabs(EMBEDDING if name == HEAD else name, most)

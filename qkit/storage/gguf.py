@@ -12,6 +12,8 @@ from .store import FileDigest, Store
 if TYPE_CHECKING:
     import torch
 
+    from .writer import Pieces
+
 ALIGNMENT = 32
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME with its closing zero
 # enum gguf_metadata_value_type
@@ -68,7 +70,7 @@ def write_gguf(
     name: str,
     metadata: Mapping[str, str | Typed],
     entries: Sequence[Entry],
-    tensors: Iterable[torch.Tensor],
+    tensors: Iterable[torch.Tensor | Pieces],
 ) -> FileDigest:
     """Write one file: the header, then `tensors`, taken one at a time in the order of `entries`, as blocks or values.
 
@@ -77,8 +79,8 @@ def write_gguf(
     return store.write(name, _chunks(gguf_header(metadata, entries), entries, tensors))
 
 
-def _chunks(header: bytes, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
-    from .writer import tensor_bytes
+def _chunks(header: bytes, entries: Sequence[Entry], tensors: Iterable[torch.Tensor | Pieces]) -> Iterator[memoryview]:
+    from .writer import written
 
     yield memoryview(header)
     position = 0
@@ -86,11 +88,11 @@ def _chunks(header: bytes, entries: Sequence[Entry], tensors: Iterable[torch.Ten
         if position == len(entries):
             raise ValueError(f"more tensors than the {len(entries)} announced")
         entry = entries[position]
-        data = tensor_bytes(tensor)
-        if len(data) != entry.nbytes:
-            raise ValueError(f"{entry.name}: announced {entry.nbytes} bytes, got {len(data)}")
-        yield data
-        del tensor, data  # before the next one is made
+        actual, chunks = written(tensor)
+        if actual.nbytes != entry.nbytes:
+            raise ValueError(f"{entry.name}: announced {entry.nbytes} bytes, got {actual.nbytes}")
+        yield from chunks
+        del tensor, chunks  # before the next one is made
         yield memoryview(bytes(-entry.nbytes % ALIGNMENT))
         position += 1
     if position != len(entries):

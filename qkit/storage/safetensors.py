@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import QkitError
@@ -168,6 +169,22 @@ class SafetensorsFile:
         if meta.numel:
             self.file.read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
         return tensor
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor]:
+        """The tensor in pieces along its first dimension, in order, each in memory of its own: of at most `most` bytes,
+        or one row."""
+        import torch
+
+        meta, offset = self.entries[name]
+        rows = meta.shape[0] if meta.shape else 1
+        step = max(1, most // max(1, meta.nbytes // max(1, rows)))
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            piece = empty(TensorMeta(meta.dtype, (count, *meta.shape[1:]) if meta.shape else ()))
+            if piece.numel():
+                at = offset + start * (meta.nbytes // rows)
+                self.file.read_into(piece.view(-1).view(torch.uint8).numpy().data, at)
+            yield piece
 
     def sample(self, name: str) -> bytes:
         """A few spots of the tensor's bytes, all of a small one's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..spec.dtypes import TensorMeta, dtype_name
@@ -46,6 +47,35 @@ def file_bytes(entries: Sequence[tuple[str, TensorMeta]], metadata: Mapping[str,
     return len(safetensors_header(entries, metadata)) + sum(meta.nbytes for _, meta in entries)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor that comes in pieces along its first dimension. meta: of all of it."""
+
+    meta: TensorMeta
+    tensors: Iterator[torch.Tensor]
+
+
+def written(tensor: torch.Tensor | Pieces) -> tuple[TensorMeta, Iterator[memoryview]]:
+    """(what it is, its bytes in order). Raises ValueError, as the bytes are asked for, where pieces do not make up what
+    they should."""
+    if isinstance(tensor, Pieces):
+        return tensor.meta, _piecewise(tensor)
+    return TensorMeta(dtype_name(tensor.dtype), tuple(tensor.shape)), iter([tensor_bytes(tensor)])
+
+
+def _piecewise(pieces: Pieces) -> Iterator[memoryview]:
+    rows = 0
+    for piece in pieces.tensors:
+        actual = TensorMeta(dtype_name(piece.dtype), (pieces.meta.shape[0], *piece.shape[1:]))
+        if actual != pieces.meta:
+            raise ValueError(f"announced {pieces.meta}, got a piece of {actual}")
+        rows += piece.shape[0]
+        yield tensor_bytes(piece)
+        del piece  # before the next one is made
+    if rows != pieces.meta.shape[0]:
+        raise ValueError(f"{rows} rows where {pieces.meta.shape[0]} were announced")
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, row-major; shares memory with a contiguous CPU tensor."""
     import torch
@@ -59,7 +89,7 @@ def write_safetensors(
     store: Store,
     name: str,
     entries: Sequence[tuple[str, TensorMeta]],
-    tensors: Iterable[torch.Tensor],
+    tensors: Iterable[torch.Tensor | Pieces],
     metadata: Mapping[str, str] | None = None,
 ) -> FileDigest:
     """Write one safetensors file: the header from `entries`, then `tensors`, taken one at a time in that order.
@@ -74,7 +104,7 @@ def write_safetensors(
 
 
 def _chunks(
-    entries: Sequence[tuple[str, TensorMeta]], tensors: Iterable[torch.Tensor], header: bytes
+    entries: Sequence[tuple[str, TensorMeta]], tensors: Iterable[torch.Tensor | Pieces], header: bytes
 ) -> Iterator[memoryview]:
     yield memoryview(header)
     position = 0
@@ -82,11 +112,11 @@ def _chunks(
         if position == len(entries):
             raise ValueError(f"more tensors than the {len(entries)} announced")
         name, meta = entries[position]
-        actual = TensorMeta(dtype_name(tensor.dtype), tuple(tensor.shape))
+        actual, chunks = written(tensor)
         if actual != meta:
             raise ValueError(f"{name}: announced {meta}, got {actual}")
-        yield tensor_bytes(tensor)
-        del tensor  # before the next one is made
+        yield from chunks
+        del tensor, chunks  # before the next one is made
         position += 1
     if position != len(entries):
         raise ValueError(f"{position} tensors where {len(entries)} were announced")

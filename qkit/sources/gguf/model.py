@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,9 @@ class GgufSource:
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)[index].clone()
+
+    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+        return None
 
     @cached_property
     def sidecars(self) -> tuple[Sidecar, ...]:

@@ -1,0 +1,110 @@
+"""Tensors that pass through in pieces: the same bytes as whole, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import make_model
+from safetensors.torch import load_file, save_file
+
+from qkit import convert
+from qkit.conversion import tasks
+from qkit.errors import QkitError
+from qkit.sources import open_source
+from qkit.sources.cast import CastSource
+from qkit.sources.untied import HEAD, Untied
+from qkit.spec.dtypes import TensorMeta
+from qkit.storage.local import LocalStore
+from qkit.storage.writer import Pieces, write_safetensors
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("slabs") / "m", vocab_size=1000, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("most", [1, 100, 4096, 1 << 20])
+def test_pieces_make_up_the_tensor(model: Path, most: int) -> None:
+    source = open_source(str(model))
+    for each in (source, CastSource(source), Untied(source)):
+        for name in (EMBEDDING, HEAD, "model.norm.weight"):
+            whole, pieces = each.read(name), list(each.slabs(name, most) or ())
+            assert torch.equal(torch.cat(pieces), whole) and pieces[0].dtype == whole.dtype
+            assert all(p.nbytes <= most or p.shape[0] == 1 for p in pieces)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "rtn"},
+        {"method": "rtn", "format": "gptq"},
+        {"method": "rtn", "format": "gguf", "scheme": "q8_0"},
+        {"format": "bnb", "scheme": "nf4"},
+        {"format": "safetensors"},
+        {"calib_samples": 2, "calib_len": 32},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_the_same_bytes_as_whole(model: Path, tmp_path: Path, monkeypatch: Any, options: dict[str, Any]) -> None:
+    convert(str(model), str(tmp_path / "whole" / "out"), **options)
+    used = []
+    original = tasks.in_slabs
+    monkeypatch.setattr(tasks, "SLAB_BYTES", 1000)
+    monkeypatch.setattr("qkit.conversion.execute.in_slabs", lambda *given: used.append(original(*given)) or used[-1])
+    convert(str(model), str(tmp_path / "pieces" / "out"), **options)
+    assert hashes(tmp_path / "whole" / "out") == hashes(tmp_path / "pieces" / "out")
+    assert any(each is not None for each in used) == (options.get("format") != "gguf")
+
+
+def test_a_damaged_piece_is_named_and_nothing_is_left(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_bytes((model / "config.json").read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    tensors[EMBEDDING][900, 3] = float("nan")
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(tasks, "SLAB_BYTES", 1000)
+    with pytest.raises(QkitError, match=f"{EMBEDDING} contains NaN"):
+        convert(str(bad), str(tmp_path / "out"), method="rtn")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([torch.zeros(2, 3)], "2 rows where 4 were announced"),
+        ([torch.zeros(2, 3), torch.zeros(2, 2)], "got a piece of"),
+        ([torch.zeros(4, 3).half()], "got a piece of"),
+    ],
+)
+def test_pieces_that_make_up_something_else(tmp_path: Path, pieces: list[torch.Tensor], message: str) -> None:
+    meta = TensorMeta("F32", (4, 3))
+    with pytest.raises(ValueError, match=message):
+        write_safetensors(LocalStore(tmp_path), "f.safetensors", [("a", meta)], [Pieces(meta, iter(pieces))])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+def test_memory_does_not_grow_with_what_passes_through(tmp_path: Path) -> None:
+    """An embedding and a head of 400 MB each: with 100 MB beside the process, and as it was predicted."""
+    big = make_model(tmp_path / "big", vocab_size=400_000, hidden_size=512, num_attention_heads=8, num_hidden_layers=1,
+                     tie_word_embeddings=False)  # fmt: skip
+    command = [sys.executable, "-m", "qkit", "convert", str(big), "-o", str(tmp_path / "out"), "--json"]
+    done = subprocess.run([*command, "--method", "rtn"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    predicted, measured = answer["plan"]["peak_memory_predicted_bytes"], answer["peak_memory_measured_bytes"]
+    assert 0.85 < measured / predicted < 1.15 and measured < 330 << 20
