@@ -194,8 +194,8 @@ class Produce:
 
     def __call__(self, task: Task) -> Produced:
         made = Produced([])
-        slabs = self.block is None and in_slabs(task, self.source)
-        if slabs:
+        slabs = in_slabs(task, self.source) if self.block is None else None
+        if slabs is not None:
             made.outputs = [Pieces(task.meta, noted(task.name, slabs, made.digests))]
             return made
         pieces = []

@@ -32,9 +32,9 @@ def check(options: Options) -> None:
 
 
 def choose(options: Options, source: Source, stored: tuple[LayerSpec, ...]) -> tuple[Options, list[str]]:
-    """(the options with a scheme, what to say of it). stored: how a source that stays as it is was quantized.
+    """(the options with a scheme, what to say of it). stored: the schemes of a quantized folder that is expanded.
 
-    More bits than most of a quantized source has would hold nothing more.
+    More bits than a quantized source has (a GGUF file: most of it) would hold nothing more.
 
     Raises QkitError where no scheme of the format fits, saying what would."""
     from ..estimate.steps import best_scheme

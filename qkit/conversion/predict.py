@@ -94,17 +94,15 @@ def _in_flight(source: Source, shards: Sequence[Shard], workers: int) -> int:
     A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
     most = 0
     for shard in shards:
-        held = [_held(task, source) for task in shard.tasks]
-        # A tensor that passes through in slabs is read as it is written, not ahead.
-        ahead = [0 if in_slabs(task, source) else nbytes for task, nbytes in zip(shard.tasks, held, strict=True)]
-        most = max([most, *(held[i] + sum(ahead[i + 1 : i + workers]) for i in range(len(held)))])
+        # Of each task: what it holds ahead of its turn, and while it is written. Slabs are read as they are written.
+        held = [(0, SLAB_BYTES) if in_slabs(task, source) else 2 * (_held(task),) for task in shard.tasks]
+        for i, (_, now) in enumerate(held):
+            most = max(most, now + sum(ahead for ahead, _ in held[i + 1 : i + workers]))
     return most
 
 
-def _held(task: Task, source: Source) -> int:
-    if task.scheme:
-        return task.bytes_in + task.numel + task.bytes_out
-    return task.bytes_in if in_slabs(task, source) is None else SLAB_BYTES
+def _held(task: Task) -> int:
+    return task.bytes_in + task.numel + task.bytes_out if task.scheme else task.bytes_in
 
 
 def _matmul_rate(device: str) -> float:

@@ -102,10 +102,11 @@ def answer(subject: Subject, fit: Fit, money: Money, work: Traffic, detailed: bo
 
 def _slow(subject: Subject, target: Target) -> str:
     device, spec = target.device, subject.spec
-    kinds = kinds_of(spec) if spec is not None else ()
-    if not kinds or not device.vendor or any(kind in fast_formats(device) for kind in kinds):
+    if spec is None or not device.vendor:
         return ""
-    assert spec is not None
+    kinds = kinds_of(spec)
+    if not kinds or not fast_formats(device).keys().isdisjoint(kinds):
+        return ""
     lacking = f"no fast kernels for {spec.describe()} on {device.name}"
     return f"{lacking}: what it saves is memory, and it may run slower than this"
 

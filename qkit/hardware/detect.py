@@ -43,6 +43,11 @@ class LocalDevice:
         """ "cpu" or "cuda"."""
         return self.id.partition(":")[0]
 
+    @property
+    def device_class(self) -> str:
+        """ "cpu" or "gpu", as the catalogue has it."""
+        return "cpu" if self.kind == "cpu" else "gpu"
+
 
 def present() -> list[LocalDevice]:
     """The devices of this machine, probed, nothing measured: CUDA devices that torch sees, then the CPU."""
@@ -95,7 +100,7 @@ def local_target(device: LocalDevice, read_gbs: float | None = None) -> Target:
     known = next((d for d in catalogue() if d.id == device.catalogue_id), None)
     if known is None:
         known = Device(
-            id=device.id, name=device.name, vendor="", arch="", kind="cpu" if device.kind == "cpu" else "gpu",
+            id=device.id, name=device.name, vendor="", arch="", kind=device.device_class,
             aliases=(), memory_gib=gib, usable_gib=gib, bandwidth_gbs=None,
             capability="x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm",
         )  # fmt: skip

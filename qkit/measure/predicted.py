@@ -43,7 +43,7 @@ def before(source: Source, where: LocalDevice, read_gbs: float, asked: Asked, fi
     read_gbs  at which the device was seen to read memory; on a CPU it is the bandwidth of the roofline
     fit       default: the one that comes with qkit"""
     target = local_target(where, read_gbs)
-    kind = "cpu" if where.kind == "cpu" else "gpu"
+    kind = where.device_class
     try:
         found = as_loaded(of_described(source), ENGINE, kind)
         held = memory(found.arch, found.weights, target, ENGINE, asked.context, asked.largest, found.dtype)

@@ -142,8 +142,7 @@ def _measured(names: list[str], options: Options) -> Profile:
     )
     rows, base, failed, ceiling = _measure(placed, where, tokens, context, limit, options)
     sources = {each.name: each.source for each in placed.models}
-    kind = "cpu" if where.kind == "cpu" else "gpu"
-    sweeps = tuple(with_bandwidth(each, sources[each.model], kind, ceiling) for each in sweeps)
+    sweeps = tuple(with_bandwidth(each, sources[each.model], where.device_class, ceiling) for each in sweeps)
     rows = _with_frontier(rows, base)
     thresholds = {k: v for k in ("max_kld", "min_tps") if (v := getattr(options, k)) is not None}
     result = Profile(

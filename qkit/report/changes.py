@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .. import units
 from ..comparison import Change, Comparison, Pair
 from .figures import short
-from .layout import cell, markdown, plain
+from .layout import cell, markdown, plain, thresholds_met
 
 
 def text(result: Comparison) -> str:
@@ -72,8 +72,8 @@ def _said(result: Comparison) -> list[str]:
     said += [f"Only in one report: {_some(result.unpaired)}"] if result.unpaired else []
     if result.failures:
         return [*said, *(f"Threshold missed: {failure}" for failure in result.failures)]
-    met = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in result.thresholds.items())
-    return [*said, *([f"Thresholds met: {met}"] if met else [])]
+    met = thresholds_met(result.thresholds, "--")
+    return [*said, met] if met else said
 
 
 _SHOWN = 4  # names in a list, and pairs that get a table of their own

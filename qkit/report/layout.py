@@ -34,5 +34,11 @@ def fenced(text: str) -> list[str]:
     return [fence, text, fence]
 
 
+def thresholds_met(thresholds: Mapping[str, float], flag: str = "") -> str:
+    """What is said where all held; nothing where there are none. flag: what stands before each name."""
+    met = ", ".join(f"{flag}{name.replace('_', '-')} {value:g}" for name, value in thresholds.items())
+    return f"Thresholds met: {met}" if met else ""
+
+
 def as_json(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=1, allow_nan=False) + "\n"

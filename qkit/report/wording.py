@@ -9,6 +9,7 @@ from .. import units
 from ..measure.quality import Estimate, Scores
 from ..measure.types import Measured, Memory, Profile
 from . import charts
+from .layout import thresholds_met
 
 
 def pm(estimate: Estimate) -> str:
@@ -246,9 +247,7 @@ def status(result: Profile) -> str:
     if missed:
         said.append("Threshold missed: " + "; ".join(missed))
     elif result.thresholds:
-        said.append(
-            "Thresholds met: " + ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items())
-        )
+        said.append(thresholds_met(result.thresholds))
     if problems:
         said.append("Failed: " + "; ".join(problems))
     return ". ".join(said)

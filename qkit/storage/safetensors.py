@@ -159,12 +159,15 @@ class SafetensorsFile:
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The tensor in memory of its own, or one part of it along its first dimension; KeyError for an unknown name,
         QkitError if the file changed."""
-        import torch
-
         meta, offset = self.entries[name]
         if index is not None:
             meta = TensorMeta(meta.dtype, meta.shape[1:])
             offset += index * meta.nbytes
+        return self._at(meta, offset)
+
+    def _at(self, meta: TensorMeta, offset: int) -> torch.Tensor:
+        import torch
+
         tensor = empty(meta)
         if meta.numel:
             self.file.read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
@@ -173,18 +176,12 @@ class SafetensorsFile:
     def slabs(self, name: str, most: int) -> Iterator[torch.Tensor]:
         """The tensor in pieces along its first dimension, in order, each in memory of its own: of at most `most` bytes,
         or one row."""
-        import torch
-
         meta, offset = self.entries[name]
-        rows = meta.shape[0] if meta.shape else 1
-        step = max(1, most // max(1, meta.nbytes // max(1, rows)))
+        rows, *rest = meta.shape
+        row = TensorMeta(meta.dtype, tuple(rest)).nbytes
+        step = max(1, most // max(1, row))
         for start in range(0, rows, step):
-            count = min(step, rows - start)
-            piece = empty(TensorMeta(meta.dtype, (count, *meta.shape[1:]) if meta.shape else ()))
-            if piece.numel():
-                at = offset + start * (meta.nbytes // rows)
-                self.file.read_into(piece.view(-1).view(torch.uint8).numpy().data, at)
-            yield piece
+            yield self._at(TensorMeta(meta.dtype, (min(step, rows - start), *rest)), offset + start * row)
 
     def sample(self, name: str) -> bytes:
         """A few spots of the tensor's bytes, all of a small one's."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from markupsafe import Markup
 
 from ...report import charts, page
+from ...report.layout import thresholds_met
 from . import render
 from .types import Endpoint, Level
 
@@ -74,10 +75,7 @@ def cards(result: Endpoint) -> list[dict[str, str]]:
 
 
 def _status(result: Endpoint) -> str:
-    if result.failures:
-        return "; ".join(result.failures)
-    met = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in result.thresholds.items())
-    return f"Thresholds met: {met}" if met else ""
+    return "; ".join(result.failures) or thresholds_met(result.thresholds)
 
 
 def _most(result: Endpoint) -> Level | None:

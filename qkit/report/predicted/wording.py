@@ -11,6 +11,7 @@ from ...estimate.result import Predicted
 from ...estimate.subject import Subject
 from ...hardware.device import Target
 from ...spec.dtypes import ITEMSIZE
+from ..layout import thresholds_met
 from .choose import at_context, decode_rate, fits, known, nearest, per_million, smallest, useful
 from .shown import dollars, interval, rate, seconds
 
@@ -140,5 +141,4 @@ def thresholds(result: Predicted) -> str:
         more = len(result.failures) - _NAMED
         rest = f"; and {more} more, which profile.json names" if more > 0 else ""
         return "Threshold missed: " + "; ".join(result.failures[:_NAMED]) + rest
-    met = ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in result.thresholds.items())
-    return f"Thresholds met: {met}" if met else ""
+    return thresholds_met(result.thresholds)
