@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..methods import Method
     from ..sources.types import Source
     from ..spec import LayerSpec
+    from ..storage.store import FileDigest, Store
     from .plan import Plan
     from .tasks import Shard, Task
     from .workspace import Workspace
@@ -267,21 +268,49 @@ def stack(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return pieces[0] if len(pieces) == 1 else [torch.stack(same) for same in zip(*pieces, strict=True)]
 
 
-def _write_shard(shard: Shard, produce: Produce, work: Workspace, executor: Executor, advance: Any) -> None:
-    from ..storage.manifest import file_entry
+@dataclass
+class Written:
+    """A file of weights that is there, and what the manifest is to say of it: entries of quantized weights and digests
+    of source tensors, by name."""
 
-    done: list[Produced] = []
+    file: FileDigest
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def make_shard(
+    shard: Shard, produce: Produce, store: Store, executor: Executor, advance: Callable[[int], None]
+) -> Written:
+    """Write one file. advance: called with the source bytes of each task that is done."""
+    entries: dict[str, dict[str, Any]] = {}
+    made_of: list[Produced] = []
 
     def stream() -> Iterator[torch.Tensor | Pieces]:
         for task, made in zip(shard.tasks, executor.run(produce, shard.tasks), strict=True):
-            done.append(made)
+            made_of.append(made)
             yield from made.outputs
             made.outputs = ()  # or they would live until the next task is done
             advance(task.bytes_in)
 
-    written = CONTAINERS[produce.fmt.container].write(produce.plan, work.store, shard, stream())
-    for made in done:
-        work.manifest.tensors.update(made.entries)
-        work.manifest.sources.update(made.digests)
-    work.manifest.files[shard.file] = file_entry(written)
+    file = CONTAINERS[produce.fmt.container].write(produce.plan, store, shard, stream())
+    digests: dict[str, str] = {}
+    for made in made_of:  # digests of what comes in pieces are there once it has been written
+        entries.update(made.entries)
+        digests.update(made.digests)
+    return Written(file, entries, digests)
+
+
+def _write_shard(
+    shard: Shard, produce: Produce, work: Workspace, executor: Executor, advance: Callable[[int], None]
+) -> None:
+    commit(shard, make_shard(shard, produce, work.store, executor, advance), work)
+
+
+def commit(shard: Shard, written: Written, work: Workspace) -> None:
+    """Note a file in the manifest: it is finished."""
+    from ..storage.manifest import file_entry
+
+    work.manifest.tensors.update(written.entries)
+    work.manifest.sources.update(written.digests)
+    work.manifest.files[shard.file] = file_entry(written.file)
     work.manifest.save(work.folder)
