@@ -1,7 +1,8 @@
 """The inner loops of GPTQ: the weighted scale search and the two that visit column after column.
 
 In C++ for CPU tensors where the library is there, else in torch, on any device: a loop over the columns in Python costs
-a few operations a column. Column matrices are float32 [columns, out], at most `MAX_COLUMNS` columns at a time.
+a few operations a column. Column matrices are float32 [columns, out], at most `MAX_COLUMNS` columns at a time; the last
+column is visited first, which is the order in which a lower triangular factor is used.
 """
 
 from __future__ import annotations
@@ -88,31 +89,33 @@ def _search(
 def feedback(
     target: torch.Tensor,
     weight: torch.Tensor,
-    u: torch.Tensor,
+    lower: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     mid: float,
     top: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round one block of columns, each after the errors of those before it: (codes, errors), [columns, out].
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+) -> None:
+    """Round one block of columns, from the last to the first, each after the errors of those visited before it, into
+    `codes` and `errors`, contiguous [columns, out].
 
-    target  what each column should be, the errors of earlier blocks included
-    weight  the columns themselves: errors = weight - value, which later columns are to make up for
-    u       [columns, columns], unit upper triangular; row j holds column j's share in the later ones
+    target  what each column should be, the errors of blocks visited before included
+    weight  the columns themselves: errors = weight - value, which columns visited later are to make up for
+    lower   [columns, columns], of which what is below the diagonal counts: row j holds column j's share in those before
     scale, zero (None: mid)  [columns, out]; codes are 0 .. top
     """
-    _check_columns(target, weight, u, scale, zero)
-    if _native(target, weight, u, scale, zero):
-        return lib.gptq_feedback(target, weight, u, scale, zero, mid, top)
+    _check_columns(target, weight, lower, scale, zero)
+    if _native(target, weight, lower, scale, zero, codes, errors):
+        lib.gptq_feedback(target, weight, lower, scale, zero, mid, top, codes, errors)
+        return
     target = target.clone()
-    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    for j in range(len(weight)):
+    for j in reversed(range(len(weight))):
         z = torch.full_like(scale[j], mid) if zero is None else zero[j]
         level = torch.clamp(target[j] / scale[j], -z, top - z).round_()
         codes[j] = level + z
         errors[j] = weight[j] - level * scale[j]
-        target[j + 1 :] += u[j, j + 1 :].unsqueeze(1) * errors[j]
-    return codes, errors
+        target[:j] += lower[j, :j].unsqueeze(1) * errors[j]
 
 
 def descend(
@@ -123,7 +126,8 @@ def descend(
     codes: torch.Tensor,
     top: float,
 ) -> torch.Tensor:
-    """One block of columns of cyclic coordinate descent: each code moves to the objective's least given the others.
+    """One block of columns of cyclic coordinate descent, from the last to the first: each code moves to the objective's
+    least given the others.
 
     gradient [columns, out]: H error; h [columns, columns] symmetric; diagonal [columns] float. codes [columns, out]
     are changed in place; returns the steps the values took, [columns, out].
@@ -132,12 +136,12 @@ def descend(
     if _native(gradient, h, diagonal, scale, codes) and codes.is_contiguous():
         return lib.gptq_descend(gradient, h, diagonal.contiguous(), scale, codes, top)
     gradient, steps = gradient.clone(), torch.empty_like(codes)
-    for j in range(len(codes)):
+    for j in reversed(range(len(codes))):
         wanted = (gradient[j] / (scale[j] * diagonal[j])).clamp_(-1e6, 1e6)
         moved = (wanted + codes[j]).clamp_(0, top).round_()
         steps[j] = (moved - codes[j]) * scale[j]
         codes[j] = moved
-        gradient[j + 1 :] -= h[j, j + 1 :].unsqueeze(1) * steps[j]
+        gradient[:j] -= h[j, :j].unsqueeze(1) * steps[j]
     return steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -184,6 +185,16 @@ def check_matrix(name: str, t: torch.Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name} is {t.dtype}, expected " + " or ".join(str(d) for d in dtypes))
     if t.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected two dimensions")
+
+
+def stack_rows(parts: Sequence[Weight]) -> Weight:
+    """The weight that has the outputs of all of `parts`, in order; they are alike but in that, with a scale per output
+    and group."""
+    if len(parts) == 1:
+        return parts[0]
+    zero = None if parts[0].zero is None else torch.cat([p.zero for p in parts if p.zero is not None])
+    packed, scale = (torch.cat([getattr(p, name) for p in parts]) for name in ("packed", "scale"))
+    return replace(parts[0], packed=packed, scale=scale, zero=zero)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-// The inner loops of GPTQ (qkit/quantize/gptq.py): the weighted scale search, and the two that visit one column after
-// another. The latter work on [columns, out] matrices: sixteen output channels are sixteen lanes, every channel is
+// The inner loops of GPTQ (kernels/gptq.py): the weighted scale search, and the two that visit one column after
+// another, the last one first. The latter work on [columns, out] matrices: sixteen output channels are sixteen lanes, every channel is
 // independent of the others, and a slice of them stays in the first-level cache for all columns of a block.
 // Products and sums are rounded one by one, in the order of reference.py: bit-equal to it on every ISA.
 #pragma once
@@ -102,7 +102,7 @@ QK_INLINE F nearest(F x) { return (x + splat(MAGIC)) - splat(MAGIC); }
 void feedback(const qkit::ColumnArgs& a, int64_t begin, int64_t n) {
     float target[qkit::MAX_COLUMNS][LANES];
     for (int64_t j = 0; j < a.columns; ++j) store(target[j], load_n(a.target + j * a.out + begin, n));
-    for (int64_t j = 0; j < a.columns; ++j) {
+    for (int64_t j = a.columns - 1; j >= 0; --j) {
         const int64_t at = j * a.out + begin;
         const F s = load_scales(a.scale + at, n);
         const F z = a.zero ? load_n(a.zero + at, n) : splat(a.mid);
@@ -110,15 +110,15 @@ void feedback(const qkit::ColumnArgs& a, int64_t begin, int64_t n) {
         const F error = load_n(a.weight + at, n) - level * s;
         store_n(a.codes + at, level + z, n);
         store_n(a.errors + at, error, n);
-        const float* u = a.matrix + j * a.stride;
-        for (int64_t i = j + 1; i < a.columns; ++i) store(target[i], load(target[i]) + splat(u[i]) * error);
+        const float* l = a.matrix + j * a.stride;
+        for (int64_t i = 0; i < j; ++i) store(target[i], load(target[i]) + splat(l[i]) * error);
     }
 }
 
 void descend(const qkit::ColumnArgs& a, int64_t begin, int64_t n) {
     float gradient[qkit::MAX_COLUMNS][LANES];
     for (int64_t j = 0; j < a.columns; ++j) store(gradient[j], load_n(a.target + j * a.out + begin, n));
-    for (int64_t j = 0; j < a.columns; ++j) {
+    for (int64_t j = a.columns - 1; j >= 0; --j) {
         const int64_t at = j * a.out + begin;
         const F s = load_scales(a.scale + at, n);
         const F code = load_n(a.codes + at, n), limit = splat(1e6f);
@@ -128,7 +128,7 @@ void descend(const qkit::ColumnArgs& a, int64_t begin, int64_t n) {
         store_n(a.codes + at, moved, n);
         store_n(a.errors + at, step, n);
         const float* h = a.matrix + j * a.stride;  // symmetric: the row is the column
-        for (int64_t i = j + 1; i < a.columns; ++i) store(gradient[i], load(gradient[i]) - splat(h[i]) * step);
+        for (int64_t i = 0; i < j; ++i) store(gradient[i], load(gradient[i]) - splat(h[i]) * step);
     }
 }
 

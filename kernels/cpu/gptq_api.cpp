@@ -58,11 +58,11 @@ int qk_gptq_search(const void* w, int w_dtype, const float* cost, void* scale, i
     return status;
 }
 
-int qk_gptq_feedback(const float* target, const float* weight, const float* u, int64_t stride, const float* scale,
+int qk_gptq_feedback(const float* target, const float* weight, const float* l, int64_t stride, const float* scale,
                      const float* zero, float mid, float top, float* codes, float* errors, int64_t columns, int64_t out,
                      int isa, int nthreads) {
     const RowKernels* k = kernels_for(isa);
-    const ColumnArgs args{target, weight, u, nullptr, scale, zero, mid, top, codes, errors, columns, out, stride};
+    const ColumnArgs args{target, weight, l, nullptr, scale, zero, mid, top, codes, errors, columns, out, stride};
     if (const int bad = check_columns(args, k)) return bad;
     if (!weight && columns && out) return QK_NULL;
     return over_channels(args, k->feedback, nthreads);

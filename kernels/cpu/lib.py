@@ -315,22 +315,22 @@ def _square(t: torch.Tensor) -> tuple[torch.Tensor, int]:
 def gptq_feedback(
     target: torch.Tensor,
     weight: torch.Tensor,
-    u: torch.Tensor,
+    l: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     mid: float,
     top: float,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
     isa: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> None:
     target, weight, scale = target.contiguous(), weight.contiguous(), scale.contiguous()
     zero = None if zero is None else zero.contiguous()
-    u, stride = _square(u)
-    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    l, stride = _square(l)
     _call(
-        "qk_gptq_feedback", _ptr(target), _ptr(weight), _ptr(u), stride, _ptr(scale), _ptr(zero), mid, top,
+        "qk_gptq_feedback", _ptr(target), _ptr(weight), _ptr(l), stride, _ptr(scale), _ptr(zero), mid, top,
         _ptr(codes), _ptr(errors), *weight.shape, _isa(isa), _threads(),
     )  # fmt: skip
-    return codes, errors
 
 
 def gptq_descend(

@@ -104,12 +104,12 @@ QK_API int qk_gptq_search(const void* w, int w_dtype, const float* cost, void* s
 
 // One block of columns (at most 128) of the GPTQ loop. Float [columns, out]: target (what each column should be, errors
 // of earlier blocks included), weight, scale, zero (null: mid); writes codes 0 .. top and errors = weight - value.
-// After column j, target[i] += u[j * stride + i] * errors[j] for the later columns i of the block.
-QK_API int qk_gptq_feedback(const float* target, const float* weight, const float* u, int64_t stride,
+// The last column comes first; after column j, target[i] += l[j * stride + i] * errors[j] for the columns i before it.
+QK_API int qk_gptq_feedback(const float* target, const float* weight, const float* l, int64_t stride,
                             const float* scale, const float* zero, float mid, float top, float* codes, float* errors,
                             int64_t columns, int64_t out, int isa, int nthreads);
 
-// One block of columns of cyclic coordinate descent on the codes. Float [columns, out]: gradient, scale, codes (updated);
+// One block of columns of cyclic coordinate descent on the codes, the last column first. Float [columns, out]: gradient, scale, codes (updated);
 // h [columns, columns] of row stride `stride`, symmetric; diagonal [columns]; writes steps = value change.
 QK_API int qk_gptq_descend(const float* gradient, const float* h, int64_t stride, const float* diagonal,
                            const float* scale, float top, float* codes, float* steps, int64_t columns, int64_t out,

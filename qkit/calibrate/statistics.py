@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..methods.square import mirror
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,20 +27,44 @@ class Statistic(Protocol):
 
 
 class Hessian:
-    """X^T X, float32 [in, in], on `device`; zero where no token came."""
+    """X^T X, float32 [in, in], on `device`; zero where no token came.
+
+    Tokens are added in slabs of a fixed number, whatever the batches are in which they come: these decide no bit."""
 
     def __init__(self, in_features: int, device: torch.device | str):
         import torch
 
         self.value = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self._slab = slab_tokens(in_features)
+        self._waiting: torch.Tensor | None = None  # the beginning of a slab, [slab, in]
+        self._waits = 0
 
     def add(self, x: torch.Tensor) -> None:
-        accumulate(self.value, x)
-        self.tokens += x.shape[:-1].numel()
+        import torch
+
+        x = x.reshape(-1, x.shape[-1])
+        self.tokens += len(x)
+        while len(x):
+            if not self._waits and len(x) >= self._slab:
+                accumulate(self.value, x[: self._slab])
+                x = x[self._slab :]
+                continue
+            if self._waiting is None:
+                self._waiting = torch.empty(self._slab, x.shape[1], dtype=x.dtype, device=x.device)
+            part, x = x[: self._slab - self._waits], x[self._slab - self._waits :]
+            self._waiting[self._waits : self._waits + len(part)] = part
+            self._waits += len(part)
+            if self._waits == self._slab:
+                accumulate(self.value, self._waiting)
+                self._waits = 0
 
     def result(self) -> torch.Tensor:
-        return symmetrize(self.value)
+        if self._waits:
+            assert self._waiting is not None
+            accumulate(self.value, self._waiting[: self._waits])
+        self._waiting, self._waits = None, 0
+        return mirror(self.value)
 
 
 @dataclass(frozen=True)
@@ -73,31 +99,24 @@ class InputMoments:
         return Moments(self.magnitude / count, self.square / count, self.tokens)
 
 
+def slab_tokens(in_features: int) -> int:
+    """Tokens that are added to a Hessian at a time: few, so that their copy in float32 stays in a cache; many, where the
+    square is so large that going over it is what costs."""
+    return max(512, (16 << 20) // (4 * in_features))
+
+
 def accumulate(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """hessian [in, in] (float32) += x^T x, in place. x [..., in], any float type.
+    """hessian [in, in] (float32) += x^T x, in place. x [tokens, in], any float type.
 
     float32: the sum of n products carries a relative error of about sqrt(n) * 6e-8, 1e-5 at 32,768 tokens;
     damping at 1e-2 of the mean diagonal is three orders above it. Only blocks on and above the diagonal are
-    computed, the rest is mirrored by `symmetrize`: almost half the work of a full product.
+    computed, the rest is mirrored at the end: almost half the work of a full product.
     """
-    x = x.reshape(-1, x.shape[-1])
     n = hessian.shape[0]
     step = max(128, n // 16)
-    # Slabs of tokens bound the float32 copy, and keep it in cache.
-    for rows in x.split(max(256, (16 << 20) // (4 * n))):
-        part = rows.to(hessian.dtype)
-        for a in range(0, n, step):
-            hessian[a : a + step, a:].addmm_(part[:, a : a + step].T, part[:, a:])
-
-
-def symmetrize(hessian: torch.Tensor) -> torch.Tensor:
-    """Mirror the upper triangle onto the lower, in place; returns its argument."""
-    import torch
-
-    upper = torch.triu(hessian, 1)
-    hessian.triu_().add_(upper.T)
-    # The diagonal blocks were computed whole; only their upper half is used, so this is exact.
-    return hessian
+    part = x.to(hessian.dtype)
+    for a in range(0, n, step):
+        hessian[a : a + step, a:].addmm_(part[:, a : a + step].T, part[:, a:])
 
 
 STATISTICS: dict[str, Callable[[int, torch.device | str], Statistic]] = {"hessian": Hessian, "moments": InputMoments}

@@ -1,26 +1,29 @@
 """GPTQ (arXiv:2210.17323) in its error-feedback form: round column by column, push each error onto later columns.
 
 With H = X^T X over the calibration inputs of a layer, the squared output error of rounding W to Q is
-tr((W - Q) H (W - Q)^T). Factor H = U D U^T, U unit upper triangular: the error is the sum over columns j of
-D_j |t_j - q_j|^2 with t_j = w_j + sum_{i<j} (w_i - q_i) U_ij. So round t_j, from left to right. This is the paper's
-algorithm (section 3; the equivalence: QuIP, arXiv:2307.13304, theorem 6) with one Cholesky and no inverse.
+tr((W - Q) H (W - Q)^T). Factor H = L L^T, L lower triangular: the error is the sum over columns j of
+L_jj^2 |t_j - q_j|^2 with t_j = w_j + sum_{i>j} (w_i - q_i) L_ij / L_jj. So round t_j, from the last column to the first.
+This is the paper's algorithm (section 3; the equivalence: QuIP, arXiv:2307.13304, theorem 6) with one Cholesky, no
+inverse, and one square buffer (`square`): what the solve holds beside it is in slabs of rows.
 
 Beyond the paper:
 - Static groups with activation order: scales are fixed before the loop, columns are visited by falling
   diag(H), codes are stored in their own order, so g_idx stays trivial.
-- Scales are searched, sign included, to minimize sum_j D_j (w_j - q_j)^2. D_j is what an error in column j costs
+- Scales are searched, sign included, to minimize sum_j L_jj^2 (w_j - q_j)^2. L_jj^2 is what an error in column j costs
   *after* later columns have compensated it; diag(H), the usual weight, ignores the compensation.
 - Coordinate descent over the codes afterwards: the loop never returns to a column, this does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
-from ..kernels.weight import Weight
+from ..kernels.weight import Weight, stack_rows
 from ..spec import LayerSpec
+from . import square
 from .base import Cost, Method, Quantized, Shape
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 # Multiples of the scale that just spans a group. A 4-bit grid gains from clipping far more than from widening.
 _MULTIPLES = tuple(0.6 + 0.025 * k for k in range(19))
 _MAX_DAMP = 1.0  # of the mean diagonal; beyond this the Hessian says nothing that rounding does not know
+_SLAB = 8 << 20  # weights solved at a time: bounds what is held beside the square
+_LEAST_ROWS = 256
 UNREACHED = "no calibration token reached it"
 
 
@@ -46,10 +51,12 @@ class Gptq(Method):
     def cost(self, shapes: Sequence[Shape], tokens: float) -> Cost:
         in_ = shapes[0][1]
         out = sum(shape[0] for shape in shapes)
-        # Feedback loop and one descent sweep each touch every weight with every column; two products for the error.
-        flops = 1.1 * tokens * in_**2 + 8.0 * out * in_**2
-        # Four squares while the Hessian is factored; three, and the weights seven times in float32, in the solve.
-        return Cost(flops, max(16 * in_**2, 12 * in_**2 + 28 * out * in_))
+        # The factor is used for rounding and for the error, and with the Hessian once for each code's descent.
+        flops = 1.1 * tokens * in_**2 + in_**3 / 3 + 4.0 * out * in_**2
+        # The square; of a slab of rows the weight, its float32, codes, errors and their products; what is moved at a
+        # time; codes as they are stored.
+        rows = min(out, max(_LEAST_ROWS, _SLAB // in_))
+        return Cost(flops, 4 * in_**2 + 4 * square.SLAB * 2 + 22 * rows * in_ + out * in_)
 
 
 def quantize(
@@ -61,8 +68,8 @@ def quantize(
     act_order: bool = True,
     sweeps: int = 1,
 ) -> Quantized:
-    """`quantize_all` for one weight."""
-    return quantize_all([w], hessian, [scheme], damp=damp, act_order=act_order, sweeps=sweeps)[0]
+    """`quantize_all` for one weight, which leaves the Hessian as it is."""
+    return quantize_all([w], hessian.clone(), [scheme], damp=damp, act_order=act_order, sweeps=sweeps)[0]
 
 
 def quantize_all(
@@ -77,7 +84,8 @@ def quantize_all(
     """Quantize weights that share an input, such as q, k and v; the Hessian is factored once.
 
     weights  float [out_i, in], on the device to compute on
-    hessian  float32 [in, in], symmetric: X^T X over the calibration tokens (any positive multiple of it)
+    hessian  float32 [in, in], symmetric: X^T X over the calibration tokens (any positive multiple of it). Its memory is
+             used for the factor: afterwards it holds something else
     damp     added to the diagonal, as a fraction of its mean; grown tenfold until the factorization succeeds,
              up to 1. Where it never does, or the Hessian is zero, the weights are rounded (searched scales) and
              `fallback` says why
@@ -92,149 +100,226 @@ def quantize_all(
         if w.ndim != 2 or w.shape[1] != n or hessian.shape != (n, n):
             raise ValueError(f"weight {list(w.shape)} and hessian {list(hessian.shape)} do not match")
         scheme.groups(n)
-        if not bool(torch.isfinite(w).all()):
+        if not _finite(w):
             raise QkitError("the weight contains NaN or infinite values", "the checkpoint is damaged")
-    if not bool(torch.isfinite(hessian).all()):
+    if not _finite(hessian):
         raise QkitError(
             "the calibration statistics contain NaN or infinite values",
             "the model overflows on this text: check the checkpoint, or use --method rtn",
         )
-    h = hessian.float()
-    diagonal = h.diagonal()
+    diagonal = hessian.diagonal()
     if not bool((diagonal > 0).any()):
-        return [_rounded(w, h, scheme, UNREACHED) for w, scheme in zip(weights, schemes, strict=True)]
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n, device=h.device)
-    h = h[order][:, order]
+        return [_rounded(w, hessian, scheme, UNREACHED) for w, scheme in zip(weights, schemes, strict=True)]
+    # The factor is used from its last column to its first, so columns lie in the order opposite to that of the visits.
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
+    else:
+        order = torch.arange(n - 1, -1, -1, device=hessian.device)
+    h = square.permute(hessian, order)
+    factored, reason = _factor(h, damp)
+    if factored is None:
+        square.permute(h, torch.argsort(order))
+        return [_rounded(w, h, s, reason) for w, s in zip(weights, schemes, strict=True)]
+    parts: list[list[tuple[Weight, torch.Tensor, torch.Tensor]]] = [[] for _ in weights]
+    for members in _slabs(weights, schemes):
+        # One loop over the columns for all rows of a scheme that fit a slab: its cost is in the number of steps.
+        rows = [weights[i][a:b] for i, a, b in members]
+        q, lost, total = _solve(torch.cat(rows), h, order, factored, schemes[members[0][0]], sweeps)
+        row = 0
+        for i, a, b in members:
+            part = slice(row, row := row + b - a)
+            parts[i].append((q.rows(part.start, part.stop), lost[part], total[part]))
+    return [_joined(own) for own in parts]
+
+
+def _slabs(weights: Sequence[torch.Tensor], schemes: Sequence[LayerSpec]) -> Iterator[list[tuple[int, int, int]]]:
+    """Rows that are solved together, as (weight, first row, end): of one scheme, and no more than a slab holds."""
+    most = max(_LEAST_ROWS, _SLAB // weights[0].shape[1] // 16 * 16)
+    for scheme in dict.fromkeys(schemes):
+        members: list[tuple[int, int, int]] = []
+        room = most
+        for i, w in enumerate(weights):
+            done = 0 if schemes[i] == scheme else len(w)
+            while done < len(w):
+                members.append((i, done, done + min(room, len(w) - done)))
+                done = members[-1][2]
+                room -= done - members[-1][1]
+                if not room:
+                    yield members
+                    members, room = [], most
+        if members:
+            yield members
+
+
+def _joined(parts: list[tuple[Weight, torch.Tensor, torch.Tensor]]) -> Quantized:
+    """Rows of one weight, in order -> all of it."""
+    lost = sum(float(part.sum().clamp_min(0)) for _, part, _ in parts)
+    total = sum(float(part.sum().clamp_min(0)) for _, _, part in parts)
+    return Quantized(stack_rows([q for q, _, _ in parts]), "gptq", output_error=lost / max(total, 1e-300))
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """What the loops over the columns need beside the square, in its order: `added` to the diagonal of the Hessian, and
+    `pivots`, the diagonal of the factor, both [in]; of each block of columns that is visited, by its first, the
+    `lower` triangle of the factor, and the symmetric `own` of the Hessian with what was added."""
+
+    added: torch.Tensor
+    pivots: torch.Tensor
+    lower: Mapping[int, torch.Tensor]
+    own: Mapping[int, torch.Tensor]
+
+
+def _factor(h: torch.Tensor, damp: float) -> tuple[_Factored | None, str]:
+    """The factor, in place (`square.factor`); or (None, reason), and h as it was."""
+    import torch
+
+    mean = h.diagonal().mean()
     # A column no token ever excites: any value is right, the nearest code is the natural one. A zero row and
     # column with a positive diagonal gives just that: no feedback in or out.
-    diagonal = h.diagonal()
-    mean = diagonal.mean()
-    dead = diagonal <= 0
-    factor, used, reason = _factor(h, dead, float(mean), damp)
-    if factor is None:
-        back = torch.argsort(order)
-        return [_rounded(w, h[back][:, back], s, reason) for w, s in zip(weights, schemes, strict=True)]
-    results: list[Quantized | None] = [None] * len(weights)
-    for scheme in dict.fromkeys(schemes):
-        # One loop over the columns for all weights of a scheme: its cost is in the number of steps.
-        members = [i for i, other in enumerate(schemes) if other == scheme]
-        w = torch.cat([weights[i] for i in members])
-        q, lost, total = _solve(w, h, order, factor, used * mean, dead, scheme, sweeps)
-        row = 0
-        for i in members:
-            part = slice(row, row + weights[i].shape[0])
-            row = part.stop
-            mine = q.rows(part.start, part.stop)
-            error = float(lost[part].sum().clamp_min(0) / total[part].sum().clamp_min(1e-300))
-            results[i] = Quantized(mine, "gptq", output_error=error)
-    return [result for result in results if result is not None]
+    dead = mean * (h.diagonal() <= 0)
+    while True:
+        added = damp * mean + dead
+        diagonal = square.factor(h, added)
+        if diagonal is not None:
+            lower, own = {}, {}
+            for a, b in _blocks(len(h)):
+                upper = h[a:b, a:b].triu(1)
+                lower[a] = h[a:b, a:b].tril()
+                own[a] = upper + upper.T + torch.diag(diagonal[a:b] + added[a:b])
+            return _Factored(added, h.diagonal().clone(), lower, own), ""
+        if damp >= _MAX_DAMP:
+            return None, f"its calibration statistics are not positive definite, even damped by {damp:g} of the mean"
+        damp = min(max(damp * 10, 1e-4), _MAX_DAMP)
 
 
 def _solve(
-    w: torch.Tensor,
-    h: torch.Tensor,
-    order: torch.Tensor,
-    factor: tuple[torch.Tensor, torch.Tensor],
-    damping: torch.Tensor,
-    dead: torch.Tensor,
-    scheme: LayerSpec,
-    sweeps: int,
+    w: torch.Tensor, h: torch.Tensor, order: torch.Tensor, factored: _Factored, scheme: LayerSpec, sweeps: int
 ) -> tuple[Weight, torch.Tensor, torch.Tensor]:
     """(quantized, lost, total), the latter two float64 [out]: squared output error and squared output, undamped.
 
-    h, factor and dead are in visiting order, w is not."""
+    h and factored are in the square's order, w is not. The damped error of any E = W - Q is |L^T E|^2 a row."""
     import torch
 
     from ..kernels.codes import weight_of
 
-    feedback, cost = factor
-    column_cost = torch.empty_like(cost)
-    column_cost[order] = cost
+    column_cost = torch.empty_like(factored.pivots)
+    column_cost[order] = factored.pivots.square()
     scale, zero = search_grid(w, column_cost, scheme)
-    wt = w.float().T[order].contiguous()  # [in, out]: a column of W is contiguous
     grid = _Grid(scale, zero, scheme, order, w.shape[1])
-    codes = _round_with_feedback(wt, feedback, grid)
-    error = wt - grid.values(codes)
-    for _ in range(sweeps):
-        _descend(codes, error, h, damping, dead, grid)
-    total = ((h @ wt).mul_(wt)).sum(0, dtype=torch.float64)
-    lost = ((h @ error).mul_(error)).sum(0, dtype=torch.float64)
+    wt = w.T.index_select(0, order).float()  # [in, out]: a column of W is contiguous
+    total = _squared(wt, wt, factored.added.neg())
+    for a, b in _blocks(len(wt)):
+        total += _squared(projected := _project(wt, h, factored, a, b), projected)
+    codes, error, projected, lost = _round_with_feedback(wt, h, factored, grid)
+    del wt
+    for sweep in range(sweeps):
+        if sweep:
+            for a, b in _blocks(len(error)):
+                projected[a:b] = _project(error, h, factored, a, b)
+        lost += _descend(codes, error, projected, h, factored, grid)
+    lost -= _squared(error, error, factored.added)
+    del error, projected
     stored = torch.empty_like(codes, dtype=torch.uint8)
     stored[order] = codes.to(torch.uint8)
+    del codes
     return weight_of(stored.T.contiguous(), scale, zero, scheme.bits), lost, total
 
 
-def _factor(
-    h: torch.Tensor, dead: torch.Tensor, mean: float, damp: float
-) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, float, str]:
-    """((U, D), damping used, "") with h + damping = U diag(D) U^T, U unit upper triangular; or (None, _, reason)."""
+def _project(x: torch.Tensor, h: torch.Tensor, factored: _Factored, a: int, b: int) -> torch.Tensor:
+    """Rows a .. b of L^T x, x [in, out]."""
+    return (factored.lower[a].T @ x[a:b]).addmm_(h[b:, a:b].T, x[b:])
+
+
+def _squared(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """sum_j weights_j x_j y_j, by default with weights of 1, float64 [out]; x and y [columns, out], weights [columns].
+
+    A block of columns is summed in float32: in float64 only the sums of blocks are added."""
     import torch
 
-    while True:
-        damped = h.flip(0, 1)
-        damped.diagonal().add_(damp * mean + mean * dead.flip(0))
-        lower, info = torch.linalg.cholesky_ex(damped)
-        del damped
-        upper = lower.flip(0, 1)
-        del lower
-        pivots = upper.diagonal().clone()
-        if int(info) == 0 and bool(torch.isfinite(pivots).all()) and bool((pivots > 0).all()):
-            return (upper.div_(pivots), pivots.square()), damp, ""
-        if damp >= _MAX_DAMP:
-            reason = f"its calibration statistics are not positive definite, even damped by {damp:g} of the mean"
-            return None, damp, reason
-        damp = min(max(damp * 10, 1e-4), _MAX_DAMP)
+    found = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for a, b in _blocks(len(x)):
+        product = x[a:b] * y[a:b]
+        found += product.sum(0) if weights is None else weights[a:b] @ product
+    return found
 
 
 class _Grid:
-    """Scales and zero points per visited column, so that the loop reads one row."""
+    """Scales and zero points of a block of columns, in the square's order."""
 
     def __init__(self, scale: torch.Tensor, zero: torch.Tensor | None, scheme: LayerSpec, order: torch.Tensor, n: int):
-        group = order // (n // scale.shape[1])
-        self.scale = scale.float().T[group].contiguous()  # [in, out]
-        self.zero = None if zero is None else zero.float().T[group].contiguous()
+        self.group = order // (n // scale.shape[1])
+        self.scales = scale.float().T.contiguous()  # [groups, out]
+        self.zeros = None if zero is None else zero.float().T.contiguous()
         self.mid, self.top = float(scheme.mid), float(scheme.max_code)
 
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        return (codes - (self.mid if self.zero is None else self.zero)) * self.scale
+    def scale(self, a: int, b: int) -> torch.Tensor:
+        return self.scales.index_select(0, self.group[a:b])
+
+    def zero(self, a: int, b: int) -> torch.Tensor | None:
+        return None if self.zeros is None else self.zeros.index_select(0, self.group[a:b])
 
 
-def _round_with_feedback(wt: torch.Tensor, feedback: torch.Tensor, grid: _Grid) -> torch.Tensor:
-    """Codes (float [in, out], visiting order) of wt [in, out]; feedback = U."""
+def _blocks(n: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of blocks of columns, in the order in which they are visited."""
+    from ..kernels.gptq import MAX_COLUMNS
+
+    for b in range(n, 0, -MAX_COLUMNS):
+        yield max(0, b - MAX_COLUMNS), b
+
+
+def _round_with_feedback(
+    wt: torch.Tensor, h: torch.Tensor, factored: _Factored, grid: _Grid
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes, E = wt - values, L^T E, all float [in, out]; |L^T E|^2, float64 [out]) of wt [in, out]."""
     import torch
 
     from ..kernels import gptq as kernel
 
-    n = wt.shape[0]
-    codes, errors = torch.empty_like(wt), torch.empty_like(wt)
-    for a in range(0, n, kernel.MAX_COLUMNS):
-        b = min(a + kernel.MAX_COLUMNS, n)
-        # What later columns can make up for is the error against the *original* weight.
-        target = torch.addmm(wt[a:b], feedback[:a, a:b].T, errors[:a])
-        zero = None if grid.zero is None else grid.zero[a:b]
-        codes[a:b], errors[a:b] = kernel.feedback(
-            target, wt[a:b], feedback[a:b, a:b], grid.scale[a:b], zero, grid.mid, grid.top
+    codes, error, projected = (torch.empty_like(wt) for _ in range(3))
+    lost = torch.zeros(wt.shape[1], dtype=torch.float64, device=wt.device)
+    for a, b in _blocks(len(wt)):
+        # What columns visited later can make up for is the error against the *original* weight.
+        before = torch.mm(h[b:, a:b].T, error[b:], out=projected[a:b])
+        pivots, lower = factored.pivots[a:b, None], factored.lower[a]
+        target = torch.addcdiv(wt[a:b], before, pivots)
+        scale, zero = grid.scale(a, b), grid.zero(a, b)
+        kernel.feedback(
+            target, wt[a:b], lower / pivots.T, scale, zero, grid.mid, grid.top, codes[a:b], error[a:b]
         )
-    return codes
+        lost += _squared(before.addmm_(lower.T, error[a:b]), before)
+    return codes, error, projected, lost
 
 
 def _descend(
-    codes: torch.Tensor, error: torch.Tensor, h: torch.Tensor, damping: torch.Tensor, dead: torch.Tensor, grid: _Grid
-) -> None:
-    """One pass of cyclic coordinate descent over the codes, in place; error = wt - values(codes), kept up to date.
+    codes: torch.Tensor,
+    error: torch.Tensor,
+    projected: torch.Tensor,
+    h: torch.Tensor,
+    factored: _Factored,
+    grid: _Grid,
+) -> torch.Tensor:
+    """One pass of cyclic coordinate descent over the codes, in place; error = wt - values(codes) is kept up to date.
+    Returns by how much the damped objective changes, float64 [out].
 
-    Each code moves to the minimum of the damped objective given all the others, so the objective never rises."""
+    Each code moves to the minimum of the damped objective given all the others, so the objective never rises. Its
+    gradient is L (L^T E), and what the steps S so far changed in it: of `projected` = L^T E the rows that were visited
+    hold -S, so that one row of the square, factor and Hessian, gives both."""
+    import torch
+
     from ..kernels import gptq as kernel
 
-    n = codes.shape[0]
-    diagonal = h.diagonal() + damping + dead * h.diagonal().mean()
-    gradient = h @ error + (diagonal - h.diagonal()).unsqueeze(1) * error
-    for a in range(0, n, kernel.MAX_COLUMNS):
-        b = min(a + kernel.MAX_COLUMNS, n)
-        steps = kernel.descend(gradient[a:b], h[a:b, a:b], diagonal[a:b], grid.scale[a:b], codes[a:b], grid.top)
+    changed = torch.zeros(codes.shape[1], dtype=torch.float64, device=codes.device)
+    for a, b in _blocks(len(codes)):
+        gradient = factored.lower[a] @ projected[a:b]
+        gradient.addmm_(h[a:b, :a], projected[:a])
+        gradient.addmm_(h[a:b, b:], projected[b:])
+        own = factored.own[a]
+        steps = kernel.descend(gradient, own, own.diagonal(), grid.scale(a, b), codes[a:b], grid.top)
+        changed += _squared(gradient.mul_(-2).addmm_(own, steps), steps)
         error[a:b] -= steps
-        if b < n:
-            gradient[b:].addmm_(h[b:, a:b], steps, alpha=-1)
+        torch.neg(steps, out=projected[a:b])
+    return changed
 
 
 def search_grid(
@@ -275,14 +360,22 @@ def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -
     from ..kernels import reference
     from ..kernels.codes import values_of, weight_of
 
-    scale, zero = search_grid(w, torch.ones(w.shape[1], device=w.device), scheme)
-    codes = reference.quantize(w, scale, zero, scheme.bits)
-    q = weight_of(codes, scale, zero, scheme.bits)
-    w = w.float()
-    delta = w - values_of(q)
-    if reason == UNREACHED:
-        total, lost = float(w.square().sum()), float(delta.square().sum())
-    else:
-        total, lost = float(((w @ h) * w).sum()), float(((delta @ h) * delta).sum())
-    error = max(lost, 0.0) / total if total > 0 else 0.0
-    return Quantized(q, "rtn", output_error=error, fallback=reason)
+    parts = []
+    for rows in w.split(max(_LEAST_ROWS, _SLAB // w.shape[1])):
+        scale, zero = search_grid(rows, torch.ones(w.shape[1], device=w.device), scheme)
+        q = weight_of(reference.quantize(rows, scale, zero, scheme.bits), scale, zero, scheme.bits)
+        x = rows.float()
+        delta = x - values_of(q)
+        lost, total = (
+            (t * (t if reason == UNREACHED else t @ h)).sum(1, dtype=torch.float64).clamp_min_(0) for t in (delta, x)
+        )
+        parts.append((q, lost, total))
+    return replace(_joined(parts), method="rtn", fallback=reason)
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """Whether x [rows, columns] holds neither NaN nor infinity; makes no copy."""
+    import torch
+
+    low, high = torch.aminmax(x)  # NaN wins both, infinity one
+    return bool(torch.isfinite(low) & torch.isfinite(high))

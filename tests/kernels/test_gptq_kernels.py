@@ -32,15 +32,16 @@ def columns(n: int, out: int, asymmetric: bool = False):
 def test_columns_equal_the_reference(isa, shape, asymmetric, monkeypatch):
     weight, scale, zero, h = columns(*shape, asymmetric)
     target = weight + 0.01 * weight.flip(0)
-    u = torch.triu(h / h.diagonal(), 1) * 0.1
-    wide = torch.zeros(shape[0], shape[0] + 3)  # rows of a larger matrix, as the blocks of U and H are
-    wide[:, : shape[0]] = u
-    got = lib.gptq_feedback(target, weight, wide[:, : shape[0]], scale, zero, 8.0, 15.0, isa)
+    lower = torch.tril(h / h.diagonal(), -1) * 0.1
+    wide = torch.zeros(shape[0], shape[0] + 3)  # rows of a larger matrix, as the blocks of the factor and of H are
+    wide[:, : shape[0]] = lower
+    got, expected = ((torch.empty_like(weight), torch.empty_like(weight)) for _ in range(2))
+    lib.gptq_feedback(target, weight, wide[:, : shape[0]], scale, zero, 8.0, 15.0, *got, isa)
     start = (got[0] + 1).clamp_(max=15)
     stepped = start.clone()
     steps = lib.gptq_descend(h @ got[1], h, h.diagonal().contiguous(), scale, stepped, 15.0, isa)
     monkeypatch.setenv("QKIT_REFERENCE", "1")
-    expected = gptq.feedback(target, weight, u, scale, zero, 8.0, 15.0)
+    gptq.feedback(target, weight, lower, scale, zero, 8.0, 15.0, *expected)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert got[0].min() >= 0 and got[0].max() <= 15
     moved = start.clone()
@@ -95,7 +96,7 @@ def test_search_refuses_what_it_cannot_store(native, monkeypatch):
 def test_misuse_names_the_values():
     weight, scale, _, h = columns(4, 8)
     with pytest.raises(ValueError, match=r"\(4, 8\)"):
-        gptq.feedback(weight, weight, h[:3, :3], scale, None, 8.0, 15.0)
+        gptq.feedback(weight, weight, h[:3, :3], scale, None, 8.0, 15.0, weight, weight)
     with pytest.raises(TypeError, match="float64"):
         gptq.feedback(weight.double(), weight, h, scale, None, 8.0, 15.0)
     with pytest.raises(ValueError, match="groups"):

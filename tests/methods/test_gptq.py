@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qkit.calibrate import statistics
 from qkit.errors import QkitError
 from qkit.kernels.codes import codes_of, values_of
-from qkit.methods import gptq
+from qkit.methods import gptq, square
 from qkit.spec import integer
 
 
@@ -120,7 +120,7 @@ def test_weights_that_share_an_input_come_out_as_by_themselves():
     b, _ = case(out=5, seed=1)
     c, _ = case(out=3, seed=2)
     schemes = [integer(group_size=32), integer(8, 32), integer(group_size=32)]
-    for w, scheme, result in zip([a, b, c], schemes, gptq.quantize_all([a, b, c], h, schemes), strict=True):
+    for w, scheme, result in zip([a, b, c], schemes, gptq.quantize_all([a, b, c], h.clone(), schemes), strict=True):
         alone = gptq.quantize(w, h, scheme)
         assert torch.equal(result.weight.scale, alone.weight.scale)
         assert (codes_of(result.weight) == codes_of(alone.weight)).float().mean() > 0.99
@@ -192,11 +192,53 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("n", [7, 640, 1100])
-def test_accumulate(n):
-    x = torch.randn(3, 50, n)
-    h = torch.zeros(n, n)
-    for part in x.bfloat16():
-        statistics.accumulate(h, part)
-    flat = x.bfloat16().double().reshape(-1, n)
-    torch.testing.assert_close(statistics.symmetrize(h), (flat.T @ flat).float(), rtol=1e-4, atol=1e-3)
-    assert torch.equal(h, h.T)
+def test_a_hessian_does_not_depend_on_the_batches(n, monkeypatch):
+    monkeypatch.setattr(statistics, "slab_tokens", lambda n: 64)
+    x = torch.randn(5, 50, n).bfloat16()
+    found = []
+    for batch in (1, 2, 5):
+        h = statistics.Hessian(n, "cpu")
+        for part in x.split(batch):
+            h.add(part)
+        assert h.tokens == 250
+        found.append(h.result())
+    flat = x.double().reshape(-1, n)
+    torch.testing.assert_close(found[0], (flat.T @ flat).float(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[0], found[0].T) and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("n", [1, 37, 512, 1300])
+def test_a_square_is_factored_in_place(n):
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(2 * n + 3, n, generator=g)
+    h, added, order = x.T @ x, torch.rand(n, generator=g), torch.randperm(n, generator=g)
+    h = torch.triu(h) + torch.triu(h, 1).T
+    expected = h[order][:, order]
+    held = h.data_ptr()
+    h = square.permute(h, order)
+    assert torch.equal(h, expected) and h.data_ptr() == held
+    diagonal = square.factor(h, added)
+    assert h.data_ptr() == held and torch.equal(diagonal, expected.diagonal())
+    assert torch.equal(h.triu(1), expected.triu(1))
+    lower = torch.linalg.cholesky(expected.double() + torch.diag(added).double())
+    torch.testing.assert_close(h.tril().double(), lower, rtol=1e-3, atol=1e-3)
+
+
+def test_a_square_that_has_no_factor_stays_as_it_was():
+    h = torch.eye(1300)
+    h[1200, 1100] = h[1100, 1200] = 2.0
+    kept = h.clone()
+    assert square.factor(h, torch.zeros(1300)) is None and torch.equal(h, kept)
+
+
+def test_rows_in_slabs_give_what_all_rows_give(monkeypatch):
+    weights = [case(out=n, seed=n)[0] for n in (40, 8, 300)]
+    h = case()[1]
+    schemes = [integer(group_size=32), integer(8, 32), integer(group_size=32)]
+    whole = gptq.quantize_all(weights, h.clone(), schemes)
+    monkeypatch.setattr(gptq, "_SLAB", 1)
+    monkeypatch.setattr(gptq, "_LEAST_ROWS", 32)
+    for one, other in zip(whole, gptq.quantize_all(weights, h.clone(), schemes), strict=True):
+        assert torch.equal(one.weight.scale, other.weight.scale)
+        assert (codes_of(one.weight) == codes_of(other.weight)).float().mean() > 0.99
+        assert one.output_error == pytest.approx(other.output_error, rel=1e-2)
