@@ -12,6 +12,8 @@ from . import dequantize, pack, reference, unpack
 from .ggml import dequantize as decode_blocks
 from .weight import FLOATS, Blocks, Weight
 
+_SLAB = 1 << 19  # weights compared at a time: 4 MiB in float64
+
 
 def weight_of(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, kind: str = "int"
@@ -47,3 +49,20 @@ def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tenso
     if weight.kind == "int" and dtype in FLOATS:
         return dequantize(weight.packed, weight.scale, weight.zero, weight.bits, weight.in_features, dtype)
     return reference.dequantize_weight(weight, dtype)
+
+
+def weight_error(weight: torch.Tensor, q: Weight) -> float:
+    """||W - Wq|| / ||W||, Frobenius."""
+    lost, total = squared_error(weight, q)
+    return float((lost / total) ** 0.5) if total else 0.0
+
+
+def squared_error(weight: torch.Tensor, q: Weight) -> tuple[float, float]:
+    """(||W - Wq||^2, ||W||^2), accumulated in float64, a slab of rows at a time: no whole copy is made."""
+    lost = total = 0.0
+    step = max(1, _SLAB // max(1, weight.shape[1]))
+    for a in range(0, weight.shape[0], step):
+        w = weight[a : a + step].double()
+        total += float(w.square().sum())
+        lost += float((w - values_of(q.rows(a, a + step)).double()).square_().sum())
+    return lost, total

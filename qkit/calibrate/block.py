@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
-from ..spec.dtypes import torch_dtype
-from .statistics import STATISTICS
+from ..spec.dtypes import dtype_name, torch_dtype
+from .states import States
+from .statistics import STATISTICS, statistic_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -29,25 +32,23 @@ if TYPE_CHECKING:
 class BlockResult:
     """One decoder block, done. Names are whole tensor names.
 
-    index     counts decoder blocks from 0
-    layers    weight name -> result; empty for a block that was finished before
-    tokens    weight name -> how many calibration tokens reached it (an expert gets its share)
-    replaced  tensors that the method changed beside or before quantizing, in the source's dtype
+    index      counts decoder blocks from 0
+    layers     weight name -> result, with its weight_error; empty for a block that was finished before
+    tokens     weight name -> how many calibration tokens reached it (an expert gets its share)
+    checksums  weight name -> CRC-32 of what the source has
+    replaced   tensors that the method changed beside or before quantizing, in the source's dtype
     """
 
     index: int
     layers: Mapping[str, Quantized] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, int] = field(default_factory=dict)
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Batches(Protocol):
-    """Hidden states on the CPU, [samples, length, hidden] a batch: a list, or what keeps them elsewhere."""
-
-    def append(self, states: torch.Tensor, /) -> None: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> torch.Tensor: ...
-    def __setitem__(self, index: int, states: torch.Tensor, /) -> None: ...
+_SLAB = 8 << 20  # weights dequantized at a time: bounds what is held beside the block
+# Bytes of statistics of experts that are taken in one pass over what they are given; of at least one expert.
+EXPERTS_BYTES = 1 << 30
 
 
 class _Stop(Exception):
@@ -65,10 +66,10 @@ class Runner:
         out = self.block(states.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def advance(self, hidden: Batches) -> None:
+    def advance(self, hidden: States) -> None:
         """Replace every batch by the block's output, in place."""
         for i in range(len(hidden)):
-            hidden[i] = self(hidden[i]).to("cpu")
+            hidden[i] = self(hidden[i])
 
 
 def set_tensor(block: nn.Module, local: str, value: torch.Tensor) -> None:
@@ -81,9 +82,12 @@ def install(module: nn.Module, q: Weight) -> None:
     """Put the quantized values in place of the weight, on its device and in its dtype."""
     from ..kernels.codes import values_of
 
-    weight = module.weight
-    assert hasattr(weight, "copy_")
-    weight.copy_(values_of(q, weight.dtype))  # type: ignore[operator,arg-type]
+    weight: Any = module.weight
+    q = q.plain()
+    step = max(1, _SLAB // q.in_features)
+    for a in range(0, q.out_features, step):
+        b = min(a + step, q.out_features)
+        weight[a:b].copy_(values_of(q.rows(a, b), weight.dtype))
 
 
 class Block:
@@ -101,22 +105,27 @@ class Block:
         schemes: Mapping[str, LayerSpec],
         method: Method,
         options: Mapping[str, Any],
+        folder: Path | None = None,
     ):
         """prefix: what the names of the block's tensors begin with; schemes: weight name -> LayerSpec; options: of
-        the method."""
+        the method; folder: for temporary files."""
         self.runner, self.index, self.prefix = runner, index, prefix
         self.source, self.schemes, self.method, self.options = source, schemes, method, options
+        self.folder = folder
         self.names = {n.removeprefix(prefix).removesuffix(".weight"): n for n in schemes}
         self.modules = {local: runner.block.get_submodule(local) for local in self.names}
         self.results: dict[str, Quantized] = {}
         self.tokens: dict[str, int] = {}
+        self.checksums: dict[str, int] = {}
         self.replaced: dict[str, torch.Tensor] = {}
         self.statistics: dict[Group, Statistic] = {}
 
-    def quantize(self, hidden: list[torch.Tensor], side_by_side: bool) -> BlockResult:
+    def quantize(self, hidden: States, side_by_side: bool) -> BlockResult:
         """Quantize every linear and replace `hidden`, a tensor per batch, by the quantized block's output, in place.
 
-        side_by_side: one pass, whose activations are alive for all batches; or one (partial) pass per stage."""
+        side_by_side: one pass, whose activations are alive for all batches; or one (partial) pass per stage, and in one
+        of them what the experts are given is kept, who are then quantized a few at a time. The result is the same, bit
+        for bit."""
         self._discover(hidden[0][:1])
         if self.method.prepares:
             self._prepare(hidden)
@@ -125,14 +134,14 @@ class Block:
         else:
             self._stage_by_stage(hidden)
         layers = {name: self.results[name] for name in self.names.values()}
-        return BlockResult(self.index, layers, self.tokens, self.replaced)
+        return BlockResult(self.index, layers, self.tokens, self.checksums, self.replaced)
 
-    def _side_by_side(self, hidden: list[torch.Tensor]) -> None:
+    def _side_by_side(self, hidden: States) -> None:
         """Each batch's pass waits at a linear that is not quantized, until the passes of all batches wait there."""
         from greenlet import getcurrent, greenlet
 
         def run(batch: int) -> None:
-            hidden[batch] = self.runner(hidden[batch]).to("cpu")
+            hidden[batch] = self.runner(hidden[batch])
 
         def wait(local: str, x: torch.Tensor) -> None:
             if self.names[local] not in self.results:
@@ -149,18 +158,78 @@ class Block:
                 waiting = [(each, each.switch() if group == here else group) for each, group in waiting]
         self._solve(self.groups)  # what is never called
 
-    def _stage_by_stage(self, hidden: list[torch.Tensor]) -> None:
+    def _stage_by_stage(self, hidden: States) -> None:
+        apart = [group for group in self.groups if self._experts_of(group) is not None]
         for stage in range(len(self.stages)):
-            with self._hooks(partial(self._observe_stage, stage)):
-                for states in hidden:
-                    try:
-                        self.runner(states)
-                    except _Stop:
-                        continue
-            self._solve([group for group in self.groups if group[1] == stage])
+            own = [group for group in self.groups if group[1] == stage and group not in apart]
+            if not own:
+                continue
+            with self._hooks(partial(self._observe_stage, stage, frozenset(own))):
+                self._pass(hidden)
+            self._solve(own)
+        for name in dict.fromkeys(self._experts_of(group) for group in apart):
+            assert name is not None
+            self._by_expert(name, hidden, [group for group in apart if self._experts_of(group) == name])
         self.runner.advance(hidden)
 
-    def _prepare(self, hidden: list[torch.Tensor]) -> None:
+    def _pass(self, hidden: States) -> None:
+        """Run the block until something has seen enough."""
+        for states in hidden:
+            with suppress(_Stop):
+                self.runner(states)
+
+    def _experts_of(self, group: Group) -> str | None:
+        """The name of the module of experts that a group lies in, if any."""
+        from ..models.experts import Experts
+
+        name = group[0].rpartition(".")[0]
+        return name if name and isinstance(self.runner.block.get_submodule(name), Experts) else None
+
+    def _by_expert(self, name: str, hidden: States, groups: Sequence[Group]) -> None:
+        """Quantize experts, of which each depends on what it is given alone: that is kept, for all of them."""
+        experts: Any = self.runner.block.get_submodule(name)
+        given, rows = States(len(hidden), self.folder), []
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states, own = experts.routed(*args, **kwargs)
+            given.append(states)
+            rows.append(own)
+            raise _Stop
+
+        handle = experts.register_forward_pre_hook(take, with_kwargs=True)
+        self._pass(hidden)
+        handle.remove()
+        for members in self._together(groups):
+            indices = [int(parent.rpartition(".")[2]) for parent in dict.fromkeys(parent for parent, _ in members)]
+            for stage in sorted({stage for _, stage in members}):
+                own = [group for group in members if group[1] == stage]
+                with self._hooks(partial(self._observe_expert, stage, frozenset(own))):
+                    for states, where in zip(given, rows, strict=True):
+                        x = states.to(self.runner.device)
+                        for index in indices:
+                            with suppress(_Stop):
+                                experts[index](x[where[index]])
+                self._solve(own)
+
+    def _together(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """The groups of as many experts as have room for their statistics at once."""
+        members: list[Group] = []
+        nbytes = 0
+        for parent in dict.fromkeys(parent for parent, _ in groups):
+            own = [group for group in groups if group[0] == parent]
+            more = max(self._statistic_bytes(group) for group in own)
+            if members and nbytes + more > EXPERTS_BYTES:
+                yield members
+                members, nbytes = [], 0
+            members += own
+            nbytes += more
+        yield members
+
+    def _statistic_bytes(self, group: Group) -> int:
+        assert self.method.needs is not None
+        return statistic_bytes(self.method.needs, self._inputs(group))
+
+    def _prepare(self, hidden: States) -> None:
         """Let the method fold what it wants into the block, from the inputs of the block as it was."""
         with self._hooks(self._observe):
             for states in hidden:
@@ -173,10 +242,16 @@ class Block:
             set_tensor(self.runner.block, local, self.replaced[name])
 
     def _read(self, local: str) -> torch.Tensor:
-        """A tensor of the block at the source's precision, on the device, as the method may have replaced it."""
+        """A tensor of the block at the source's precision, on the device, as the method may have replaced it. Not to be
+        changed."""
         name = self.prefix + local
-        found = self.replaced.get(name)
-        return (self.source.read(name) if found is None else found).to(self.runner.device)
+        if name in self.replaced:
+            return self.replaced[name].to(self.runner.device)
+        module, _, leaf = local.rpartition(".")
+        held: torch.Tensor = getattr(self.runner.block.get_submodule(module), leaf)
+        if dtype_name(held.dtype) == self.source.meta(name).dtype:
+            return held.detach()
+        return self.source.read(name).to(self.runner.device)
 
     def _discover(self, sample: torch.Tensor) -> None:
         """Find stages and groups: which leaf names share an input, and in which order they are called."""
@@ -221,25 +296,37 @@ class Block:
 
     def _statistic(self, group: Group) -> Statistic:
         if group not in self.statistics:
-            in_ = self.source.meta(self.names[self.groups[group][0]]).shape[1]
             assert self.method.needs is not None
-            self.statistics[group] = STATISTICS[self.method.needs](in_, self.runner.device)
+            self.statistics[group] = STATISTICS[self.method.needs](self._inputs(group), self.runner.device)
         return self.statistics[group]
+
+    def _inputs(self, group: Group) -> int:
+        return self.source.meta(self.names[self.groups[group][0]]).shape[1]
 
     def _observe(self, local: str, x: torch.Tensor) -> None:
         group = self._group(local)
         if local == self.groups[group][0]:  # once for all that share the input
             self._statistic(group).add(x)
 
-    def _observe_stage(self, stage: int, local: str, x: torch.Tensor) -> None:
+    def _observe_stage(self, stage: int, own: Collection[Group], local: str, x: torch.Tensor) -> None:
         group = self._group(local)
-        if group[1] == stage:
+        if group in own:
             self._observe(local, x)
         elif group[1] > stage and self.clean[stage]:
             raise _Stop
 
+    def _observe_expert(self, stage: int, own: Collection[Group], local: str, x: torch.Tensor) -> None:
+        group = self._group(local)
+        if group in own:
+            self._observe(local, x)
+        elif group[1] > stage:
+            raise _Stop
+
     def _solve(self, groups: Iterable[Group]) -> None:
         """Quantize what is left of `groups` and put it into the block."""
+        from ..kernels import crc32
+        from ..kernels.codes import weight_error
+
         for group in groups:
             members = [local for local in self.groups[group] if self.names[local] not in self.results]
             if not members:
@@ -253,10 +340,14 @@ class Block:
             except QkitError as error:
                 names = ", ".join(self.names[local] for local in members)
                 raise QkitError(f"{names}: {error.message}", error.hint) from error
-            for local, result in zip(members, solved, strict=True):
+            for i, (local, result) in enumerate(zip(members, solved, strict=True)):
+                name, weight = self.names[local], result.weight.to("cpu")
+                original = (self.source.read(name) if name in self.replaced else weights[i]).to("cpu")
+                self.checksums[name] = crc32(original)
+                self.results[name] = replace(result, weight=weight, weight_error=weight_error(original, weight))
+                self.tokens[name] = seen.tokens
+                del original
                 install(self.modules[local], result.weight)
-                self.tokens[self.names[local]] = seen.tokens
-                self.results[self.names[local]] = replace(result, weight=result.weight.to("cpu"))
 
 
 class _Hooks:

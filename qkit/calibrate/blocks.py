@@ -6,14 +6,15 @@ to layer, through what is already quantized: o_proj is fitted to what the quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
-from ..methods.base import Cost
 from ..models import skeleton
-from ..models.config import positive_int
-from .block import Batches, Block, BlockResult, Runner, install, set_tensor
+from .block import Block, BlockResult, Runner, install, set_tensor
+from .cost import WAITING_BYTES, batch_size, waiting_bytes
+from .states import States
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from ..methods import Method
     from ..sources.types import Source
     from ..spec import LayerSpec
-
-# Bytes of a batch's widest activation. Small enough to stay in the caches, and that malloc uses its memory again: glibc
-# gives pieces of 32 MiB and more back to the system at once, and a fresh page costs more than the arithmetic on it.
-_BATCH_BYTES = 8 << 20
-# Up to these bytes of activations wait while the batches go through a block side by side; above, every stage takes a
-# (partial) pass of its own. Constants, not the free memory: the batches decide the order of additions, and results must
-# not depend on the machine's load.
-_WAITING_BYTES = 4 << 30
 
 
 def quantize_blocks(
@@ -42,6 +35,8 @@ def quantize_blocks(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None] = lambda index: None,
+    waiting: int = WAITING_BYTES,
+    folder: Path | None = None,
     **options: Any,
 ) -> Iterator[BlockResult]:
     """Quantize the weights in `schemes` with `method`; yields one BlockResult per decoder block, in order.
@@ -51,6 +46,8 @@ def quantize_blocks(
     dtype     of the forward pass, bfloat16 by default; weights are quantized from what the source holds
     done      tensors of blocks finished earlier by name, quantized and replaced ones, or None; results are then
               bit-identical to an uninterrupted run
+    waiting   bytes of activations that may be held to save passes; decides no bit
+    folder    for temporary files: the hidden states of a long text
     options   passed to `method.quantize`
 
     Deterministic on one device and thread count. Raises QkitError, before any work, for an architecture that cannot
@@ -65,7 +62,7 @@ def quantize_blocks(
     prefix, blocks = decoder_blocks(model)
     _check_names(prefix, blocks, schemes, method)
     # As a decorator no_grad covers the generator's own code and not, between two blocks, its consumer's.
-    return torch.no_grad()(_run)(model, source, schemes, tokens, method, device, dtype, done, options)
+    return torch.no_grad()(_run)(model, source, schemes, tokens, method, device, dtype, done, waiting, folder, options)
 
 
 def _run(
@@ -77,17 +74,19 @@ def _run(
     device: str,
     dtype: torch.dtype,
     done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None],
+    waiting: int,
+    folder: Path | None,
     options: dict[str, Any],
 ) -> Iterator[BlockResult]:
     from ..models.experts import Experts
 
     prefix, blocks = decoder_blocks(model)
     size = batch_size(source, schemes, tokens.shape[1], dtype.itemsize)
-    side_by_side = _waiting_bytes(source, schemes, tokens.numel(), dtype.itemsize) <= _WAITING_BYTES
+    side_by_side = waiting_bytes(source, schemes, tokens.numel(), dtype.itemsize) <= waiting
     for module in model.modules():
         if isinstance(module, Experts):
             module.call_all = True  # so that every batch's pass meets the same linears in the same order
-    hidden: list[torch.Tensor] = []
+    hidden = States(-(-len(tokens) // size), folder)
     fill = filler(model, source, device, dtype)
     calls = embed(model, blocks, tokens, size, device, fill, hidden)
     for index, block in enumerate(blocks):
@@ -98,7 +97,7 @@ def _run(
         ready = done(index)
         result = BlockResult(index)
         if own and ready is None:
-            result = Block(runner, index, at, source, own, method, options).quantize(hidden, side_by_side)
+            result = Block(runner, index, at, source, own, method, options, folder).quantize(hidden, side_by_side)
         else:
             _put_back(block, index, at, own, ready or {})
             runner.advance(hidden)
@@ -121,75 +120,6 @@ def _put_back(
             set_tensor(block, local, value)
         else:
             install(block.get_submodule(local.removesuffix(".weight")), value)
-
-
-def predict_cost(source: Source, schemes: Collection[str], samples: int, length: int, method: Method) -> Cost:
-    """What `quantize_blocks` of the weights in `schemes` will take, with weights, activations and statistics, without
-    the interpreter. Reads no tensor.
-
-    Every weight counts as its own input group except those with a sibling of the same parent and width, which
-    share one: q, k, v; gate, up."""
-    tokens = samples * length
-    weights = {name: source.meta(name).shape for name in source.names() if len(source.meta(name).shape) == 2}
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name in schemes:
-        groups.setdefault((name.rsplit(".", 2)[0], weights[name][1]), []).append(name)
-    config = source.config
-    experts = positive_int(config, "num_local_experts", positive_int(config, "num_experts", 1))
-    share = min(1.0, positive_int(config, "num_experts_per_tok", 1) / experts)
-
-    def reached(name: str) -> float:
-        return tokens * share if ".experts." in name else tokens
-
-    forward = sum(2.0 * reached(name) * weights[name][0] * weights[name][1] for name in schemes)
-    if _waiting_bytes(source, schemes, tokens, 2) > _WAITING_BYTES:
-        forward *= 2.5  # partial passes per stage
-    size = batch_size(source, schemes, length, 2)
-    costs = [
-        method.cost([(weights[name][0], weights[name][1]) for name in members], reached(members[0]))
-        for members in groups.values()
-    ]
-    return Cost(
-        forward + sum(cost.flops for cost in costs),
-        _peak(source, weights, schemes, tokens, min(samples, size) * length, groups, costs),
-    )
-
-
-def _peak(
-    source: Source,
-    shapes: Mapping[str, tuple[int, ...]],
-    schemes: Collection[str],
-    tokens: int,
-    batch: int,
-    groups: Mapping[tuple[str, int], list[str]],
-    costs: Sequence[Cost],
-) -> int:
-    """Bytes alive at once beside the process itself. shapes: of all matrices; tokens: of all windows; batch: of one
-    pass."""
-    hidden = positive_int(source.config, "hidden_size", max((in_ for _, in_ in groups), default=1))
-    states = 2 * tokens * hidden
-    waiting = _waiting_bytes(source, schemes, tokens, 2)
-    passing = waiting if waiting <= _WAITING_BYTES else states
-    per_block: dict[str, int] = {}
-    for name in schemes:
-        head, _, tail = name.partition("layers.")
-        key = head + tail.partition(".")[0]
-        per_block[key] = per_block.get(key, 0) + source.meta(name).nbytes
-    gated = 3 * 2 * batch * max((shapes[name][0] for name in schemes), default=0)
-    solving = (cost.nbytes + 2 * batch * in_ for (_, in_), cost in zip(groups, costs, strict=True))
-    embedding = max((source.meta(name).nbytes for name in shapes if name not in schemes), default=0)
-    return max(embedding + 2 * states, max(per_block.values(), default=0) + passing + max(gated, *solving, 0))
-
-
-def _waiting_bytes(source: Source, schemes: Collection[str], tokens: int, itemsize: int) -> int:
-    """What is alive where `tokens` wait in a block: the states it was given, those it adds to, and a layer's input."""
-    hidden = positive_int(source.config, "hidden_size", 0)
-    return tokens * (2 * hidden + max((source.meta(name).shape[1] for name in schemes), default=0)) * itemsize
-
-
-def batch_size(source: Source, names: Iterable[str], length: int, itemsize: int) -> int:
-    widest = max((max(source.meta(name).shape) for name in names), default=1)
-    return max(1, _BATCH_BYTES // (length * widest * itemsize))
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, Any]:
@@ -224,7 +154,7 @@ def embed(
     size: int,
     device: str,
     fill: Callable[[str], None],
-    hidden: Batches,
+    hidden: States,
 ) -> list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Append what the first block is given to `hidden`, a tensor for each batch of `size`, on the CPU; returns for each
     block: batch size -> the other arguments it is called with. fill: reads the weights of a module, by its name; they
@@ -240,7 +170,7 @@ def embed(
     def take_notes(index: int) -> Callable[..., Any]:
         def forward(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if index == 0 and keep:
-                hidden.append(states.to("cpu", copy=True))
+                hidden.append(states)
             calls[index].setdefault(states.shape[0], (args, kwargs))
             return states
 

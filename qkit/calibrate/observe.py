@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..models.families import KV_SCALES
 from ..spec.dtypes import TensorMeta
 from .block import Runner
-from .blocks import batch_size, decoder_blocks, embed, filler
+from .blocks import decoder_blocks, embed, filler
+from .cost import batch_size
+from .states import States
 from .statistics import InputMoments, Moments
 
 if TYPE_CHECKING:
@@ -32,11 +35,13 @@ def observe(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    folder: Path | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Moments]:
     """Weight name -> moments of its inputs, for those of `schemes` that are linears of a decoder block.
 
-    tokens int64 [samples, length]; dtype of the forward pass, bfloat16 by default; advance is called after each block.
+    tokens int64 [samples, length]; dtype of the forward pass, bfloat16 by default; folder: for temporary files; advance
+    is called after each block.
     Deterministic on one device and thread count. Raises QkitError for an architecture that cannot be run."""
     found: dict[str, Moments] = {}
 
@@ -45,7 +50,7 @@ def observe(
         found.update(_moments(block, at, own, run, device))
         advance()
 
-    _each_block(source, schemes, tokens, device, dtype, visit)
+    _each_block(source, schemes, tokens, device, dtype, folder, visit)
     return found
 
 
@@ -55,6 +60,7 @@ def observe_cache(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    folder: Path | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Name of each scale of the KV cache ("model.layers.0.self_attn.k_scale") -> the largest magnitude of what it is
@@ -86,7 +92,7 @@ def observe_cache(
         advance()
 
     matrices = [name for name in source.names() if len(source.meta(name).shape) == 2]
-    _each_block(source, matrices, tokens, device, dtype, visit)
+    _each_block(source, matrices, tokens, device, dtype, folder, visit)
     return found
 
 
@@ -96,6 +102,7 @@ def _each_block(
     tokens: torch.Tensor,
     device: str,
     dtype: torch.dtype | None,
+    folder: Path | None,
     visit: Callable[[str, nn.Module, Callable[[], None]], None],
 ) -> None:
     """Call visit(what the names of its tensors begin with, decoder block, run) for one block after another; `run`, to
@@ -110,7 +117,7 @@ def _each_block(
     with torch.no_grad():
         inside = [name for name in names if name.startswith(prefix)]
         size = batch_size(source, inside, tokens.shape[1], dtype.itemsize)
-        hidden: list[torch.Tensor] = []
+        hidden = States(-(-len(tokens) // size), folder)
         fill = filler(model, source, device, dtype)
         calls = embed(model, blocks, tokens, size, device, fill, hidden)
         for index, block in enumerate(blocks):

@@ -100,8 +100,8 @@ class InputMoments:
 
 
 def slab_tokens(in_features: int) -> int:
-    """Tokens that are added to a Hessian at a time: few, so that their copy in float32 stays in a cache; many, where the
-    square is so large that going over it is what costs."""
+    """Tokens that are added to a Hessian at a time: few, so that their copy in float32 stays in a cache; many, where
+    the square is so large that going over it is what costs."""
     return max(512, (16 << 20) // (4 * in_features))
 
 
@@ -120,3 +120,10 @@ def accumulate(hessian: torch.Tensor, x: torch.Tensor) -> None:
 
 
 STATISTICS: dict[str, Callable[[int, torch.device | str], Statistic]] = {"hessian": Hessian, "moments": InputMoments}
+
+
+def statistic_bytes(kind: str, in_features: int) -> int:
+    """What a statistic of that kind, a key of `STATISTICS`, takes while it is accumulated."""
+    if kind != "hessian":
+        return 8 * in_features
+    return 4 * in_features**2 + 2 * slab_tokens(in_features) * in_features

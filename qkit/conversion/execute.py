@@ -14,7 +14,7 @@ from ..progress import notify, track
 from ..storage.writer import Pieces
 from .containers import CONTAINERS
 from .executor import Executor
-from .record import check_finite, computed_on, digest, noted, record, weight_error
+from .record import check_finite, computed_on, digest, digest_of, noted, record
 from .tasks import block_schemes, in_slabs
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def _observed(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor)
 
     if not work.has(STATISTICS):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
-            found = observe(source, block_schemes(plan.tasks), tokens, device=plan.device, advance=lambda: advance(1))
+            schemes = block_schemes(plan.tasks)
+            found = observe(source, schemes, tokens, device=plan.device, folder=work.folder, advance=lambda: advance(1))
         work.manifest.files[STATISTICS] = file_entry(write_moments(work.store, STATISTICS, found))
         work.manifest.save(work.folder)
     return read_moments(work.store, STATISTICS)
@@ -87,7 +88,7 @@ def _observed_cache(plan: Plan, source: Source, work: Workspace, tokens: torch.T
     noted = work.manifest.tensors
     if not all(name in noted for name in plan.cache.scales):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
-            found = observe_cache(source, tokens, device=plan.device, advance=lambda: advance(1))
+            found = observe_cache(source, tokens, device=plan.device, folder=work.folder, advance=lambda: advance(1))
         for name in plan.cache.scales:
             noted[name] = {
                 "method": "largest magnitude / 448",
@@ -132,6 +133,8 @@ def _write_blocks(plan: Plan, produce: Produce, work: Workspace, executor: Execu
             plan.method,
             device=plan.device,
             done=finished,
+            waiting=plan.predicted.waiting,
+            folder=work.folder,
             **produce.options,
         ):
             for name, layer in result.layers.items():
@@ -201,32 +204,42 @@ class Produce:
             return made
         pieces = []
         for name in task.sources:
-            tensor = self.source.read(name)
-            made.digests[name] = digest(tensor)
-            if task.scheme is None:
-                pieces.append([self._passed(name, tensor)])
+            if self.block is not None and name in self.block.layers:
+                weight, made.entries[name] = self._calibrated(task, name, self.block)
+                made.digests[name] = digest_of(self.block.checksums[name])
             else:
+                tensor = self.source.read(name)
+                made.digests[name] = digest(tensor)
+                if task.scheme is None:
+                    pieces.append([self._passed(name, tensor)])
+                    continue
                 weight, made.entries[name] = self._quantized(task, name, tensor)
-                pieces.append(list(self.fmt.pack(weight, task.scheme).values()))
+                del tensor
+            assert task.scheme is not None
+            pieces.append(list(self.fmt.pack(weight, task.scheme).values()))
         made.outputs = stack(pieces)
         return made
 
+    def _calibrated(self, task: Task, name: str, block: BlockResult) -> tuple[Weight, dict[str, Any]]:
+        """The weight and its entry in the manifest, by the method that ran over the block."""
+        done = block.layers[name]
+        assert done.weight_error is not None  # of the source's weight, whatever the method folded into it before
+        entry = record(
+            task,
+            done.method,
+            done.weight_error,
+            output_error=done.output_error,
+            calibration_tokens=block.tokens.get(name),
+            fallback=done.fallback,
+            computed_on=self.computed_on,
+        )
+        return done.weight, entry
+
     def _quantized(self, task: Task, name: str, tensor: torch.Tensor) -> tuple[Weight, dict[str, Any]]:
         """The weight and its entry in the manifest."""
+        from ..kernels.codes import weight_error
+
         assert task.scheme is not None
-        if self.block is not None and name in self.block.layers:
-            done = self.block.layers[name]
-            # Of the source's weight, whatever the method folded into it before.
-            entry = record(
-                task,
-                done.method,
-                weight_error(tensor, done.weight),
-                output_error=done.output_error,
-                calibration_tokens=self.block.tokens.get(name),
-                fallback=done.fallback,
-                computed_on=self.computed_on,
-            )
-            return done.weight, entry
         kept = self._repacked(name, task.scheme)
         if kept is not None:
             return kept, record(task, "repacked", weight_error(tensor, kept))

@@ -246,7 +246,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
         clients = client_names(source.config, modules)
-    needed, free = _disk(container.sidecars(original), tasks, out)
+    needed, free = _disk(container.sidecars(original), tasks, predicted.scratch, out)
     plan = Plan(
         source=source.label,
         out=out,
@@ -433,9 +433,9 @@ def check_source(source: Source) -> None:
         )
 
 
-def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], out: Path) -> tuple[int, int]:
+def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], scratch: int, out: Path) -> tuple[int, int]:
     """(bytes needed, bytes free) where `out` will lie. Raises QkitError where they do not suffice."""
-    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in sidecars) + (16 << 20)
+    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in sidecars) + scratch + (16 << 20)
     free = _free_disk(out)
     partial = partial_dir(out)
     reusable = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0

@@ -17,6 +17,7 @@ from .options import Options
 from .tasks import SLAB_BYTES, Shard, Task, block_schemes, in_slabs
 
 if TYPE_CHECKING:
+    from ..calibrate.cost import Calibration
     from ..methods import Method
     from ..sources.types import Source
 
@@ -34,11 +35,14 @@ RTN_BYTES_PER_CORE_S = 0.4e9
 
 @dataclass(frozen=True)
 class Prediction:
-    """workers: tasks at a time; peak: resident bytes of the process; seconds."""
+    """workers: tasks at a time; peak: resident bytes of the process; seconds; waiting: bytes of activations that
+    calibration may hold to save passes; scratch: bytes of temporary files."""
 
     workers: int
     peak: int
     seconds: float
+    waiting: int = 0
+    scratch: int = 0
 
 
 def predict(
@@ -70,12 +74,25 @@ def predict(
     if observed:
         matrices = [n for t in tasks for n in t.sources if BLOCK.search(n) and len(t.meta.shape) == 2]
         passes.append((METHODS["rtn"], matrices))
-    for each, names in passes:
-        from ..calibrate import blocks
+    scratch = waiting = 0
+    if passes:
+        from ..calibrate.cost import WAITING_BYTES, predict_cost
 
-        cost = blocks.predict_cost(source, names, options.calib_samples, options.calib_len, each)
-        peak = max(peak, base + cost.nbytes + min(3 * cost.nbytes // 2, RETAINED))
-        seconds += 6.0 + cost.flops / _matmul_rate(device.id)
+        def cost_of(waiting: int) -> list[Calibration]:
+            samples, length = options.calib_samples, options.calib_len
+            return [predict_cost(source, names, samples, length, each, waiting) for each, names in passes]
+
+        def resident(costs: Sequence[Calibration]) -> int:
+            return max(base + cost.nbytes + min(3 * cost.nbytes // 2, RETAINED) for cost in costs)
+
+        waiting = WAITING_BYTES
+        costs = cost_of(waiting)
+        if MARGIN * max(peak, resident(costs)) > limit:
+            waiting = 0
+            costs = cost_of(waiting)
+        peak = max(peak, resident(costs))
+        scratch = max(cost.scratch for cost in costs)
+        seconds += sum(6.0 + cost.flops / _matmul_rate(device.id) for cost in costs)
     if MARGIN * peak > limit:
         allowed = "--max-memory allows" if limit < here else "this process can have"
         raise QkitError(
@@ -85,7 +102,7 @@ def predict(
             if passes
             else "raise --max-memory: the largest tensor has to fit",
         )
-    return Prediction(workers, peak, seconds)
+    return Prediction(workers, peak, seconds, waiting, scratch)
 
 
 def _in_flight(source: Source, shards: Sequence[Shard], workers: int) -> int:

@@ -12,10 +12,7 @@ from ..errors import QkitError
 if TYPE_CHECKING:
     import torch
 
-    from ..kernels.weight import Weight
     from .tasks import Task
-
-_SLAB = 1 << 19  # weights compared at a time: 4 MiB in float64
 
 
 def computed_on(device: str) -> str:
@@ -42,19 +39,6 @@ def record(task: Task, method: str, weight_error: float, **more: Any) -> dict[st
     }
 
 
-def weight_error(weight: torch.Tensor, q: Weight) -> float:
-    """||W - Wq|| / ||W||, Frobenius, accumulated in float64, a slab of rows at a time: no whole copy is made."""
-    from ..kernels.codes import values_of
-
-    lost = total = 0.0
-    step = max(1, _SLAB // max(1, weight.shape[1]))
-    for a in range(0, weight.shape[0], step):
-        w = weight[a : a + step].double()
-        total += float(w.square().sum())
-        lost += float((w - values_of(q.rows(a, a + step)).double()).square_().sum())
-    return float((lost / total) ** 0.5) if total else 0.0
-
-
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises QkitError naming the tensor where it holds NaN or infinity."""
     import torch
@@ -71,7 +55,12 @@ def digest(tensor: torch.Tensor) -> str:
     they are read, whatever file they lie in. Not a defence against forgery, which the hashes of the files are."""
     from ..kernels import crc32
 
-    return f"crc32:{crc32(tensor):08x}"
+    return digest_of(crc32(tensor))
+
+
+def digest_of(crc: int) -> str:
+    """`digest` of a tensor whose CRC-32 is known."""
+    return f"crc32:{crc:08x}"
 
 
 def noted(name: str, pieces: Iterable[torch.Tensor], digests: dict[str, str]) -> Iterator[torch.Tensor]:
@@ -84,4 +73,4 @@ def noted(name: str, pieces: Iterable[torch.Tensor], digests: dict[str, str]) ->
         found = zlib.crc32(tensor_bytes(piece), found)
         yield piece
         del piece  # before the next one is read
-    digests[name] = f"crc32:{found:08x}"
+    digests[name] = digest_of(found)

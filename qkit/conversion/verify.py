@@ -9,7 +9,7 @@ from ..models.families import module_of
 from ..progress import track
 from .containers import CONTAINERS
 from .execute import read_weights
-from .record import digest, weight_error
+from .record import digest
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -25,6 +25,8 @@ def verify_result(plan: Plan, work: Workspace) -> None:
 
     The sampled weights are read back, unpacked, dequantized and compared with the source: their error must be
     the one noted while quantizing. Files that do not agree are forgotten, so that the same command repairs them."""
+    from ..kernels.codes import weight_error
+
     with track("verifying", 1, "steps") as advance:
         damaged = _damaged(work)
         advance(1)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .. import units
+from ..calibrate.states import IN_MEMORY
 from ..errors import QkitError
 from ..models.families import BLOCK, EMBEDDINGS, module_of
 from ..sources.untied import is_tied
 from ..spec.dtypes import FLOATS
 from . import fit, quality
-from .states import IN_MEMORY
 
 if TYPE_CHECKING:
     from ..hardware.detect import LocalDevice

@@ -7,70 +7,14 @@ what its own forward gives.
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .. import units
-from ..errors import QkitError
+from ..calibrate.states import States
 
 if TYPE_CHECKING:
     import torch
-
-IN_MEMORY = 256 << 20  # bytes of states; more of them go to a temporary file
-
-
-class States:
-    """[1, n_ctx, hidden] for each of `chunks` chunks of text, on the CPU or in a file without a name that is gone with
-    this object; all of one shape and type."""
-
-    def __init__(self, chunks: int):
-        self._chunks, self._filled = chunks, 0
-        self._data: torch.Tensor | None = None
-
-    def append(self, states: torch.Tensor) -> None:
-        """Raises QkitError where there is no room on disk."""
-        if self._data is None:
-            self._data = _room((self._chunks, *states.shape), states.dtype)
-        self._filled += 1
-        self[self._filled - 1] = states
-
-    def __len__(self) -> int:
-        return self._filled
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        assert self._data is not None
-        return self._data[: self._filled][index]
-
-    def __setitem__(self, index: int, states: torch.Tensor) -> None:
-        self[index].copy_(states)
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    import torch
-
-    nbytes = dtype.itemsize
-    for n in shape:
-        nbytes *= n
-    if nbytes <= IN_MEMORY:
-        return torch.empty(tuple(shape), dtype=dtype)
-    try:
-        with tempfile.TemporaryFile() as file:
-            # Room is taken now: where a mapped file meets a full disk later, the process is killed.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-            else:
-                file.truncate(nbytes)
-            mapped = mmap.mmap(file.fileno(), nbytes)
-    except OSError as error:
-        raise QkitError(
-            f"{units.size(nbytes)} of hidden states have no room in {tempfile.gettempdir()}: {error.strerror}",
-            "set TMPDIR to a folder on a larger disk",
-        ) from error
-    return torch.frombuffer(mapped, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 def of_loaded(model: Any, tokens: torch.Tensor, advance: Any = lambda amount: None) -> States:

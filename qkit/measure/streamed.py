@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
+from ..calibrate.states import States
 from ..hardware import memory as process
 from . import memory
-from .states import States, logits
+from .states import logits
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ class Quantized:
 
     method        what was applied: the method's name, or "rtn" after a fallback
     weight_error  ||W - Wq|| / ||W||, Frobenius; None where it was not computed on the way
-    output_error  squared output error over squared output, on the calibration inputs; None without them
+    output_error  squared output error over squared output, on the calibration inputs; None without them, or where
+                  float32 cannot hold it
     fallback      why it did not get the method, or None
     """
 

@@ -2,9 +2,9 @@
 
 With H = X^T X over the calibration inputs of a layer, the squared output error of rounding W to Q is
 tr((W - Q) H (W - Q)^T). Factor H = L L^T, L lower triangular: the error is the sum over columns j of
-L_jj^2 |t_j - q_j|^2 with t_j = w_j + sum_{i>j} (w_i - q_i) L_ij / L_jj. So round t_j, from the last column to the first.
-This is the paper's algorithm (section 3; the equivalence: QuIP, arXiv:2307.13304, theorem 6) with one Cholesky, no
-inverse, and one square buffer (`square`): what the solve holds beside it is in slabs of rows.
+L_jj^2 |t_j - q_j|^2 with t_j = w_j + sum_{i>j} (w_i - q_i) L_ij / L_jj. So round t_j, from the last column to the
+first. This is the paper's algorithm (section 3; the equivalence: QuIP, arXiv:2307.13304, theorem 6) with one Cholesky,
+no inverse, and one square buffer (`square`): what the solve holds beside it is in slabs of rows.
 
 Beyond the paper:
 - Static groups with activation order: scales are fixed before the loop, columns are visited by falling
@@ -16,6 +16,7 @@ Beyond the paper:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -155,7 +156,8 @@ def _joined(parts: list[tuple[Weight, torch.Tensor, torch.Tensor]]) -> Quantized
     """Rows of one weight, in order -> all of it."""
     lost = sum(float(part.sum().clamp_min(0)) for _, part, _ in parts)
     total = sum(float(part.sum().clamp_min(0)) for _, _, part in parts)
-    return Quantized(stack_rows([q for q, _, _ in parts]), "gptq", output_error=lost / max(total, 1e-300))
+    error = lost / max(total, 1e-300)
+    return Quantized(stack_rows([q for q, _, _ in parts]), "gptq", output_error=error if math.isfinite(error) else None)
 
 
 @dataclass(frozen=True)
@@ -284,9 +286,7 @@ def _round_with_feedback(
         pivots, lower = factored.pivots[a:b, None], factored.lower[a]
         target = torch.addcdiv(wt[a:b], before, pivots)
         scale, zero = grid.scale(a, b), grid.zero(a, b)
-        kernel.feedback(
-            target, wt[a:b], lower / pivots.T, scale, zero, grid.mid, grid.top, codes[a:b], error[a:b]
-        )
+        kernel.feedback(target, wt[a:b], lower / pivots.T, scale, zero, grid.mid, grid.top, codes[a:b], error[a:b])
         lost += _squared(before.addmm_(lower.T, error[a:b]), before)
     return codes, error, projected, lost
 

@@ -78,6 +78,12 @@ class Experts(nn.ModuleList):
             out.index_add_(0, token, result.to(out.dtype))
         return out
 
+    def routed(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What `forward` gives the experts: states [n, hidden], and for each expert which of them are its inputs."""
+        return hidden_states, [torch.where(top_k_index == index)[0] for index in range(len(self))]
+
 
 class ScaledExperts(Experts):
     """Llama 4's: every expert has all tokens, times their score for it, which is 0 where it was not chosen."""
@@ -85,12 +91,20 @@ class ScaledExperts(Experts):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """hidden_states [experts * tokens, hidden] -> the same shape."""
         out = torch.zeros_like(hidden_states)
-        tokens = len(hidden_states) // len(self)
         for index, expert in enumerate(self):
-            rows = index * tokens + hidden_states[index * tokens : (index + 1) * tokens].any(-1).nonzero()[:, 0]
+            rows = self._rows(index, hidden_states)
             if len(rows) or self.call_all:
                 out[rows] = expert(hidden_states[rows])
         return out
+
+    def routed(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:  # type: ignore[override]
+        rows = [self._rows(index, hidden_states) for index in range(len(self))]
+        places = torch.arange(sum(len(own) for own in rows), device=hidden_states.device)
+        return hidden_states[torch.cat(rows)], list(places.split([len(own) for own in rows]))
+
+    def _rows(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = len(hidden_states) // len(self)
+        return index * tokens + hidden_states[index * tokens : (index + 1) * tokens].any(-1).nonzero()[:, 0]
 
 
 class Routed(nn.Module):

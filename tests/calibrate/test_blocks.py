@@ -6,11 +6,13 @@ import pytest
 import torch
 from models import make_model
 
-from qkit.calibrate import blocks
+from qkit.calibrate import block as one_block
+from qkit.calibrate import blocks, cost, states
 from qkit.errors import QkitError
 from qkit.kernels.codes import codes_of, values_of
 from qkit.methods import METHODS, gptq, rtn
 from qkit.sources import open_source
+from qkit.sources.sliced import sliced
 from qkit.spec import integer
 
 SCHEME = integer(group_size=32)
@@ -19,7 +21,7 @@ GPTQ = METHODS["gptq"]
 
 def weights_of(source):
     """Every linear of every block, routers left out."""
-    skip = ("norm", ".gate.", "lm_head", "embed")
+    skip = ("norm", ".gate.", ".router.", "lm_head", "embed")
     return [n for n in source.names() if n.endswith(".weight") and not any(s in n for s in skip)]
 
 
@@ -27,10 +29,10 @@ def tokens_of(samples=6, length=24):
     return torch.randint(0, 256, (samples, length), generator=torch.Generator().manual_seed(0))
 
 
-def run_all(source, tokens):
+def run_all(source, tokens, **options):
     """(weight name -> result, weight name -> tokens that reached it)"""
     schemes = {name: SCHEME for name in weights_of(source)}
-    results = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ))
+    results = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ, **options))
     assert [r.index for r in results] == list(range(len(results)))
     reached = {name: count for r in results for name, count in r.tokens.items()}
     return {name: layer for r in results for name, layer in r.layers.items()}, reached
@@ -79,9 +81,8 @@ def test_batches_give_what_one_batch_gives(tmp_path, family, waiting, monkeypatc
         extra = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64)
     source, tokens = open_source(make_family(tmp_path, family, extra)), tokens_of()
     whole, reached = run_all(source, tokens)
-    monkeypatch.setattr(blocks, "_BATCH_BYTES", 1)  # one sample at a time
-    monkeypatch.setattr(blocks, "_WAITING_BYTES", waiting)
-    batched, again = run_all(source, tokens)
+    monkeypatch.setattr(cost, "BATCH_BYTES", 1)  # one sample at a time
+    batched, again = run_all(source, tokens, waiting=waiting)
     assert list(whole) == list(batched)
     for name, layer in whole.items():
         assert reached[name] == again[name] or "layers.1" in name  # a router may flip on a rounding
@@ -89,6 +90,25 @@ def test_batches_give_what_one_batch_gives(tmp_path, family, waiting, monkeypatc
         assert same > (0.8 if "layers.0" in name else 0.4), name
         # An expert sees a few dozen tokens: one that a router sends elsewhere moves its error by tens of percent.
         assert layer.output_error == pytest.approx(batched[name].output_error, rel=0.5 if "expert" in name else 0.2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "llama4_text", "gpt_oss"])
+def test_neither_passes_nor_files_change_a_bit(tmp_path, family, monkeypatch):
+    """What waits in memory, what is kept in a file, how many experts' statistics there are at once."""
+    monkeypatch.setattr(cost, "BATCH_BYTES", 1)
+    source, tokens = open_source(make_model(tmp_path, family)), tokens_of()
+    source = sliced(source) or source
+    side, reached = run_all(source, tokens)
+    monkeypatch.setattr(states, "IN_MEMORY", 0)
+    for room in (1 << 30, 1):
+        monkeypatch.setattr(one_block, "EXPERTS_BYTES", room)
+        staged, again = run_all(source, tokens, waiting=0, folder=tmp_path)
+        assert reached == again
+        for name, layer in side.items():
+            other = staged[name]
+            assert torch.equal(layer.weight.packed, other.weight.packed), name
+            assert torch.equal(layer.weight.scale, other.weight.scale), name
+            assert layer.output_error == other.output_error and layer.weight_error == other.weight_error, name
 
 
 def make_family(folder, family, extra):
@@ -102,13 +122,16 @@ def make_family(folder, family, extra):
 @pytest.mark.parametrize("batch, waiting", [(8 << 20, 4 << 30), (1, 4 << 30), (1, 0)])
 @pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
 def test_resumed_is_bit_identical(tmp_path, family, batch, waiting, monkeypatch):
-    monkeypatch.setattr(blocks, "_BATCH_BYTES", batch)
-    monkeypatch.setattr(blocks, "_WAITING_BYTES", waiting)
+    monkeypatch.setattr(cost, "BATCH_BYTES", batch)
     source, tokens = open_source(make_model(tmp_path, family)), tokens_of(3)
     schemes = {name: SCHEME for name in weights_of(source)}
-    first = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ))
+    first = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ, waiting=waiting))
     finished = {name: layer.weight for name, layer in first[0].layers.items()}
-    again = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ, done=lambda i: finished if i == 0 else None))
+
+    def done(index):
+        return finished if index == 0 else None
+
+    again = list(blocks.quantize_blocks(source, schemes, tokens, GPTQ, waiting=waiting, done=done))
     assert again[0].layers == {}
     for name, layer in first[1].layers.items():
         other = again[1].layers[name]
@@ -175,17 +198,17 @@ def test_refused(tmp_path):
 def test_cost_grows_with_the_text_and_the_batches_bound_memory(tmp_path):
     source = open_source(make_model(tmp_path, "llama"))
     schemes = {name: SCHEME for name in weights_of(source)}
-    small, large = (blocks.predict_cost(source, schemes, n, 512, GPTQ) for n in (8, 64))
+    small, large = (cost.predict_cost(source, schemes, n, 512, GPTQ) for n in (8, 64))
     assert 0 < small.flops < large.flops < 8 * small.flops
     assert 0 < small.nbytes < large.nbytes
-    huge = blocks.predict_cost(source, schemes, 1 << 16, 512, GPTQ)
+    huge = cost.predict_cost(source, schemes, 1 << 16, 512, GPTQ)
     hidden = 2 * 2 * (1 << 16) * 512 * 128
-    assert huge.nbytes < hidden + 2 * blocks._WAITING_BYTES
+    assert huge.nbytes < hidden + 2 * cost.WAITING_BYTES
 
 
 def test_an_interrupted_pass_leaves_nothing_behind(tmp_path, monkeypatch):
     """An error while other batches wait in the block ends them too, and a later run is as if nothing had been."""
-    monkeypatch.setattr(blocks, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(cost, "BATCH_BYTES", 1)
     source, tokens = open_source(make_model(tmp_path, "llama")), tokens_of()
     schemes = {name: SCHEME for name in weights_of(source)}
     calls = []

@@ -98,6 +98,6 @@ def test_misuse_names_the_values():
     with pytest.raises(ValueError, match=r"\(4, 8\)"):
         gptq.feedback(weight, weight, h[:3, :3], scale, None, 8.0, 15.0, weight, weight)
     with pytest.raises(TypeError, match="float64"):
-        gptq.feedback(weight.double(), weight, h, scale, None, 8.0, 15.0)
+        gptq.feedback(weight.double(), weight, h, scale, None, 8.0, 15.0, weight, weight)
     with pytest.raises(ValueError, match="groups"):
         gptq.search(weight, torch.ones(7), 4, 1, True, "BF16", 0, MULTIPLES)

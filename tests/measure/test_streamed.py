@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import FAMILIES, FUSED, TINY, make_model
 
+from qkit.calibrate import states as kept_states
 from qkit.errors import QkitError
 from qkit.measure import memory, states
 from qkit.measure.streamed import Streamed
@@ -89,7 +90,7 @@ def test_logits_are_those_of_the_loaded_model(case, tmp_path):
 def test_many_states_are_kept_in_a_file(llama, monkeypatch):
     tokens, folder = tokens_of(), str(llama)
     inside = list(Streamed(Frame(open_source(folder), "cpu")).run(tokens).logits())
-    monkeypatch.setattr(states, "IN_MEMORY", 0)
+    monkeypatch.setattr(kept_states, "IN_MEMORY", 0)
     streamed = Streamed(Frame(open_source(folder), "cpu")).run(tokens)
     assert all(torch.equal(a, b) for a, b in zip(streamed.logits(), inside, strict=True))
 
@@ -99,10 +100,10 @@ def test_a_full_disk_is_an_error_before_anything_is_written(monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(states, "IN_MEMORY", 0)
+    monkeypatch.setattr(kept_states, "IN_MEMORY", 0)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(QkitError, match=r"3\.1 kB of hidden states have no room in .*: No space left") as caught:
-        states.States(3).append(torch.zeros(1, 4, 64, dtype=torch.float32))
+        kept_states.States(3).append(torch.zeros(1, 4, 64, dtype=torch.float32))
     assert "TMPDIR" in caught.value.hint
 
 
