@@ -60,6 +60,7 @@ def weight_error(weight: torch.Tensor, q: Weight) -> float:
 def squared_error(weight: torch.Tensor, q: Weight) -> tuple[float, float]:
     """(||W - Wq||^2, ||W||^2), accumulated in float64, a slab of rows at a time: no whole copy is made."""
     lost = total = 0.0
+    q = q.plain()
     step = max(1, _SLAB // max(1, weight.shape[1]))
     for a in range(0, weight.shape[0], step):
         w = weight[a : a + step].double()

@@ -66,8 +66,10 @@ def encode(w: torch.Tensor, name: str, importance: torch.Tensor | None = None) -
     return encode_with_error(w, name, importance)[0]
 
 
-def encode_with_error(w: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
-    """Blocks of the type `name` (of `GRIDS`): uint8 [rows, bytes of a row]; and |w - decoded| / |w|, Frobenius.
+def encode_with_error(
+    w: torch.Tensor, name: str, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float, float]:
+    """Blocks of the type `name` (of `GRIDS`): uint8 [rows, bytes of a row]; and |w - decoded|^2, |w|^2.
 
     w           float [rows, in], on the CPU; blocks divide `in`
     importance  float [in], not negative: what a squared error in each input costs; None: the same for all
@@ -89,17 +91,17 @@ def encode_with_error(w: torch.Tensor, name: str, importance: torch.Tensor | Non
         raise
     if not total < _MOST**2 / 2:  # NaN is not
         _check_range(w, _MOST)
-    return out, math.sqrt(lost / total) if total else 0.0
+    return out, lost, total
 
 
-def _floats(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+def _floats(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float, float]:
     _check_range(w, torch.finfo(dtype).max)
     kept = w.to(dtype).contiguous()
     lost = total = 0.0
     for x, y in _slabs(w, kept):
         x = x.double()
         lost, total = lost + float((x - y.double()).square_().sum()), total + float(x.square_().sum())
-    return kept.view(torch.uint8), math.sqrt(lost / total) if total else 0.0
+    return kept.view(torch.uint8), lost, total
 
 
 def _slabs(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

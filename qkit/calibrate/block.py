@@ -33,7 +33,7 @@ class BlockResult:
     """One decoder block, done. Names are whole tensor names.
 
     index      counts decoder blocks from 0
-    layers     weight name -> result, with its weight_error; empty for a block that was finished before
+    layers     weight name -> result, with its squared error; empty for a block that was finished before
     tokens     weight name -> how many calibration tokens reached it (an expert gets its share)
     checksums  weight name -> CRC-32 of what the source has
     replaced   tensors that the method changed beside or before quantizing, in the source's dtype
@@ -325,7 +325,7 @@ class Block:
     def _solve(self, groups: Iterable[Group]) -> None:
         """Quantize what is left of `groups` and put it into the block."""
         from ..kernels import crc32
-        from ..kernels.codes import weight_error
+        from ..kernels.codes import squared_error
 
         for group in groups:
             members = [local for local in self.groups[group] if self.names[local] not in self.results]
@@ -344,7 +344,7 @@ class Block:
                 name, weight = self.names[local], result.weight.to("cpu")
                 original = (self.source.read(name) if name in self.replaced else weights[i]).to("cpu")
                 self.checksums[name] = crc32(original)
-                self.results[name] = replace(result, weight=weight, weight_error=weight_error(original, weight))
+                self.results[name] = replace(result, weight=weight, squared=squared_error(original, weight))
                 self.tokens[name] = seen.tokens
                 del original
                 install(self.modules[local], result.weight)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import QkitError
-from ..methods import METHODS
 from ..models.config import positive_int, text_config
 from ..models.families import is_kv_scale, module_of
 from ..progress import notify, track
-from ..storage.writer import Pieces
+from ..storage.crc import combine
+from ..storage.store import FileDigest
 from .containers import CONTAINERS
 from .executor import Executor
-from .record import check_finite, computed_on, digest, digest_of, noted, record
-from .tasks import block_schemes, in_slabs
+from .produce import Part, Produce, outputs, parts_of
+from .record import computed_on, digest_of, record
+from .tasks import block_schemes
 
 if TYPE_CHECKING:
     import torch
 
-    from ..calibrate.block import BlockResult
     from ..calibrate.statistics import Moments
     from ..formats.base import Format
     from ..kernels.weight import Weight
-    from ..methods import Method
     from ..sources.types import Source
-    from ..spec import LayerSpec
     from ..storage.store import FileDigest, Store
+    from ..storage.writer import Pieces
     from .plan import Plan
     from .tasks import Shard, Task
     from .workspace import Workspace
@@ -35,16 +34,6 @@ if TYPE_CHECKING:
 
 # What a method that observes the whole model saw: mean squares of every quantized weight's inputs.
 STATISTICS = "imatrix.safetensors"
-
-
-@dataclass
-class Produced:
-    """What a task gave: its outputs in writing order; entries of the manifest by name of the weight, for quantized
-    ones; digests of the source tensors by name."""
-
-    outputs: Sequence[torch.Tensor | Pieces]
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 def write_weights(plan: Plan, source: Source, work: Workspace, executor: Executor, tokens: torch.Tensor | None) -> None:
@@ -161,7 +150,7 @@ def _finished_block(
             if task.scheme is not None:
                 found |= read_weights(task, fmt, file.read)
             elif replaced and not is_kv_scale(task.name):
-                found |= zip(task.sources, parts(task, file.read(task.outputs[0][0])), strict=True)
+                found |= zip(task.sources, parts_of(task, file.read(task.outputs[0][0])), strict=True)
         file.close()
     return found
 
@@ -170,115 +159,11 @@ def read_weights(task: Task, fmt: Format, read: Callable[[str], torch.Tensor]) -
     """Source name -> weight, from a quantized task's outputs as they were written. read: (name) -> tensor."""
     assert task.scheme is not None
     place = fmt.place(module_of(task.name)) + fmt.joint
-    outputs = {name.removeprefix(place): parts(task, read(name)) for name, _ in task.outputs}
+    outputs = {name.removeprefix(place): parts_of(task, read(name)) for name, _ in task.outputs}
     return {
         source: fmt.unpack({local: tensors[i] for local, tensors in outputs.items()}, task.scheme)
         for i, source in enumerate(task.sources)
     }
-
-
-def parts(task: Task, output: torch.Tensor) -> Sequence[torch.Tensor]:
-    """An output's share of each of the task's sources."""
-    return [output] if len(task.sources) == 1 else list(output)
-
-
-@dataclass(frozen=True)
-class Produce:
-    """A task's outputs: quantized, or passed through. With the result of a block, what a calibrated method made of it;
-    else from the source alone, by a method that needs no data."""
-
-    plan: Plan
-    source: Source
-    fmt: Format
-    method: Method
-    options: Mapping[str, Any]
-    block: BlockResult | None = None
-    computed_on: str | None = None
-    statistics: Mapping[str, Moments] = field(default_factory=dict)
-
-    def __call__(self, task: Task) -> Produced:
-        made = Produced([])
-        slabs = in_slabs(task, self.source) if self.block is None else None
-        if slabs is not None:
-            made.outputs = [Pieces(task.meta, noted(task.name, slabs, made.digests))]
-            return made
-        pieces = []
-        for name in task.sources:
-            if self.block is not None and name in self.block.layers:
-                weight, made.entries[name] = self._calibrated(task, name, self.block)
-                made.digests[name] = digest_of(self.block.checksums[name])
-            else:
-                tensor = self.source.read(name)
-                made.digests[name] = digest(tensor)
-                if task.scheme is None:
-                    pieces.append([self._passed(name, tensor)])
-                    continue
-                weight, made.entries[name] = self._quantized(task, name, tensor)
-                del tensor
-            assert task.scheme is not None
-            pieces.append(list(self.fmt.pack(weight, task.scheme).values()))
-        made.outputs = stack(pieces)
-        return made
-
-    def _calibrated(self, task: Task, name: str, block: BlockResult) -> tuple[Weight, dict[str, Any]]:
-        """The weight and its entry in the manifest, by the method that ran over the block."""
-        done = block.layers[name]
-        assert done.weight_error is not None  # of the source's weight, whatever the method folded into it before
-        entry = record(
-            task,
-            done.method,
-            done.weight_error,
-            output_error=done.output_error,
-            calibration_tokens=block.tokens.get(name),
-            fallback=done.fallback,
-            computed_on=self.computed_on,
-        )
-        return done.weight, entry
-
-    def _quantized(self, task: Task, name: str, tensor: torch.Tensor) -> tuple[Weight, dict[str, Any]]:
-        """The weight and its entry in the manifest."""
-        from ..kernels.codes import weight_error
-
-        assert task.scheme is not None
-        kept = self._repacked(name, task.scheme)
-        if kept is not None:
-            return kept, record(task, "repacked", weight_error(tensor, kept))
-        try:
-            moments = self.statistics.get(name)
-            if self.method.needs and moments is None:  # of no decoder block: the head
-                (done,) = METHODS["rtn"].quantize([tensor], None, [task.scheme])
-            else:
-                (done,) = self.method.quantize([tensor], moments, [task.scheme], **self.options)
-        except QkitError as e:
-            raise QkitError(f"{name}: {e.message}", e.hint) from e
-        error = weight_error(tensor, done.weight) if done.weight_error is None else done.weight_error
-        tokens = None if moments is None else moments.tokens
-        return done.weight, record(task, done.method, error, calibration_tokens=tokens, fallback=done.fallback)
-
-    def _repacked(self, name: str, scheme: LayerSpec) -> Weight | None:
-        """The codes that the source stores, where they are on the grid that is wanted."""
-        from ..formats.expanded import Expanded, repacked, same_grid
-        from ..sources.types import found_in
-
-        source = found_in(self.source, Expanded)
-        if source is None or name not in source.schemes or not same_grid(source.schemes[name], scheme):
-            return None
-        try:
-            return repacked(source.weight(name), scheme)
-        except QkitError as error:
-            raise QkitError(f"{name}: {error.message}", error.hint) from error
-
-    def _passed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, or what the method put in its place. Raises QkitError for NaN or infinity in the source."""
-        check_finite(name, tensor)
-        return tensor if self.block is None else self.block.replaced.get(name, tensor)
-
-
-def stack(pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The outputs of each source -> those of the task."""
-    import torch
-
-    return pieces[0] if len(pieces) == 1 else [torch.stack(same) for same in zip(*pieces, strict=True)]
 
 
 @dataclass
@@ -290,27 +175,33 @@ class Written:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
+    def note(self, task: Task, parts: Sequence[Part]) -> None:
+        """What the manifest says of a task that is written. parts: of all its sources, in order."""
+        for name, own in groupby(parts, lambda part: part.source):
+            first, *rest = own
+            crc, lost, total = first.crc, *first.squared
+            for part in rest:
+                crc = combine(crc, part.crc, part.nbytes)
+                lost, total = lost + part.squared[0], total + part.squared[1]
+            self.digests[name] = digest_of(crc)
+            if task.scheme is not None:
+                self.entries[name] = record(task, squared=(lost, total), **first.facts)
+
 
 def make_shard(
     shard: Shard, produce: Produce, store: Store, executor: Executor, advance: Callable[[int], None]
 ) -> Written:
     """Write one file. advance: called with the source bytes of each task that is done."""
-    entries: dict[str, dict[str, Any]] = {}
-    made_of: list[Produced] = []
+    written = Written(FileDigest("", 0))
 
     def stream() -> Iterator[torch.Tensor | Pieces]:
-        for task, made in zip(shard.tasks, executor.run(produce, shard.tasks), strict=True):
-            made_of.append(made)
-            yield from made.outputs
-            made.outputs = ()  # or they would live until the next task is done
+        parts = iter(executor.run(produce, (job for task in shard.tasks for job in produce.jobs(task))))
+        for task in shard.tasks:
+            yield from outputs(task, islice(parts, produce.count(task)), written.note)
             advance(task.bytes_in)
 
-    file = CONTAINERS[produce.fmt.container].write(produce.plan, store, shard, stream())
-    digests: dict[str, str] = {}
-    for made in made_of:  # digests of what comes in pieces are there once it has been written
-        entries.update(made.entries)
-        digests.update(made.digests)
-    return Written(file, entries, digests)
+    written.file = CONTAINERS[produce.fmt.container].write(produce.plan, store, shard, stream())
+    return written
 
 
 def _write_shard(

@@ -17,8 +17,11 @@ class Executor(Protocol):
         ...
 
 
+AHEAD = 2  # tasks of each worker that are under way, or done and not taken: one is computed while another is written
+
+
 class Threads:
-    """An `Executor` on threads of this process."""
+    """An `Executor` on threads of this process, which share its cores: each computes with a team of its own."""
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -27,14 +30,22 @@ class Threads:
         from collections import deque
         from concurrent.futures import Future, ThreadPoolExecutor
 
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qkit")
+        import torch
+
+        before = torch.get_num_threads()
+        team = max(1, before // self.workers)
+        # A thread's own number, as OpenMP has it; where a library takes it for all, it is put back below.
+        pool = ThreadPoolExecutor(
+            self.workers, thread_name_prefix="qkit", initializer=torch.set_num_threads, initargs=(team,)
+        )
         pending: deque[Future[Any]] = deque()
         try:
             for task in tasks:
-                if len(pending) >= self.workers:
+                if len(pending) >= AHEAD * self.workers:
                     yield pending.popleft().result()
                 pending.append(pool.submit(work, task))
             while pending:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)

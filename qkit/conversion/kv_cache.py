@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from ..errors import QkitError
 from ..models.config import model_dtype
 from ..models.families import KV_SCALES, is_kv_scale
 from ..models.skeleton import check_architecture
-from ..sources.types import Source, Wrapped
+from ..sources.types import Rows, Source, Wrapped
 from ..spec.dtypes import E4M3_MAX, TensorMeta, torch_dtype
 from .options import AS_STORED, Options
 
@@ -50,8 +50,8 @@ class CacheScales(Wrapped):
         scale = max(self.largest[name] / E4M3_MAX, torch.finfo(dtype).tiny) if self.largest[name] else 1.0
         return torch.tensor([scale], dtype=dtype)
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return None if name in self._own else self.source.slabs(name, most)
+    def rows(self, name: str) -> Rows | None:
+        return None if name in self._own else self.source.rows(name)
 
 
 def with_cache(

@@ -241,7 +241,7 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
     shards = container.shards(tasks, by_block, name)
-    predicted = predict(source, shards, method, options, device, cache is not None)
+    predicted = predict(source, shards, fmt, method, options, device, cache is not None)
     modules = [module_of(n) for n in source.names() if n.endswith(".weight")]
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):

@@ -13,11 +13,13 @@ from ..hardware.detect import LocalDevice, cores
 from ..methods import METHODS
 from ..models.families import BLOCK
 from ..text.tokenizer import held
+from .executor import AHEAD
 from .options import Options
-from .tasks import SLAB_BYTES, Shard, Task, block_schemes, in_slabs
+from .tasks import Shard, block_schemes, row_ranges
 
 if TYPE_CHECKING:
     from ..calibrate.cost import Calibration
+    from ..formats.base import Format
     from ..methods import Method
     from ..sources.types import Source
 
@@ -48,6 +50,7 @@ class Prediction:
 def predict(
     source: Source,
     shards: Sequence[Shard],
+    fmt: Format,
     method: Method,
     options: Options,
     device: LocalDevice,
@@ -66,9 +69,10 @@ def predict(
     tasks = [task for shard in shards for task in shard.tasks]
     usable = cores()
     workers = usable
-    while workers > 1 and MARGIN * (base + _in_flight(source, shards, workers)) > limit:
+    sizes = [_sizes(shard, source, fmt, method) for shard in shards]
+    while workers > 1 and MARGIN * (base + _in_flight(sizes, workers)) > limit:
         workers -= 1
-    peak = base + _in_flight(source, shards, workers)
+    peak = base + _in_flight(sizes, workers)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
     if observed:
@@ -105,21 +109,35 @@ def predict(
     return Prediction(workers, peak, seconds, waiting, scratch)
 
 
-def _in_flight(source: Source, shards: Sequence[Shard], workers: int) -> int:
-    """Most bytes alive at once while, file by file, `workers` tasks run in order, the first of them being written.
+def _in_flight(sizes: Sequence[Sequence[tuple[int, int]]], workers: int) -> int:
+    """Most bytes alive at once while, file by file, parts of tasks are computed in order, some ahead of their turn.
 
-    A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
+    sizes: of each file, for each part: what it takes, and what is put together of its task while it is written."""
     most = 0
-    for shard in shards:
-        # Of each task: what it holds ahead of its turn, and while it is written. Slabs are read as they are written.
-        held = [(0, SLAB_BYTES) if in_slabs(task, source) else 2 * (_held(task),) for task in shard.tasks]
-        for i, (_, now) in enumerate(held):
-            most = max(most, now + sum(ahead for ahead, _ in held[i + 1 : i + workers]))
+    for parts in sizes:
+        ahead = 0
+        window = AHEAD * workers
+        for i, (own, joined) in enumerate(parts):
+            ahead += own - (parts[i - window][0] if i >= window else 0)
+            most = max(most, ahead + max(joined, parts[max(0, i - window)][1]))
     return most
 
 
-def _held(task: Task) -> int:
-    return task.bytes_in + task.numel + task.bytes_out if task.scheme else task.bytes_in
+def _sizes(shard: Shard, source: Source, fmt: Format, method: Method) -> list[tuple[int, int]]:
+    """A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
+    found = []
+    for task in shard.tasks:
+        ranges = row_ranges(task, source, fmt, method)
+        count = len(task.sources) if ranges is None else len(ranges)
+        own = task.bytes_in + (task.numel + task.bytes_out if task.scheme else 0)
+        joined = 0 if count == 1 else task.bytes_out
+        if ranges is not None:
+            own = own * (ranges[0][1] - ranges[0][0]) // task.meta.shape[0]
+            # The first output goes to the file as its parts come, where they follow each other there.
+            streamed = task.scheme is None or fmt.rows_follow
+            joined -= task.outputs[0][1].nbytes if streamed else 0
+        found += [(own // (count if ranges is None else 1), joined)] * count
+    return found
 
 
 def _matmul_rate(device: str) -> float:

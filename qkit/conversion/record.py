@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +24,10 @@ def computed_on(device: str) -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}, kernels {backend()}, {torch.get_num_threads()} threads"
 
 
-def record(task: Task, method: str, weight_error: float, **more: Any) -> dict[str, Any]:
-    """The manifest's entry for a quantized weight. weight_error: ||W - Wq|| / ||W||, Frobenius."""
+def record(task: Task, method: str, squared: tuple[float, float], **more: Any) -> dict[str, Any]:
+    """The manifest's entry for a quantized weight. squared: (||W - Wq||^2, ||W||^2), Frobenius."""
+    lost, total = squared
+    weight_error = (lost / total) ** 0.5 if total else 0.0
     assert task.scheme is not None
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in more.items() if v is not None}
     return {
@@ -61,16 +61,3 @@ def digest(tensor: torch.Tensor) -> str:
 def digest_of(crc: int) -> str:
     """`digest` of a tensor whose CRC-32 is known."""
     return f"crc32:{crc:08x}"
-
-
-def noted(name: str, pieces: Iterable[torch.Tensor], digests: dict[str, str]) -> Iterator[torch.Tensor]:
-    """The pieces of a tensor, checked to be finite as they pass; once all have, `digest` of the tensor in `digests`."""
-    from ..storage.writer import tensor_bytes
-
-    found = 0
-    for piece in pieces:
-        check_finite(name, piece)
-        found = zlib.crc32(tensor_bytes(piece), found)
-        yield piece
-        del piece  # before the next one is read
-    digests[name] = digest_of(found)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
+from ..methods import METHODS
 from ..models.families import BLOCK, why_kept
+from ..sources.types import ROWS, found_in
 from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..formats.base import Format
+    from ..methods import Method
     from ..sources.types import Source
 
 SHARD_BYTES = 2 * 10**9
-SLAB_BYTES = 32 << 20  # of a tensor that passes through, in memory at a time
+SLAB_BYTES = 32 << 20  # of a tensor, handled at a time
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,34 @@ class Shard:
         return sum(t.bytes_out for t in self.tasks)
 
 
-def in_slabs(task: Task, source: Source) -> Iterator[torch.Tensor] | None:
-    """The one tensor of a task that passes through, in pieces; None where it is small, or is handled whole."""
-    if task.scheme is not None or len(task.sources) > 1 or task.bytes_in <= SLAB_BYTES:
+def slab_ranges(meta: TensorMeta) -> list[tuple[int, int]]:
+    """(first, end) of the rows of a tensor that are handled at a time."""
+    rows = meta.shape[0]
+    step = max(ROWS, SLAB_BYTES // max(1, meta.nbytes // max(1, rows)) // ROWS * ROWS)
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def row_ranges(task: Task, source: Source, fmt: Format, method: Method) -> list[tuple[int, int]] | None:
+    """The ranges of rows in which the one tensor of a task is read, quantized and packed; None where it is small, or is
+    handled whole."""
+    if len(task.sources) > 1 or task.bytes_in <= SLAB_BYTES:
         return None
-    return source.slabs(task.name, SLAB_BYTES) if task.outputs[0][1] == task.meta else None
+    if task.scheme is None:
+        apart = task.outputs[0][1] == task.meta
+    else:
+        method = method if method.by_rows else METHODS["rtn"]  # what a calibrated method leaves: the head
+        apart = fmt.by_rows and not method.whole(task.scheme) and not keeps_codes(source, task)
+    return slab_ranges(task.meta) if apart and source.rows(task.name) is not None else None
+
+
+def keeps_codes(source: Source, task: Task) -> bool:
+    """Whether a quantized source holds codes on the very grid that is wanted."""
+    from ..formats.expanded import Expanded, same_grid
+
+    found = found_in(source, Expanded)
+    if found is None or task.scheme is None or task.name not in found.schemes:
+        return False
+    return same_grid(found.schemes[task.name], task.scheme)
 
 
 def schemes_of(tasks: Iterable[Task]) -> dict[str, LayerSpec]:

@@ -9,7 +9,8 @@ from ..models.families import module_of
 from ..progress import track
 from .containers import CONTAINERS
 from .execute import read_weights
-from .record import digest
+from .produce import compared
+from .record import digest_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -25,8 +26,6 @@ def verify_result(plan: Plan, work: Workspace) -> None:
 
     The sampled weights are read back, unpacked, dequantized and compared with the source: their error must be
     the one noted while quantizing. Files that do not agree are forgotten, so that the same command repairs them."""
-    from ..kernels.codes import weight_error
-
     with track("verifying", 1, "steps") as advance:
         damaged = _damaged(work)
         advance(1)
@@ -42,13 +41,13 @@ def verify_result(plan: Plan, work: Workspace) -> None:
                 raise QkitError(f"verification failed: {name} is {written.meta(name)}, planned was {meta}", _HINT)
     for task in sample([t for t in plan.tasks if t.scheme is not None]):
         for name, weight in read_weights(task, plan.fmt, written.read).items():
-            original = plan.view.read(name)
-            if digest(original) != work.manifest.sources[name]:
+            crc, error = compared(plan.view, name, weight)
+            if digest_of(crc) != work.manifest.sources[name]:
                 raise QkitError(
                     f"verification failed: {name} is not what it was when it was converted",
                     "leave the source alone while it is converted, and start again with --restart",
                 )
-            error, noted = weight_error(original, weight), work.manifest.tensors[name]["weight_error"]
+            noted = work.manifest.tensors[name]["weight_error"]
             if abs(error - noted) > 1e-4 * max(noted, 1e-3):
                 work.drop({files[output] for output, _ in task.outputs})
                 raise QkitError(

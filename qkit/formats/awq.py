@@ -35,6 +35,8 @@ class AWQ(Format):
     name: str = "awq"
     quant_method: ClassVar[str | None] = "awq"
     default_scheme: ClassVar[str] = "w4a16-asym"
+    by_rows: ClassVar[bool] = True
+    rows_follow: ClassVar[bool] = False
 
     def scheme_for(self, scheme: LayerSpec, model_dtype: str) -> LayerSpec:
         if scheme.bits != 4:
@@ -71,7 +73,7 @@ class AWQ(Format):
             "scales": TensorMeta("F16", (groups, out)),
         }
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 

@@ -30,6 +30,9 @@ class Format(Protocol):
     calibrated      the method of a user who names none, below 8 bits
     joint           between a module's place and a local name
     whole_experts   an expert's gate and up are one matrix
+    by_rows         `pack` takes some rows of a weight, a multiple of 256 before the last, and `of`: how many there are
+                    in all. What it gives then is a part, along one dimension, of what it gives of all, or the same
+    rows_follow     that dimension is the first, in the first of the tensors
     """
 
     read_only: ClassVar[bool] = False
@@ -41,6 +44,8 @@ class Format(Protocol):
     calibrated: ClassVar[str] = "gptq"
     joint: ClassVar[str] = "."
     whole_experts: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
+    rows_follow: ClassVar[bool] = True
 
     @property
     def name(self) -> str: ...
@@ -86,9 +91,9 @@ class Format(Protocol):
         """Local name -> dtype and shape of every tensor `pack` will return, in writing order."""
         ...
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         """The tensors on disk for one weight, keyed by local name. scheme: how it is to be stored, where the format can
-        store one weight in more than one way."""
+        store one weight in more than one way; of: see `by_rows`."""
         ...
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
@@ -133,7 +138,7 @@ class ReadOnly(Format):
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         raise ValueError(f"format {self.name} is read, not written")
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         raise ValueError(f"format {self.name} is read, not written")
 
     def config(

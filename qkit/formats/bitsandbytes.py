@@ -44,6 +44,7 @@ class BitsAndBytes(Format):
     kinds: ClassVar[tuple[str, ...]] = ("nf4", "fp4", "llm.int8")
     default_scheme: ClassVar[str] = "nf4"
     calibrated: ClassVar[str] = "rtn"
+    by_rows: ClassVar[bool] = True
 
     def bound(self, source: Source) -> BitsAndBytes:
         dtype = model_dtype(source.config)
@@ -102,7 +103,7 @@ class BitsAndBytes(Format):
         metas[_STATE + scheme.kind] = TensorMeta("U8", (len(_describe(shape, scheme, 0.0, self.dtype)),))
         return metas
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         import torch
 
         from ..kernels.codes import codes_of
@@ -123,7 +124,7 @@ class BitsAndBytes(Format):
         if nested is not None:
             tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"] = nested.absmax, nested.table
         tensors["weight.quant_map"] = torch.tensor(TABLES[weight.kind])
-        shape = (weight.out_features, weight.in_features)
+        shape = (of or weight.out_features, weight.in_features)
         text = _describe(shape, weight.spec, 0.0 if nested is None else nested.offset, self.dtype)
         tensors[_STATE + weight.kind] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return tensors

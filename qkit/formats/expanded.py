@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
 from ..models.config import model_dtype
-from ..sources.types import Source, Wrapped
+from ..sources.types import Once, Rows, Source, Wrapped
 from ..spec import LayerSpec
 from ..spec.dtypes import TensorMeta, torch_dtype
 from . import kv_cache, local_names, quantized_modules, read_weight, reader
@@ -54,8 +54,14 @@ class Expanded(Wrapped):
             return self.source.read(name)
         return values_of(self.weight(name), torch_dtype(self._dtype))
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return None if name in self._shapes else self.source.slabs(name, most)
+    def rows(self, name: str) -> Rows | None:
+        """Of a quantized weight: it is held, as it is stored, from the first rows on for as long as its reader."""
+        from ..kernels.codes import values_of
+
+        if name not in self._shapes:
+            return self.source.rows(name)
+        held = Once(lambda: self.weight(name).plain())
+        return lambda start, stop: values_of(held().rows(start, stop), torch_dtype(self._dtype))
 
     def weight(self, name: str) -> Weight:
         """The quantized weight as it is stored. Raises QkitError naming it and what is wrong with it."""

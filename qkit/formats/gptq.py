@@ -39,6 +39,8 @@ class GPTQ(Format):
     name: str = "gptq"
     quant_method: ClassVar[str | None] = "gptq"
     holds_head: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
+    rows_follow: ClassVar[bool] = False
 
     @property
     def v1(self) -> bool:
@@ -70,7 +72,7 @@ class GPTQ(Format):
             "g_idx": TensorMeta("I32", (in_,)),
         }
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         """Raises ValueError for what the format cannot hold (`scheme_for` and `check` come first)."""
         import torch
 

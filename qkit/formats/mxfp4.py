@@ -42,6 +42,7 @@ class Mxfp4(Format):
     calibrated: ClassVar[str] = "rtn"
     joint: ClassVar[str] = "_"
     whole_experts: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
 
     def bound(self, source: Source) -> Mxfp4:
         kind = text_config(source.config).get("model_type")
@@ -75,7 +76,7 @@ class Mxfp4(Format):
         grid = (shape[0], shape[1] // _BLOCK)
         return {"blocks": TensorMeta("U8", (*grid, _BLOCK // 2)), "scales": TensorMeta("U8", grid)}
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         import torch
 
         # Packed words hold eight codes, low bits first: as bytes they are what the format stores.

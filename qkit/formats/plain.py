@@ -38,7 +38,7 @@ class Plain(Format):
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         _refuse()
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         _refuse()
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:

@@ -21,7 +21,7 @@ class Quantized:
     """One weight, done.
 
     method        what was applied: the method's name, or "rtn" after a fallback
-    weight_error  ||W - Wq|| / ||W||, Frobenius; None where it was not computed on the way
+    squared       (||W - Wq||^2, ||W||^2), Frobenius; None where they were not computed on the way
     output_error  squared output error over squared output, on the calibration inputs; None without them, or where
                   float32 cannot hold it
     fallback      why it did not get the method, or None
@@ -29,7 +29,7 @@ class Quantized:
 
     weight: Weight
     method: str
-    weight_error: float | None = None
+    squared: tuple[float, float] | None = None
     output_error: float | None = None
     fallback: str | None = None
 
@@ -50,6 +50,7 @@ class Method(Protocol):
     options  names of the conversion's options that are its own; `quantize` gets them as keyword arguments
     kinds    of weights that it makes (`LayerSpec.kind`)
     narrow   it makes integers of a narrow range (W8A8) too
+    by_rows  rows of a weight come out the same without the others, but for what `whole` says
     observes the statistic is taken once, of the model as it is, for all weights, before any is quantized; else block by
              block, of what the quantized blocks before it make of the text. It may be None for a weight then
     prepares whether `prepare` is to be called, for which the block runs once more
@@ -61,6 +62,7 @@ class Method(Protocol):
     prepares: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("int",)
     narrow: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
     observes: ClassVar[bool] = False
 
     def check(self, spec: LayerSpec) -> str | None:
@@ -70,6 +72,10 @@ class Method(Protocol):
         named = {"int": "integer weights", "ggml": "GGUF's block types"}
         made = " and ".join(named.get(kind, kind) for kind in self.kinds)
         return f"{self.name} makes {made}, not {spec.describe()}"
+
+    def whole(self, spec: LayerSpec) -> bool:
+        """Whether a weight of that kind is quantized with all its rows at once."""
+        return not self.by_rows
 
     def prepare(
         self,

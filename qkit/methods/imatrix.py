@@ -25,6 +25,7 @@ class Imatrix(Method):
     needs: ClassVar[str | None] = "moments"
     kinds: ClassVar[tuple[str, ...]] = ("ggml",)
     observes: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
 
     def quantize(
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
@@ -33,6 +34,6 @@ class Imatrix(Method):
         reason = None if reached or statistic is None else "no calibration token reached it"
         made = []
         for w, spec in zip(weights, specs, strict=True):
-            packed, error = blocks(w, spec, statistic.square if reached else None)
-            made.append(Quantized(packed, self.name if reached else "rtn", error, fallback=reason))
+            packed, squared = blocks(w, spec, statistic.square if reached else None)
+            made.append(Quantized(packed, self.name if reached else "rtn", squared, fallback=reason))
         return made

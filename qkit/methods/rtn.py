@@ -35,6 +35,11 @@ class Rtn(Method):
     options: ClassVar[tuple[str, ...]] = ("clip_search",)
     kinds: ClassVar[tuple[str, ...]] = ("int", "ggml", "nf4", "fp4", "llm.int8", "fp8", "nvfp4", "mxfp4")
     narrow: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
+
+    def whole(self, spec: LayerSpec) -> bool:
+        """A scale of all weights, or scales that are themselves quantized together."""
+        return spec.kind == "nvfp4" or spec.scale.over is not None or spec.scale.block == (0, 0)
 
     def quantize(
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
@@ -43,11 +48,11 @@ class Rtn(Method):
 
     def _one(self, w: torch.Tensor, spec: LayerSpec, options: dict[str, Any]) -> Quantized:
         if spec.kind == "int" and spec.grid.low is None:
-            weight, error = quantize_with_error(w, spec, **options)
-            return Quantized(weight, self.name, error)
+            weight, squared = quantize_squared(w, spec, **options)
+            return Quantized(weight, self.name, squared)
         if spec.kind == "ggml":
-            packed, error = blocks(w, spec)
-            return Quantized(packed, self.name, error)
+            packed, squared = blocks(w, spec)
+            return Quantized(packed, self.name, squared)
         if not bool(w.isfinite().all()):
             raise _non_finite(w)
         return Quantized(self._rounded(w, spec), self.name)
@@ -64,9 +69,11 @@ class Rtn(Method):
         return floats.nvfp4(w) if spec.kind == "nvfp4" else floats.mxfp4(w)
 
 
-def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None) -> tuple[Blocks, float]:
+def blocks(
+    w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = None
+) -> tuple[Blocks, tuple[float, float]]:
     """w float [out, in] in the block type of `spec`. importance [in]: what an error in each input costs, or None.
-    Returns the blocks and the relative error |w - decoded| / |w|.
+    Returns the blocks and (|w - decoded|^2, |w|^2).
 
     Raises NonFiniteWeight for NaN or infinity, QkitError where a scale does not fit float16."""
     from .. import kernels
@@ -75,8 +82,8 @@ def blocks(w: torch.Tensor, spec: LayerSpec, importance: torch.Tensor | None = N
     if dtype_name(w.dtype) not in ("F32", "F16", "BF16"):
         w = w.float()
     try:
-        packed, error = ggml.encode_with_error(w.cpu(), spec.grid.block, importance)
-        return Blocks.of(packed, spec.grid.block), error
+        packed, lost, total = ggml.encode_with_error(w.cpu(), spec.grid.block, importance)
+        return Blocks.of(packed, spec.grid.block), (lost, total)
     except kernels.NonFiniteError as e:
         raise _non_finite(w) from e
     except kernels.ScaleOverflowError as e:
@@ -100,13 +107,21 @@ def quantize(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False) -> W
 
 
 def quantize_with_error(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False) -> tuple[Weight, float]:
+    """`quantize_squared`, and the relative error |w - dequantized| / |w| (0.0 for an all-zero weight)."""
+    weight, (lost, total) = quantize_squared(w, scheme, clip_search)
+    return weight, math.sqrt(lost / total) if total else 0.0
+
+
+def quantize_squared(
+    w: torch.Tensor, scheme: LayerSpec, clip_search: bool = False
+) -> tuple[Weight, tuple[float, float]]:
     """w float [out, in] on the grid of `scheme`, every code the nearest one.
 
     The grid spans each group exactly (`kernels.reference.grid`). With clip_search each group takes the
     scale, out of 25 multiples between 0.5 and 1.1 (symmetric: of either sign), that leaves the least squared error;
     the spanning scale is a candidate, so no group gets worse.
 
-    Returns the tensor and the relative error |w - dequantized| / |w| (Frobenius norms; 0.0 for an all-zero weight).
+    Returns the tensor and (|w - dequantized|^2, |w|^2), Frobenius norms.
     Raises NonFiniteWeight for NaN or infinity, QkitError where a scale does not fit scheme.scale_dtype, ValueError
     where the group size does not divide in.
     """
@@ -130,4 +145,4 @@ def quantize_with_error(w: torch.Tensor, scheme: LayerSpec, clip_search: bool = 
             f"(largest magnitude {float(w.abs().max()):.3g})",
             "store the scales as BF16 or F32",
         ) from e
-    return weight_of(codes, scale, zero, scheme.bits), math.sqrt(error / norm) if norm else 0.0
+    return weight_of(codes, scale, zero, scheme.bits), (error, norm)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..models.config import model_dtype
 from ..spec.dtypes import TensorMeta, torch_dtype
-from .types import Source, Wrapped
+from .types import Rows, Source, Wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +27,6 @@ class CastSource(Wrapped):
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(name).to(torch_dtype(self.meta(name).dtype))
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        found, dtype = self.source.slabs(name, most), torch_dtype(self.meta(name).dtype)
-        return None if found is None else (piece.to(dtype) for piece in found)
+    def rows(self, name: str) -> Rows | None:
+        found, dtype = self.source.rows(name), torch_dtype(self.meta(name).dtype)
+        return None if found is None else lambda start, stop: found(start, stop).to(dtype)

@@ -6,8 +6,8 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ..storage.files import first_few, is_plain_name, natural_key, read_json
 from ..storage.local import at
 from ..storage.safetensors import SafetensorsFile
 from ..storage.store import Store, read_file
-from .types import CARD_KEYS, Sidecar, Stored
+from .types import CARD_KEYS, Rows, Sidecar, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -248,7 +248,7 @@ class FolderSource:
         stored = self._stored[name]
         return self._where[stored].read(stored, index)
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor]:
-        """`read(name)` in pieces of rows."""
+    def rows(self, name: str) -> Rows:
+        """A reader of parts of `read(name)`."""
         stored = self._stored[name]
-        return self._where[stored].slabs(stored, most)
+        return partial(self._where[stored].rows, stored)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
-from .types import Sidecar, Stored
+from .types import Rows, Sidecar, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -42,5 +42,5 @@ class Headers:
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+    def rows(self, name: str) -> Rows | None:
         return None

@@ -11,9 +11,9 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from ..storage.local import LocalStore
 from ..storage.safetensors import SafetensorsFile
 from ..storage.store import hash_file
 from .folder import PICKLE_HINT
-from .types import Source
+from .types import ROWS, Once, Rows, Source
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _MERGE_HINT = "merge it with PEFT (model.merge_and_unload(), then save_pretrained) and convert the result"
 _WRONG_BASE = "is this the adapter's base model?"
-_BLOCK_BYTES = 32 << 20  # working memory per block of rows
 
 # Options that change what the adapter computes in ways a plain merge does not follow.
 _UNSUPPORTED = (
@@ -80,7 +79,8 @@ def merge(
     """weight + scale * b @ a in float32 (float64 for a float64 weight), rounded once to `dtype`.
 
     weight [out, in], or [in, out] if transposed; it is overwritten where it has `dtype` already. a [rank, in],
-    b [out, rank], magnitude: out values, or None. In blocks of rows: an embedding in float32 would double the peak.
+    b [out, rank], magnitude: out values, or None. In blocks of `ROWS` rows: an embedding in float32 would double the
+    peak, and parts of a weight that begin with a block come out as in the whole.
     """
     import torch
 
@@ -88,8 +88,7 @@ def merge(
     left, right = (a.T, b.T) if transposed else (b, a)
     left, right = left.to(wide).contiguous(), right.to(wide).contiguous()
     rows, columns = weight.shape
-    step = max(1, _BLOCK_BYTES // max(1, columns * wide.itemsize))
-    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    blocks = [slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
 
     def summed(block: slice) -> torch.Tensor:
         return torch.addmm(weight[block].to(wide), left[block], right, alpha=scale)
@@ -214,8 +213,27 @@ class LoraSource:
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)[index].clone() if name in self._changes else self._base.read_part(name, index)
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return None if name in self._changes else self._base.slabs(name, most)
+    def rows(self, name: str) -> Rows | None:
+        change, base = self._changes.get(name), self._base.rows(name)
+        if change is None:
+            return base
+        if change.bias is not None or change.transposed:
+            return None
+        dtype = torch_dtype(self._base.meta(name).dtype)
+        if change.replace is not None:
+            base = partial(self._file.rows, change.replace)
+        if change.a is None or change.b is None or base is None:
+            return None if base is None else lambda start, stop: base(start, stop).to(dtype)
+        keys = (change.a, change.b, change.magnitude)
+        factors = Once(lambda: [None if key is None else self._file.read(key) for key in keys])
+
+        def merged(start: int, stop: int) -> torch.Tensor:
+            a, b, magnitude = factors()
+            assert a is not None and b is not None
+            part = None if magnitude is None else magnitude.view(-1)[start:stop]
+            return merge(base(start, stop), a, b[start:stop], change.scale, False, part, dtype)
+
+        return merged
 
     def _shape(self, key: str) -> tuple[int, ...]:
         return self._file.meta(key).shape

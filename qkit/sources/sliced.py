@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..models.fused import Fused, Part, canonical, find_fused
 from ..spec.dtypes import TensorMeta, torch_dtype
-from .types import Source, Wrapped
+from .types import Rows, Source, Wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,8 @@ class Sliced(Wrapped):
         expert = self.source.read_part(fused.name, part.expert)
         return (expert.t() if fused.transposed else expert)[fused.of(part.half)].contiguous()
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return None if name in self._parts else self.source.slabs(self._stored[name], most)
+    def rows(self, name: str) -> Rows | None:
+        return None if name in self._parts else self.source.rows(self._stored[name])
 
 
 class Joined(Wrapped):
@@ -87,8 +87,8 @@ class Joined(Wrapped):
             expert[fused.of(part.half)] = self.source.read(_value(part.name))
         return whole
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return None if name in self.joined else self.source.slabs(name, most)
+    def rows(self, name: str) -> Rows | None:
+        return None if name in self.joined else self.source.rows(name)
 
 
 def _value(part: str) -> str:

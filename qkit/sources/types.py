@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from .. import units
 from ..spec.dtypes import TensorMeta
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+# (first, end) -> rows first .. end - 1, in memory of their own. Thread-safe. `first` is a multiple of `ROWS`, within
+# which what is computed, not read, may depend on where it began.
+Rows: TypeAlias = "Callable[[int, int], torch.Tensor]"
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,8 @@ class Source(Protocol):
         """`read(name)[index]`, in memory of its own, and without reading the rest where that can be helped."""
         ...
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        """`read(name)` in pieces along its first dimension, in order, each in memory of its own and of at most `most`
-        bytes or one row, read as it is asked for; None where the tensor can only be read whole."""
+    def rows(self, name: str) -> Rows | None:
+        """A reader of parts of `read(name)` along its first dimension; None where it can only be read whole."""
         ...
 
 
@@ -154,9 +158,23 @@ class Wrapped:
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)[index].clone()
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
+    def rows(self, name: str) -> Rows | None:
         """None: what `read` gives need not be what the source has."""
         return None
+
+
+class Once(Generic[T]):
+    """A value that is made when it is first asked for, by one of the threads that ask."""
+
+    def __init__(self, make: Callable[[], T]):
+        self._make, self._lock = make, Lock()
+        self._found: list[T] = []
+
+    def __call__(self) -> T:
+        with self._lock:
+            if not self._found:
+                self._found.append(self._make())
+            return self._found[0]
 
 
 def found_in(source: Source, kind: type[T]) -> T | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..spec.dtypes import TensorMeta
-from .types import Source, Wrapped
+from .types import Rows, Source, Wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -39,5 +39,5 @@ class Untied(Wrapped):
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(EMBEDDING if name == HEAD else name)
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return self.source.slabs(EMBEDDING if name == HEAD else name, most)
+    def rows(self, name: str) -> Rows | None:
+        return self.source.rows(EMBEDDING if name == HEAD else name)

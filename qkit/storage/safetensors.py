@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import QkitError
@@ -173,15 +172,12 @@ class SafetensorsFile:
             self.file.read_into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
         return tensor
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor]:
-        """The tensor in pieces along its first dimension, in order, each in memory of its own: of at most `most` bytes,
-        or one row."""
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """A part of the tensor along its first dimension, in memory of its own; KeyError for an unknown name, QkitError
+        if the file changed."""
         meta, offset = self.entries[name]
-        rows, *rest = meta.shape
-        row = TensorMeta(meta.dtype, tuple(rest)).nbytes
-        step = max(1, most // max(1, row))
-        for start in range(0, rows, step):
-            yield self._at(TensorMeta(meta.dtype, (min(step, rows - start), *rest)), offset + start * row)
+        row = TensorMeta(meta.dtype, meta.shape[1:]).nbytes
+        return self._at(TensorMeta(meta.dtype, (stop - start, *meta.shape[1:])), offset + start * row)
 
     def sample(self, name: str) -> bytes:
         """A few spots of the tensor's bytes, all of a small one's."""

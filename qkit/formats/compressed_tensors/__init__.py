@@ -45,6 +45,7 @@ class CompressedTensors(Format):
     name: str = "compressed-tensors"
     quant_method: ClassVar[str | None] = "compressed-tensors"
     holds_head: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("int", "fp8", "nvfp4", "mxfp4")
     kv_caches: ClassVar[tuple[str, ...]] = (cache.FP8,)
 
@@ -82,9 +83,11 @@ class CompressedTensors(Format):
         found: dict[str, TensorMeta] = codec(scheme).metas(shape, scheme)
         return found
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         spec = scheme or weight.spec
         found: dict[str, torch.Tensor] = codec(spec).pack(weight, spec)
+        if of is not None and "weight_shape" in found:
+            found["weight_shape"] = found["weight_shape"].new_tensor([of, weight.in_features])
         return found
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:

@@ -38,6 +38,7 @@ class Gguf(Format):
     container: ClassVar[str] = "gguf"
     default_scheme: ClassVar[str] = "q4_k_m"
     calibrated: ClassVar[str] = "imatrix"
+    by_rows: ClassVar[bool] = True
     model: GgufView | None = None
 
     def bound(self, source: Source) -> Gguf:
@@ -117,7 +118,7 @@ class Gguf(Format):
         meta = TensorMeta(kind.plain, shape) if kind.plain else TensorMeta("U8", (shape[0], kind.row_bytes(shape[1])))
         return {"weight": meta}
 
-    def pack(self, weight: Weight, scheme: LayerSpec | None = None) -> dict[str, torch.Tensor]:
+    def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         plain = GGML[weight.spec.grid.block].plain
         return {"weight": weight.packed.view(torch_dtype(plain)) if plain else weight.packed}
 
@@ -155,11 +156,11 @@ class Gguf(Format):
         if "/" in view.base_model:
             found["general.source.huggingface.repository"] = view.base_model
         found |= hyperparameters(view.model)
-        found[f"{view.model.name}.vocab_size"] = Typed("u32", view.rows)
+        found[f"{view.model.name}.vocab_size"] = Typed("u32", view.embedded)
         if mix is not None:
             found["general.file_type"] = Typed("u32", mixes.MIXES[mix][1])
             found["general.quantization_version"] = Typed("u32", _QUANTIZATION_VERSION)
-        return {**found, **view.vocabulary.metadata(view.rows)}
+        return {**found, **view.vocabulary.metadata(view.embedded)}
 
 
 def _refuse() -> NoReturn:

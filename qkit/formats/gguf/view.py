@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ...errors import QkitError
 from ...models.families import TOWERS
 from ...sources.gguf.slots import ROPE_FREQS, Slot, slots
-from ...sources.types import Source, Wrapped
+from ...sources.types import ROWS, Rows, Source, Wrapped
 from ...spec.dtypes import TensorMeta
 from ...storage.files import first_few, natural_key
 from .metadata import Model, model_of, rope_factors
@@ -84,7 +84,7 @@ class GgufView(Wrapped):
             )
 
     @cached_property
-    def rows(self) -> int:
+    def embedded(self) -> int:
         """Of the embedding as it is written."""
         embedding = next(name for name, slot in self._slots.items() if slot.gguf == "token_embd.weight")
         stored = self.source.meta(embedding).shape[0]
@@ -101,7 +101,7 @@ class GgufView(Wrapped):
             return TensorMeta("F32", slot.shape)
         meta = self.source.meta(name)
         if slot.gguf in ("token_embd.weight", "output.weight"):
-            meta = replace(meta, shape=(min(meta.shape[0], self.rows), *meta.shape[1:]))
+            meta = replace(meta, shape=(min(meta.shape[0], self.embedded), *meta.shape[1:]))
         if len(meta.shape) == 1 or "ffn_gate_inp" in slot.gguf:
             meta = TensorMeta("F32", meta.shape if meta.shape[0] > 1 else meta.shape[1:])
         return meta
@@ -122,10 +122,31 @@ class GgufView(Wrapped):
         if slot.minus_one:
             return tensor.float() + 1
         if slot.heads:
-            # transformers rotates i and i + half of the head, ggml neighbours (2i, 2i + 1).
-            split = tensor.view(slot.heads, 2, -1, *tensor.shape[1:])
-            tensor = split.transpose(1, 2).reshape(tensor.shape).contiguous()
+            tensor = _interleaved(tensor, slot.heads)
         return tensor.to(torch_dtype(meta.dtype))
+
+    def rows(self, name: str) -> Rows | None:
+        from ...spec.dtypes import torch_dtype
+
+        slot, meta = self._slots[name], self.meta(name)
+        if len(meta.shape) != 2 or slot.minus_one or self.source.meta(name).shape[1:] != meta.shape[1:]:
+            return None
+        found, dtype = self.source.rows(name), torch_dtype(meta.dtype)
+        head = meta.shape[0] // slot.heads if slot.heads else 1
+        if found is None or ROWS % head:
+            return None
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            tensor = found(start, stop)
+            return (_interleaved(tensor, tensor.shape[0] // head) if slot.heads else tensor).to(dtype)
+
+        return read
+
+
+def _interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of so many heads: transformers rotates i and i + half of the head, ggml neighbours (2i, 2i + 1)."""
+    split = tensor.view(heads, 2, -1, *tensor.shape[1:])
+    return split.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def _stem(source: Source) -> str:

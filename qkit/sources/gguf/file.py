@@ -297,9 +297,12 @@ class GgufFile:
         self._parts[info.part].file.read_into(raw.numpy().data, info.offset)
         return raw.view(torch_dtype(info.type.plain)).view(info.shape) if info.type.plain else raw
 
-    def read(self, name: str, dtype: torch.dtype, index: int | None = None) -> torch.Tensor:
-        """The tensor as `dtype`, contiguous, in memory of its own; `index`: only that slice of the first
-        dimension. Raises KeyError for an unknown name, QkitError if the file changed or cannot be read.
+    def read(
+        self, name: str, dtype: torch.dtype, index: int | None = None, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """The tensor as `dtype`, contiguous, in memory of its own; `index`: only that slice of the first dimension;
+        `rows`: of what is left only rows first .. end - 1. Raises KeyError for an unknown name, QkitError if the file
+        changed or cannot be read.
 
         Memory beside the result: one piece of the file of 8 MiB and its float32 values.
         """
@@ -314,6 +317,9 @@ class GgufFile:
         if index is not None:
             nbytes //= shape[0]
             shape, offset = shape[1:], offset + index * nbytes
+        if rows is not None:
+            row = nbytes // shape[0]
+            shape, offset, nbytes = (rows[1] - rows[0], *shape[1:]), offset + rows[0] * row, (rows[1] - rows[0]) * row
         out = torch.empty(shape, dtype=dtype)
         flat = out.view(-1)
         if info.type.plain and torch_dtype(info.type.plain) == dtype:

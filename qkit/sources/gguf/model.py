@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from ...errors import QkitError
 from ...spec.dtypes import TensorMeta, torch_dtype
 from ...spec.ggml import GgmlType
 from ...storage.files import first_few, natural_key
-from ..types import CARD_KEYS, Sidecar, Stored
+from ..types import CARD_KEYS, ROWS, Rows, Sidecar, Stored
 from . import tokenizer as gguf_tokenizer
 from .config import Arch, Keys, build_config, find_arch
 from .file import GgufFile, TensorInfo
@@ -85,17 +85,26 @@ class GgufSource:
         if slot.minus_one:
             return (self._file.read(slot.gguf, torch.float32) - 1).to(dtype).reshape(slot.shape)
         tensor = self._file.read(slot.gguf, dtype, slot.expert).view(slot.shape)
-        if slot.heads:
-            # ggml rotates neighbours (2i, 2i + 1), transformers i and i + half of the head.
-            split = tensor.view(slot.heads, -1, 2, *slot.shape[1:])
-            tensor = split.transpose(1, 2).reshape(slot.shape).contiguous()
-        return tensor
+        return _split_halves(tensor, slot.heads) if slot.heads else tensor
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
         return self.read(name)[index].clone()
 
-    def slabs(self, name: str, most: int) -> Iterator[torch.Tensor] | None:
-        return None
+    def rows(self, name: str) -> Rows | None:
+        slot, dtype = self._slots[name], torch_dtype(self.meta(name).dtype)
+        head = slot.shape[0] // slot.heads if slot.heads else 1
+        if (
+            slot.minus_one
+            or self._file.tensors[slot.gguf].shape[slot.expert is not None :] != slot.shape
+            or ROWS % head
+        ):
+            return None
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            tensor = self._file.read(slot.gguf, dtype, slot.expert, (start, stop))
+            return _split_halves(tensor, tensor.shape[0] // head) if slot.heads else tensor
+
+        return read
 
     @cached_property
     def sidecars(self) -> tuple[Sidecar, ...]:
@@ -142,6 +151,12 @@ class GgufSource:
                 raise QkitError(f"{path}: tensor {slot.gguf} has the shape {list(shape)}, the metadata says {expected}")
             if slot.expert is not None and slot.expert >= info.shape[0]:
                 raise QkitError(f"{path}: tensor {slot.gguf} holds {info.shape[0]} experts, the metadata says more")
+
+
+def _split_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of so many heads: ggml rotates neighbours (2i, 2i + 1), transformers i and i + half of the head."""
+    split = tensor.view(heads, -1, 2, *tensor.shape[1:])
+    return split.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def _written_folder(path: Path) -> Path | None:

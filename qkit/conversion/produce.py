@@ -1,0 +1,270 @@
+"""Tasks in parts: rows of a matrix are read, quantized and packed apart, and put together as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QkitError
+from ..methods import METHODS
+from ..sources.types import found_in
+from ..storage.writer import Pieces
+from .record import check_finite
+from .tasks import row_ranges
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..calibrate.block import BlockResult
+    from ..calibrate.statistics import Moments
+    from ..formats.base import Format
+    from ..kernels.weight import Weight
+    from ..methods import Method, Quantized
+    from ..sources.types import Rows, Source
+    from ..spec import LayerSpec
+    from ..spec.dtypes import TensorMeta
+    from .plan import Plan
+    from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """One source tensor of a task, or rows of it, which `read` gives."""
+
+    task: Task
+    source: str
+    rows: tuple[int, int] | None = None
+    read: Rows | None = None
+
+
+@dataclass
+class Part:
+    """What a job gave.
+
+    outputs  those of its task, in writing order, for its rows alone
+    crc      CRC-32 of what it read, which had `nbytes`
+    squared  (||W - Wq||^2, ||W||^2) of its rows
+    facts    what else the manifest says of a quantized weight: its method, ...
+    """
+
+    source: str
+    outputs: list[torch.Tensor]
+    crc: int
+    nbytes: int
+    squared: tuple[float, float] = (0.0, 0.0)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Produce:
+    """Job -> part: quantized, or passed through. With the result of a block, what a calibrated method made of it; else
+    from the source alone, by a method that needs no data."""
+
+    plan: Plan
+    source: Source
+    fmt: Format
+    method: Method
+    options: Mapping[str, Any]
+    block: BlockResult | None = None
+    computed_on: str | None = None
+    statistics: Mapping[str, Moments] = field(default_factory=dict)
+
+    def jobs(self, task: Task) -> Iterator[Job]:
+        ranges = self._ranges(task)
+        if ranges is None:
+            yield from (Job(task, name) for name in task.sources)
+            return
+        read = self.source.rows(task.name)
+        for rows in ranges:
+            yield Job(task, task.name, rows, read)
+
+    def count(self, task: Task) -> int:
+        """How many jobs a task has."""
+        ranges = self._ranges(task)
+        return len(task.sources) if ranges is None else len(ranges)
+
+    def _ranges(self, task: Task) -> Sequence[tuple[int, int]] | None:
+        if self.block is not None and task.name in {*self.block.layers, *self.block.replaced}:
+            return None
+        return row_ranges(task, self.source, self.fmt, self.method)
+
+    def __call__(self, job: Job) -> Part:
+        from ..kernels import crc32
+
+        task, name = job.task, job.source
+        if self.block is not None and name in self.block.layers:
+            return self._calibrated(task, name, self.block)
+        kept = None if task.scheme is None else _repacked(self.source, name, task.scheme)
+        if kept is not None:
+            crc, nbytes, squared = _compared(self.source, name, kept)
+            return Part(name, self._packed(task, kept), crc, nbytes, squared, {"method": "repacked"})
+        tensor = self.source.read(name) if job.rows is None or job.read is None else job.read(*job.rows)
+        part = Part(name, [], crc32(tensor), tensor.nbytes)
+        if task.scheme is None:
+            check_finite(name, tensor)
+            part.outputs = [tensor if self.block is None else self.block.replaced.get(name, tensor)]
+            return part
+        done = self._quantized(name, tensor, task.scheme)
+        part.squared = done.squared or squared_error(tensor, done.weight)
+        moments = self.statistics.get(name)
+        tokens = None if moments is None else moments.tokens
+        part.facts = {"method": done.method, "calibration_tokens": tokens, "fallback": done.fallback}
+        del tensor
+        part.outputs = self._packed(task, done.weight, None if job.rows is None else task.meta.shape[0])
+        return part
+
+    def _packed(self, task: Task, weight: Weight, of: int | None = None) -> list[torch.Tensor]:
+        made = self.fmt.pack(weight, task.scheme) if of is None else self.fmt.pack(weight, task.scheme, of)
+        return list(made.values())
+
+    def _calibrated(self, task: Task, name: str, block: BlockResult) -> Part:
+        """By the method that ran over the block."""
+        done = block.layers[name]
+        assert done.squared is not None  # of the source's weight, whatever the method folded into it before
+        facts = {
+            "method": done.method,
+            "output_error": done.output_error,
+            "calibration_tokens": block.tokens.get(name),
+            "fallback": done.fallback,
+            "computed_on": self.computed_on,
+        }
+        return Part(name, self._packed(task, done.weight), block.checksums[name], 0, done.squared, facts)
+
+    def _quantized(self, name: str, tensor: torch.Tensor, scheme: LayerSpec) -> Quantized:
+        try:
+            moments = self.statistics.get(name)
+            if self.method.needs and moments is None:  # of no decoder block: the head
+                (done,) = METHODS["rtn"].quantize([tensor], None, [scheme])
+            else:
+                (done,) = self.method.quantize([tensor], moments, [scheme], **self.options)
+        except QkitError as e:
+            raise QkitError(f"{name}: {e.message}", e.hint) from e
+        return done
+
+
+def squared_error(tensor: torch.Tensor, weight: Weight) -> tuple[float, float]:
+    from ..kernels import codes
+
+    return codes.squared_error(tensor, weight)
+
+
+def _repacked(source: Source, name: str, scheme: LayerSpec) -> Weight | None:
+    """The codes that the source stores, where they are on the grid that is wanted."""
+    from ..formats.expanded import Expanded, repacked, same_grid
+
+    found = found_in(source, Expanded)
+    if found is None or name not in found.schemes or not same_grid(found.schemes[name], scheme):
+        return None
+    try:
+        return repacked(found.weight(name), scheme)
+    except QkitError as error:
+        raise QkitError(f"{name}: {error.message}", error.hint) from error
+
+
+def compared(source: Source, name: str, weight: Weight) -> tuple[int, float]:
+    """(CRC-32 of a source tensor, ||W - Wq|| / ||W|| against `weight`), read in parts where that can be."""
+    crc, _, (lost, total) = _compared(source, name, weight)
+    return crc, (lost / total) ** 0.5 if total else 0.0
+
+
+def _compared(source: Source, name: str, weight: Weight) -> tuple[int, int, tuple[float, float]]:
+    """(CRC-32 of a source tensor, its bytes, `squared_error` against `weight`), read in parts where that can be."""
+    from ..kernels import crc32
+    from ..storage.crc import combine
+    from .tasks import slab_ranges
+
+    meta, rows = source.meta(name), source.rows(name)
+    if rows is None:
+        tensor = source.read(name)
+        return crc32(tensor), tensor.nbytes, squared_error(tensor, weight)
+    crc, nbytes, lost, total = 0, 0, 0.0, 0.0
+    weight = weight.plain()
+    for first, end in slab_ranges(meta):
+        tensor = rows(first, end)
+        crc = combine(crc, crc32(tensor), tensor.nbytes)
+        nbytes += tensor.nbytes
+        more = squared_error(tensor, weight.rows(first, end))
+        lost, total = lost + more[0], total + more[1]
+    return crc, nbytes, (lost, total)
+
+
+def outputs(
+    task: Task, parts: Iterator[Part], note: Callable[[Task, Sequence[Part]], None]
+) -> Iterator[torch.Tensor | Pieces]:
+    """A task's outputs in writing order, from the parts of all its sources, which come in order. The first is given on
+    in pieces where the parts follow each other in it; the others are put together meanwhile. note: called last."""
+    metas = [meta for _, meta in task.outputs]
+    first = next(parts)
+    seen = [first]
+    axes = [_axis(task, meta, t) for meta, t in zip(metas, first.outputs, strict=True)]
+    if all(axis is None for axis in axes):
+        yield from first.outputs
+        note(task, seen)
+        return
+    whole = _Joined(task, metas, axes)
+
+    def each() -> Iterator[torch.Tensor]:
+        yield whole.take(first)
+        first.outputs = []
+        for part in parts:
+            seen.append(part)
+            yield whole.take(part)
+            part.outputs = []  # or they would live until the task is done
+
+    if axes[0] == 0:
+        yield Pieces(metas[0], each())
+    else:
+        for piece in each():
+            whole.put(0, piece)
+        yield whole.tensors[0]
+    yield from whole.tensors[1:]
+    note(task, seen)
+
+
+def _axis(task: Task, meta: TensorMeta, part: torch.Tensor) -> int | None:
+    """Along which dimension parts lie in an output; None where a part is all of it."""
+    if len(task.sources) > 1:
+        return 0
+    differ = [k for k, (n, m) in enumerate(zip(meta.shape, part.shape, strict=True)) if n != m]
+    assert len(differ) < 2
+    return differ[0] if differ else None
+
+
+class _Joined:
+    """Outputs but the first, as parts come."""
+
+    def __init__(self, task: Task, metas: Sequence[TensorMeta], axes: Sequence[int | None]):
+        self._stacked, self._metas, self._axes = len(task.sources) > 1, metas, axes
+        self._filled = [0] * len(metas)
+        self.tensors: list[torch.Tensor] = []
+
+    def take(self, part: Part) -> torch.Tensor:
+        """Put a part in its place but for its first output, which is returned."""
+        made = [t.unsqueeze(0) for t in part.outputs] if self._stacked else part.outputs
+        for index, t in enumerate(made[1:], 1):
+            self.put(index, t)
+        return made[0]
+
+    def put(self, index: int, part: torch.Tensor) -> None:
+        import torch
+
+        from ..spec.dtypes import torch_dtype
+
+        if not self.tensors:
+            self.tensors = [torch.empty(0)] * len(self._metas)
+        axis = self._axes[index]
+        if axis is None:
+            self.tensors[index] = part
+            return
+        at = self._filled[index]
+        if not at:
+            meta = self._metas[index]
+            self.tensors[index] = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+        self.tensors[index].narrow(axis, at, part.shape[axis]).copy_(part)
+        self._filled[index] += part.shape[axis]
+
+
+def parts_of(task: Task, output: torch.Tensor) -> Sequence[torch.Tensor]:
+    """An output's share of each of the task's sources."""
+    return [output] if len(task.sources) == 1 else list(output)
