@@ -54,10 +54,11 @@ class Gptq(Method):
         out = sum(shape[0] for shape in shapes)
         # The factor is used for rounding and for the error, and with the Hessian once for each code's descent.
         flops = 1.1 * tokens * in_**2 + in_**3 / 3 + 4.0 * out * in_**2
-        # The square; of a slab of rows the weight, its float32, codes, errors and their products; what is moved at a
-        # time; codes as they are stored.
+        # The square, and what is moved of it at a time; or of a slab of rows the weight, its float32, codes, errors and
+        # their products, blocks of the square, codes as they are stored.
         rows = min(out, max(_LEAST_ROWS, _SLAB // in_))
-        return Cost(flops, 4 * in_**2 + 4 * square.SLAB * 2 + 22 * rows * in_ + out * in_)
+        moved = 4 * min(square.SLAB, in_**2)
+        return Cost(flops, 4 * in_**2 + max(moved, 22 * rows * in_ + 1024 * in_ + out * in_))
 
 
 def quantize(
