@@ -53,7 +53,7 @@ def _open(spec: str, ranged: bool) -> Source:
         from .demo import open_demo
 
         return open_demo()
-    if scheme_of(spec) in SCHEMES:
+    if scheme_of(os.fspath(spec)) in SCHEMES:
         return open_remote(spec)
     path = Path(os.path.expanduser(spec))
     try:
