@@ -6,22 +6,24 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import first_few, is_plain_name, natural_key, read_json
-from ..storage.local import at
+from ..storage.local import LocalStore, at
 from ..storage.safetensors import SafetensorsFile
 from ..storage.store import Store, read_file
 from .types import CARD_KEYS, Sidecar, Stored
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -120,11 +122,19 @@ def only_gguf(listing: Collection[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def _each(store: Store, do: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
+    """do(name) for each, in order; several at a time where each is a way over a network and back."""
+    if isinstance(store, LocalStore):
+        yield from map(do, names)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(do, names)
+
+
 def _open_indexed(store: Store) -> dict[str, SafetensorsFile]:
     weight_map = _read_index(store)
     files = sorted(set(weight_map.values()), key=natural_key)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # elsewhere each is a way there and back
-        shards = dict(zip(files, pool.map(lambda name: SafetensorsFile(store.open(name)), files), strict=True))
+    shards = dict(zip(files, _each(store, lambda name: SafetensorsFile(store.open(name)), files), strict=True))
     absent = [name for name, shard in weight_map.items() if name not in shards[shard].entries]
     if absent:
         raise QkitError(
@@ -227,17 +237,19 @@ class FolderSource:
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(read_file(self._store, "config.json"))
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for at in range(0, len(self._names), _SAMPLED):
-                names = self._names[at : at + _SAMPLED]
-                samples = pool.map(lambda stored: self._where[stored].sample(stored), [self._stored[n] for n in names])
-                for name, sample in zip(names, samples, strict=True):
-                    meta = self.meta(name)
-                    digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
-                    digest.update(sample)
+        for start in range(0, len(self._names), _SAMPLED):
+            names = self._names[start : start + _SAMPLED]
+            for name, sample in zip(names, _each(self._store, self._sample, names), strict=True):
+                meta = self.meta(name)
+                digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
+                digest.update(sample)
         for sidecar in self.sidecars:
             digest.update(f"{sidecar.name}\0{sidecar.sha256()}\n".encode())
         return digest.hexdigest()
+
+    def _sample(self, name: str) -> bytes:
+        stored = self._stored[name]
+        return self._where[stored].sample(stored)
 
     def names(self) -> list[str]:
         """Tensor names in natural order."""

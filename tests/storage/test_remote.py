@@ -1,138 +1,23 @@
-"""Objects as files, whatever library fetches them: tries, pins, ranges, parts; the lock; results in an object store."""
+"""Objects as files, whatever library fetches them: tries, pins, ranges, parts; and the lock."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from buckets import Bucket, breaking, put
 from models import make_model
 
-import qkit
-from qkit.conversion import remote_workspace
 from qkit.errors import QkitError
-from qkit.inspection import inspect
 from qkit.sources import open_source
-from qkit.storage import lease, object_store, remote
+from qkit.storage import remote
 from qkit.storage.lease import LOCK, Lease
-from qkit.storage.manifest import MANIFEST, Manifest
 from qkit.storage.places import Place, parse_place
-from qkit.storage.remote import Found, Passing, RemoteStore, changed
+from qkit.storage.remote import Passing, RemoteStore
 from qkit.storage.store import hash_file, read_bytes, read_file
-
-
-class Bucket:
-    """Objects in memory, by name in the bucket; fail(method, name, n): raises what the n-th call is to meet."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, tuple[bytes, str]] = {}
-        self.fail: Callable[[str, str, int], None] = lambda method, name, n: None
-        self.calls: list[tuple[str, str]] = []
-        self.fetched = self.writes = 0
-        self.lock = threading.Lock()
-
-    def at(self, prefix: str) -> Memory:
-        return Memory(self, prefix)
-
-    def below(self, prefix: str) -> dict[str, bytes]:
-        return {n[len(prefix) + 1 :]: data for n, (data, _) in self.files.items() if n.startswith(prefix + "/")}
-
-
-class Memory:
-    """`remote.Objects` of a `Bucket`."""
-
-    def __init__(self, bucket: Bucket, prefix: str):
-        self.bucket, self.prefix, self.label = bucket, prefix, f"s3://bucket/{prefix}"
-
-    def _call(self, method: str, name: str) -> str:
-        with self.bucket.lock:
-            n = len(self.bucket.calls)
-            self.bucket.calls.append((method, name))
-        self.bucket.fail(method, name, n)
-        return f"{self.prefix}/{name}"
-
-    def list(self, folder: str, deep: bool = False) -> list[Found]:
-        inside = self._call("list", folder) if folder else self._call("list", "").rstrip("/")
-        below = [n for n in self.bucket.files if n.startswith(inside + "/")]
-        return [self._found(n) for n in below if deep or "/" not in n[len(inside) + 1 :]]
-
-    def _found(self, name: str) -> Found:
-        data, tag = self.bucket.files[name]
-        return Found(name[len(self.prefix) + 1 :], len(data), tag)
-
-    def find(self, name: str) -> Found | None:
-        full = self._call("find", name)
-        return self._found(full) if full in self.bucket.files else None
-
-    def get(self, found: Found, start: int, end: int) -> bytes:
-        full = self._call("get", found.name)
-        data, tag = self.bucket.files.get(full, (b"", ""))
-        if tag != found.tag:
-            raise changed(f"{self.label}/{found.name}")
-        with self.bucket.lock:
-            self.bucket.fetched += end - start
-        return data[start:end]
-
-    def _store(self, full: str, data: bytes) -> str:
-        with self.bucket.lock:
-            self.bucket.writes += 1
-            tag = f"tag-{self.bucket.writes}"
-            self.bucket.files[full] = (bytes(data), tag)
-        return tag
-
-    def put(self, name: str, data: bytes | bytearray) -> None:
-        self._store(self._call("put", name), bytes(data))
-
-    def put_if(self, name: str, data: bytes, tag: str | None) -> str | None:
-        full = self._call("put_if", name)
-        if (self.bucket.files[full][1] if full in self.bucket.files else None) != tag:
-            return None
-        done = self._store(full, data)
-        self.bucket.fail("answer", name, len(self.bucket.calls))
-        return done
-
-    def upload(self, name: str, parts: Iterator[bytearray], part_bytes: int) -> None:
-        full = self._call("upload", name)
-        whole = list(parts)
-        assert all(len(part) == part_bytes for part in whole[:-1]) and whole[-1]
-        self._store(full, b"".join(whole))
-
-    def delete(self, name: str) -> None:
-        self.bucket.files.pop(self._call("delete", name), None)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """What s3://bucket/... means in this test; waits take no time."""
-    made = Bucket()
-    monkeypatch.setattr(object_store, "open_objects", lambda place: made.at(place.prefix))
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    return made
-
-
-def put(bucket: Bucket, prefix: str, folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            bucket.at(prefix).put(str(path.relative_to(folder)), path.read_bytes())
-
-
-def breaking(times: int, *methods: str) -> Callable[[str, str, int], None]:
-    """Calls of these methods fail that often, each time as the first of them begins, then once works."""
-    count = 0
-
-    def fail(method: str, name: str, n: int) -> None:
-        nonlocal count
-        if method in methods:
-            count += 1
-            if count % (times + 1):
-                raise Passing("the line broke")
-
-    return fail
 
 
 def test_reads_of_any_size(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,15 +126,6 @@ def test_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'qkit-llm[remote]'" in (caught.value.hint or "")
 
 
-# --- the lock
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "BEAT", 0.02)
-    monkeypatch.setattr(lease, "LEASE", 0.2)
-
-
 def test_one_at_a_time(bucket: Bucket, quick: None) -> None:
     said: list[str] = []
     first = Lease(bucket.at("p"), said.append)
@@ -288,189 +164,3 @@ def test_a_lost_answer_is_no_other_run(bucket: Bucket, quick: None) -> None:
 
     bucket.fail = fail
     Lease(bucket.at("p"), lambda said: pytest.fail("waits for itself")).release()
-
-
-# --- conversions
-
-
-OPTIONS: dict[str, Any] = {"method": "rtn", "device": "cpu"}
-OUT = "s3://bucket/out"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(a model of several shards, what is made of it here)."""
-    folder = tmp_path_factory.mktemp("remote")
-    source = make_model(folder / "m", max_shard_size="300KB")
-    qkit.convert(str(source), folder / "out", **OPTIONS)
-    return source, folder / "out"
-
-
-def assert_same(bucket: Bucket, folder: Path) -> None:
-    assert bucket.below("out") == {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-def test_there_and_back(bucket: Bucket, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    source, local = folders
-    put(bucket, "m", source)
-    here, there = open_source(str(source)), open_source("s3://bucket/m")
-    assert here.fingerprint == there.fingerprint and here.base_model == there.base_model
-    bucket.fetched = 0
-    qkit.convert("s3://bucket/m", OUT, dry_run=True, **OPTIONS)
-    headers = sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in source.glob("*.safetensors"))
-    small = sum((source / name).stat().st_size for name in ("config.json", "model.safetensors.index.json"))
-    assert bucket.fetched == headers + small and bucket.below("out") == {}
-    monkeypatch.setattr(remote, "RANGE", 10_000)
-    bucket.fail = breaking(1, "get", "put", "find", "list")
-    result = qkit.convert("s3://bucket/m", OUT, **OPTIONS)
-    assert_same(bucket, local)
-    assert str(result.out) == OUT and result.as_dict()["plan"]["disk_free_bytes"] is None
-    assert qkit.convert("s3://bucket/m", OUT, **OPTIONS).already_done
-    assert inspect(OUT, verify=True).problems == []
-    qkit.load(OUT, device="cpu")
-
-
-def test_the_order_in_which_it_becomes_a_model(bucket: Bucket, folders: tuple[Path, Path]) -> None:
-    qkit.convert(str(folders[0]), OUT, **OPTIONS)
-    written = [name for method, name in bucket.calls if method in ("put", "upload")]
-    assert written[-3:] == ["config.json", "model.safetensors.index.json", MANIFEST]
-    assert written[0] == MANIFEST and "config.json" not in written[:-3]
-    assert LOCK not in bucket.below("out")
-
-
-def test_gguf(bucket: Bucket, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    qkit.convert(str(folders[0]), tmp_path / "local", format="gguf", **OPTIONS)
-    qkit.convert(str(folders[0]), OUT, format="gguf", **OPTIONS)
-    assert_same(bucket, tmp_path / "local")
-    file = next(name for name in bucket.below("out") if name.endswith(".gguf"))
-    local = open_source(str(tmp_path / "local"))
-    for spec in (OUT, f"{OUT}/{file}"):
-        source = open_source(spec)
-        assert (source.label, source.fingerprint) == (spec, local.fingerprint)
-        assert inspect(spec, verify=True).problems == []
-
-
-class Killed(BaseException):
-    """As a process ends that nobody asked."""
-
-
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_killed_and_continued(
-    bucket: Bucket,
-    folders: tuple[Path, Path],
-    tmp_path: Path,
-    quick: None,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-) -> None:
-    options: dict[str, Any] = {"method": method, "device": "cpu"}
-    options |= {"calib_samples": 2, "calib_len": 32} if method == "gptq" else {}
-    qkit.convert(str(folders[0]), tmp_path / "local", **options)
-    monkeypatch.setattr(Lease, "release", lambda self: (self._stop.set(), self._thread.join()))  # its lock stays
-    steps = len([1 for p in (tmp_path / "local").iterdir()])
-
-    def kill(method: str, name: str, n: int) -> None:
-        if method in ("put", "upload") and name.endswith((".safetensors", "config.json", ".index.json")):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-
-    resumed = False
-    for step in range(steps):
-        left = step
-        bucket.fail = kill
-        try:
-            resumed |= qkit.convert(str(folders[0]), OUT, **options).resumed
-        except Killed:
-            with pytest.raises(QkitError, match="unfinished conversion"):
-                open_source(OUT)
-            assert not Manifest.load(RemoteStore(bucket.at("out"))).complete
-        bucket.fail = lambda method, name, n: None
-    bucket.files.pop(f"out/{LOCK}", None)
-    assert_same(bucket, tmp_path / "local")
-    assert resumed
-
-
-def test_damage_in_an_interrupted_run_is_found(bucket: Bucket, folders: tuple[Path, Path]) -> None:
-    def kill(method: str, name: str, n: int) -> None:
-        if method == "put" and name == "config.json":
-            raise KeyboardInterrupt
-
-    bucket.fail = kill
-    with pytest.raises(KeyboardInterrupt):
-        qkit.convert(str(folders[0]), OUT, **OPTIONS)
-    assert LOCK not in bucket.below("out")
-    bucket.fail = lambda method, name, n: None
-    name = next(name for name in bucket.below("out") if name.endswith(".safetensors"))
-    bucket.at("out").put(name, b"damaged")
-    assert qkit.convert(str(folders[0]), OUT, **OPTIONS).resumed
-    assert_same(bucket, folders[1])
-
-
-def test_nothing_of_others_is_touched(bucket: Bucket, folders: tuple[Path, Path]) -> None:
-    source = str(folders[0])
-    bucket.at("out").put("notes.txt", b"mine")
-    for restart in (False, True):
-        with pytest.raises(QkitError, match=r"holds 'notes.txt', which qkit did not write"):
-            qkit.convert(source, OUT, restart=restart, **OPTIONS)
-    assert bucket.below("out") == {"notes.txt": b"mine"}
-    bucket.files.clear()
-    qkit.convert(source, OUT, **OPTIONS)
-    before = dict(bucket.files)
-    with pytest.raises(QkitError, match="holds another conversion") as caught:
-        qkit.convert(source, OUT, scheme="w8a16", **OPTIONS)
-    assert "--restart" in (caught.value.hint or "") and bucket.files == before
-    bucket.at("out").put("sub/notes.txt", b"mine")
-    with pytest.raises(QkitError, match=r"holds 'sub/notes\.txt'"):
-        qkit.convert(source, OUT, scheme="w8a16", restart=True, **OPTIONS)
-    assert {k: v for k, v in bucket.files.items() if k != "out/sub/notes.txt"} == before
-
-
-def test_restart(bucket: Bucket, folders: tuple[Path, Path]) -> None:
-    qkit.convert(str(folders[0]), OUT, format="gguf", **OPTIONS)
-    qkit.convert(str(folders[0]), OUT, restart=True, **OPTIONS)
-    assert_same(bucket, folders[1])
-
-
-def test_two_runs(bucket: Bucket, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second is refused, and the first goes on."""
-    monkeypatch.setattr(lease, "BEAT", 0.02)
-    refused: list[QkitError | None] = []
-
-    def second(method: str, name: str, n: int) -> None:
-        if name.endswith(".safetensors") and method == "put" and not refused:
-            refused.append(None)
-            with pytest.raises(QkitError, match="another qkit convert is writing") as caught:
-                qkit.convert(str(folders[0]), OUT, **OPTIONS)
-            refused[0] = caught.value
-
-    bucket.fail = second
-    qkit.convert(str(folders[0]), OUT, **OPTIONS)
-    assert refused[0] is not None and "wait for it" in (refused[0].hint or "")
-    assert_same(bucket, folders[1])
-
-
-@pytest.mark.parametrize(
-    ("source", "out", "message"),
-    [
-        ("s3://bucket/m", "s3://bucket/m", "one inside the other"),
-        ("s3://bucket/m", "s3://bucket/m/q", "one inside the other"),
-        ("s3://bucket/m/q", "s3://bucket/m", "one inside the other"),
-        ("demo", "s3://bucket", "a whole bucket"),
-        ("demo", "hf://org/name", "does not write to hf://"),
-        ("demo", "https://host/x", "does not write to https://"),
-    ],
-)
-def test_places_that_no_result_goes_to(source: str, out: str, message: str) -> None:
-    with pytest.raises(QkitError, match=message) as caught:
-        remote_workspace.resolve_remote(out, [source, None])
-    assert caught.value.hint
-
-
-def test_nothing_there(bucket: Bucket) -> None:
-    with pytest.raises(QkitError, match="there is nothing at s3://bucket/absent"):
-        open_source("s3://bucket/absent")
-    bucket.at("m").put(MANIFEST, json.dumps({"schema": 1}).encode())
-    with pytest.raises(QkitError, match="not a valid manifest"):
-        open_source("s3://bucket/m")
