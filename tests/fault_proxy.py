@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-_SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
 _HOP = {"connection", "transfer-encoding", "content-length", "keep-alive", "server", "date"}
 
 
@@ -23,6 +20,7 @@ class Fault:
     """What becomes of one answer.
 
     status  this one is sent in place of what was asked for, which the server never sees
+    code    what its body calls it
     refuse  the connection is closed before the server sees the request
     lost    the server sees it and does it; the connection is closed in place of the answer
     drop    the connection is reset after that share of the body
@@ -30,6 +28,7 @@ class Fault:
     delay   seconds before the answer"""
 
     status: int | None = None
+    code: str = "SlowDown"
     refuse: bool = False
     lost: bool = False
     drop: float | None = None
@@ -51,12 +50,15 @@ class Seen:
 
 @dataclass
 class Proxy:
-    """upstream: "http://host:port"; faults(n, method, path): what becomes of the n-th request, from 0; headers: what
-    is put in place of a request's headers, by name in lower case ("" leaves one out)."""
+    """upstream: "http://host:port"; faults(n, method, path): what becomes of the n-th request, from 0.
+
+    request(path, headers), response(headers): change what is passed on, headers in place; the first gives the path
+    that is asked for upstream."""
 
     upstream: str
     faults: Callable[[int, str, str], Fault | None] = lambda n, method, path: None
-    rename: dict[str, tuple[str, str]] = field(default_factory=dict)
+    request: Callable[[str, dict[str, str]], str] = lambda path, headers: path
+    response: Callable[[dict[str, str]], None] = lambda headers: None
     seen: list[Seen] = field(default_factory=list)
     count: int = 0
 
@@ -83,6 +85,10 @@ class Proxy:
             return sum(s.sent for s in self.seen if s.method == "GET" and s.path.partition("?")[0].endswith(ending))
 
 
+def _error(code: str) -> bytes:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as a test says</Message></Error>".encode()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     proxy: Proxy
@@ -97,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.refuse:
             return self._reset(body, 0)
         if fault.status is not None:
-            return self._answer(fault.status, {"Content-Type": "application/xml"}, _SLOW_DOWN, body)
+            return self._answer(fault.status, {"Content-Type": "application/xml"}, _error(fault.code), body)
         status, headers, data = self._forward(body)
         if fault.lost:
             return self._reset(body, status)
@@ -119,17 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         there = http.client.HTTPConnection(urlsplit(self.proxy.upstream).netloc, timeout=60)
-        headers = {}
-        for name, value in self.headers.items():
-            name, value = self.proxy.rename.get(name.lower(), (name, value))
-            if name and name.lower() not in _HOP and name.lower() != "expect":
-                headers[name] = value
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP and k.lower() != "expect"}
+        path = self.proxy.request(self.path, headers)
         headers["Content-Length"] = str(len(body))
         try:
-            there.request(self.command, self.path, body, headers)
+            there.request(self.command, path, body, headers)
             answer = there.getresponse()
             data = answer.read()
             kept = {k: v for k, v in answer.getheaders() if k.lower() not in _HOP}
+            self.proxy.response(kept)
             if self.command == "HEAD":
                 kept["Content-Length"] = answer.getheader("Content-Length") or "0"
             return answer.status, kept, data

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import QkitError
-from .remote import Objects, Passing, persist
+from .remote import Objects, RemoteStore, persist
+from .store import read_file
 
 LOCK = ".qkit-lock"
 BEAT = 15.0  # seconds between two writings
@@ -50,9 +51,9 @@ class Lease:
         """Give the lock back, if it is still ours."""
         self._stop.set()
         self._thread.join()
-        with suppress(QkitError, Passing):  # what is left of it is taken over by the next run
+        with suppress(QkitError):  # what is left of it is taken over by the next run
             if self._seen() == self._tag:
-                self._objects.delete(LOCK)
+                persist(f"delete {self._name}", lambda: self._objects.delete(LOCK))
 
     def _put(self, tag: str | None) -> str | None:
         """The lock's new tag where it had `tag`, or was not there; None where another run has it."""
@@ -69,12 +70,8 @@ class Lease:
         return found.tag if found else None
 
     def _content(self) -> bytes:
-        def once() -> bytes:
-            found = self._objects.find(LOCK)
-            return bytes(self._objects.get(found, 0, found.nbytes)) if found and found.nbytes else b""
-
-        with suppress(QkitError):  # written anew between the two
-            return persist(f"read {self._name}", once)
+        with suppress(QkitError):  # gone, or written anew between the two
+            return read_file(RemoteStore(self._objects), LOCK)
         return b""
 
     def _taken_over(self, say: Callable[[str], None]) -> str:

@@ -31,6 +31,7 @@ _CREDENTIALS = {
     "AWS_SKIP_SIGNATURE=true",
     "gs": "run: gcloud auth application-default login; or set GOOGLE_APPLICATION_CREDENTIALS to a key file",
 }
+_ENDPOINTS = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"), "gs": ("GOOGLE_BASE_URL",)}
 _SERVICE = {"s3": "S3", "gs": "Google Cloud Storage"}
 
 
@@ -61,12 +62,12 @@ class BucketObjects:
         place = self._place
         client: dict[str, Any] = dict(_CLIENT)
         try:
+            endpoint = next((value for name in _ENDPOINTS[place.scheme] if (value := os.environ.get(name))), "")
+            if endpoint.startswith("http://"):  # whoever names it so means it
+                client["allow_http"] = True
             if place.scheme == "gs":
                 return store.GCSStore(place.bucket, client_options=client, retry_config=retries)
             more: dict[str, Any] = {}
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-            if endpoint.startswith("http://"):  # whoever names it so means it
-                client["allow_http"] = True
             if _needs_profile():
                 more["credential_provider"], region = _profile(place)
                 if region and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
@@ -130,16 +131,25 @@ class BucketObjects:
             self._translate(error, f"{self.label}/{name}")
 
     def put_if(self, name: str, data: bytes, tag: str | None) -> str | None:
-        mode: Any = "create" if tag is None else {"e_tag": tag}
         try:
+            mode = "create" if tag is None else self._only_over(name, tag)
+            if mode is None:
+                return None
             done = self._obstore.put(self._once, self._key(name), data, mode=mode, use_multipart=False)
         except Exception as error:
-            if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
-                return None
-            if _CODE.search(str(error)) and _CODE.search(str(error))[1] == "ConditionalRequestConflict":  # type: ignore[index]
+            other = type(error).__name__ in ("AlreadyExistsError", "PreconditionError")
+            gone = tag is not None and isinstance(error, FileNotFoundError)
+            if other or gone or "ConditionalRequestConflict" in str(error):  # the last: two at the same moment
                 return None
             self._translate(error, f"{self.label}/{name}")
         return str(done["e_tag"])
+
+    def _only_over(self, name: str, tag: str) -> dict[str, str] | None:
+        """What makes a writing fail unless the object still has its tag; None where it does not have it now."""
+        if self._place.scheme == "s3":
+            return {"e_tag": tag}
+        meta = self._obstore.head(self._once, self._key(name))  # there it is told by its generation
+        return {"e_tag": tag, "version": meta["version"]} if meta.get("e_tag") == tag else None
 
     def upload(self, name: str, parts: Iterator[bytearray], part_bytes: int) -> None:
         failed: list[BaseException] = []
