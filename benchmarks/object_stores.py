@@ -118,16 +118,9 @@ OPEN = {"http": open_http, "obstore": open_obstore, "s3fs": open_s3fs}
 MODULE = {"http": "http.client", "obstore": "obstore", "s3fs": "s3fs"}
 
 
-def import_cost(name: str) -> dict[str, float]:
-    code = (
-        "import resource, time; a = resource.getrusage(0).ru_maxrss; t = time.perf_counter();"
-        f"import {MODULE[name]}; print(time.perf_counter() - t, resource.getrusage(0).ru_maxrss - a)"
-    )
-    runs = [subprocess.check_output([sys.executable, "-c", code], text=True).split() for _ in range(3)]
-    return {
-        "import_seconds": statistics.median(float(s) for s, _ in runs),
-        "import_mib": statistics.median(float(m) for _, m in runs) / 1024,
-    }
+def import_seconds(name: str) -> float:
+    code = f"import time; t = time.perf_counter(); import {MODULE[name]}; print(time.perf_counter() - t)"
+    return statistics.median(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
 
 
 def measure(read: Read, size: int, step: int) -> dict[str, float]:
@@ -153,7 +146,7 @@ def main() -> None:
     if given.what == "serve":
         return serve(given.megabytes)
     read, size = OPEN[given.what](given.url)
-    found = {"library": given.what, "range_mib": given.range, **import_cost(given.what)}
+    found = {"library": given.what, "range_mib": given.range, "import_seconds": import_seconds(given.what)}
     found |= measure(read, size, given.range << 20)
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}))
 

@@ -86,10 +86,17 @@ def part_bytes(shards: Sequence[Shard]) -> int:
     return part_bytes(max(shard.bytes_out for shard in shards))
 
 
+def is_remote(source: Source) -> bool:
+    """Whether its tensors are read over a network."""
+    from ..storage.remote import RemoteStore
+
+    return isinstance(source.folder, RemoteStore)
+
+
 def transfers(source: Source, out: Out, shards: Sequence[Shard]) -> Callable[[int], int]:
     """(workers) -> bytes of memory for what is on its way over a network, where source or result lies there."""
-    from ..storage.remote import RemoteStore, reading_takes, writing_takes
+    from ..storage.remote import reading_takes, writing_takes
 
-    reads, writes = isinstance(source.folder, RemoteStore), not isinstance(out, Path)
+    reads, writes = is_remote(source), not isinstance(out, Path)
     taken = writing_takes(part_bytes(shards)) if writes else 0
     return lambda workers: taken + (reading_takes(workers) if reads else 0)

@@ -27,7 +27,7 @@ from .containers import CONTAINERS
 from .head import choose_head, with_head
 from .kv_cache import CacheScales, with_cache
 from .options import AS_STORED, Options
-from .output import Out, transfers
+from .output import Out, is_remote, transfers
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
 from .stored import expand, notes_of, stored_recipe
@@ -80,6 +80,11 @@ class Plan:
     def calibrates(self) -> bool:
         """Whether the model runs on the calibration text."""
         return self.method.needs is not None or self.cache is not None
+
+    @property
+    def over_network(self) -> bool:
+        """Whether the source is read, or the result written, over a network."""
+        return is_remote(self.original) or not isinstance(self.out, Path)
 
     @property
     def tasks(self) -> list[Task]:

@@ -75,9 +75,8 @@ def finished_remote(place: Place, identity: Mapping[str, Any], restart: bool) ->
 
 
 class KeptBack:
-    """`store.Store` over another one, where some files are in memory until `reveal`.
-
-    before: called before every writing"""
+    """`store.Store` over another one, where files of some names are in memory until `reveal`; nothing is written once
+    the lease is lost."""
 
     def __init__(self, store: RemoteStore, names: Iterable[str], lease: Lease):
         self._store, self._names, self._lease = store, frozenset(names), lease

@@ -36,6 +36,7 @@ def describe(plan: Plan) -> str:
     lines.append(f"disk     {units.size(plan.disk_needed)} needed, {free}")
     lines.append(
         f"predicted: peak memory {units.size(plan.predicted.peak)}, time {units.duration(plan.predicted.seconds)}"
+        + (", and what the network takes" if plan.over_network else "")
     )
     return "\n".join(lines)
 

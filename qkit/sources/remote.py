@@ -27,6 +27,8 @@ def open_remote(spec: str) -> Source:
 
         place = parse_hub(spec)
         store = RemoteStore(HubObjects(place.repo, place.revision, everything=bool(place.file)), fixed=True)
+        if not place.file:
+            _check_weights(store, place.repo)
         return _opened(store, spec, place.file, place.repo)
     from ..storage.object_store import open_objects
 
@@ -48,7 +50,19 @@ def open_hub_ranged(spec: str) -> Source:
         objects = HubObjects(repo, revision or None)
     except Unreachable:
         return open_hub(spec)
-    return _opened(RemoteStore(objects, fixed=True), spec, None, repo)
+    store = RemoteStore(objects, fixed=True)
+    _check_weights(store, repo)
+    return _opened(store, spec, None, repo)
+
+
+def _check_weights(store: RemoteStore, repo: str) -> None:
+    from .folder import PICKLE_HINT
+
+    if not any(name.endswith(".safetensors") for name in store.names()):
+        raise QkitError(
+            f"{repo} has no safetensors weights on the Hub",
+            f"of a GGUF repository name one file: hf://{repo}/FILE.gguf; " + PICKLE_HINT,
+        )
 
 
 def _opened(store: RemoteStore, label: str, file: str | None, base_model: str | None = None) -> Source:

@@ -136,6 +136,17 @@ def test_refusals(asked_here: HubServer, spec: str, gated: bool, message: str) -
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("spec", ["hf://org/name", "org/name"])
+def test_no_weights_that_qkit_reads(asked_here: HubServer, tmp_path: Path, spec: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "m-Q4_0.gguf").write_bytes(b"")
+    asked_here.folder = tmp_path
+    with pytest.raises(QkitError, match="org/name has no safetensors weights on the Hub") as caught:
+        open_source(spec, ranged=True)
+    assert "hf://org/name/FILE.gguf" in (caught.value.hint or "") and "pickle" in (caught.value.hint or "")
+
+
 def test_a_storage_that_is_gone(asked_here: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that says what and how often, after a bounded number of tries."""
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
