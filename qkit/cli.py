@@ -23,7 +23,10 @@ from .errors import QkitError
 from .measure.options import Options as ProfileOptions
 from .options import add_arguments, option
 
-SOURCE = "a folder of safetensors, a .gguf file, a Hub id, or 'demo' (the embedded default model)"
+SOURCE = (
+    "a folder of safetensors, a .gguf file, a Hub id, s3://bucket/prefix, gs://bucket/prefix or hf://org/name (read "
+    "where they lie), or 'demo' (the embedded default model)"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ COMMANDS = (
         _conversion_text,
         ConvertOptions,
         inputs=(Input("source", SOURCE),),
-        out="folder to create; it appears complete, as the last step",
+        out="folder to create, or s3://bucket/prefix or gs://bucket/prefix; it appears complete, as the last step",
         document=lambda result: (result.plan if result.plan.options.dry_run else result).as_dict(),
     ),
     Command(

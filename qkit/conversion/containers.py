@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..spec.dtypes import TensorMeta
@@ -42,7 +41,7 @@ class Container(Protocol):
         """Write one of the files. tensors: the outputs of its tasks, in order."""
         ...
 
-    def open(self, folder: Path, shards: Sequence[Shard]) -> Tensors:
+    def open(self, store: Store, shards: Sequence[Shard]) -> Tensors:
         """Raises QkitError where a file does not hold what it should."""
         ...
 
@@ -66,10 +65,10 @@ class Safetensors:
 
         return write_safetensors(store, shard.file, [output for t in shard.tasks for output in t.outputs], tensors)
 
-    def open(self, folder: Path, shards: Sequence[Shard]) -> Tensors:
+    def open(self, store: Store, shards: Sequence[Shard]) -> Tensors:
         from ..sources.folder import FolderSource
 
-        return FolderSource(folder)
+        return FolderSource(store)
 
     def companions(self, plan: Plan, source: Source, calibration: dict[str, Any] | None) -> dict[str, bytes]:
         config = dict(source.config)
@@ -113,10 +112,10 @@ class OneGguf:
             store, shard.file, fmt.header(plan.name, plan.options.scheme if plan.kinds else None), entries, tensors
         )
 
-    def open(self, folder: Path, shards: Sequence[Shard]) -> Tensors:
+    def open(self, store: Store, shards: Sequence[Shard]) -> Tensors:
         from ..sources.gguf import GgufFile
 
-        return _Blocks(GgufFile(folder / shards[0].file))
+        return _Blocks(GgufFile(store.open(shards[0].file), store))
 
     def companions(self, plan: Plan, source: Source, calibration: dict[str, Any] | None) -> dict[str, bytes]:
         return {}

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from ..sources.types import Source
     from ..storage.store import FileDigest, Store
     from ..storage.writer import Pieces
+    from .output import Work
     from .plan import Plan
     from .tasks import Shard, Task
-    from .workspace import Workspace
 
 
 # What a method that observes the whole model saw: mean squares of every quantized weight's inputs.
 STATISTICS = "imatrix.safetensors"
 
 
-def write_weights(plan: Plan, source: Source, work: Workspace, executor: Executor, tokens: torch.Tensor | None) -> None:
+def write_weights(plan: Plan, source: Source, work: Work, executor: Executor, tokens: torch.Tensor | None) -> None:
     """Write every file of weights that is not there yet. tokens: calibration windows, None for data-free methods."""
     if plan.cache is not None:
         assert tokens is not None
@@ -55,7 +55,7 @@ def write_weights(plan: Plan, source: Source, work: Workspace, executor: Executo
         _write_shards(plan.shards, produce, work, executor)  # blocks of which nothing is quantized
 
 
-def _observed(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor) -> dict[str, Moments]:
+def _observed(plan: Plan, source: Source, work: Work, tokens: torch.Tensor) -> dict[str, Moments]:
     """The statistics of every quantized weight's inputs, in a file of their own as soon as they are all there."""
     from ..calibrate.observe import observe, read_moments, write_moments
     from ..storage.manifest import file_entry
@@ -63,13 +63,15 @@ def _observed(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor)
     if not work.has(STATISTICS):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
             schemes = block_schemes(plan.tasks)
-            found = observe(source, schemes, tokens, device=plan.device, folder=work.folder, advance=lambda: advance(1))
+            found = observe(
+                source, schemes, tokens, device=plan.device, folder=work.scratch, advance=lambda: advance(1)
+            )
         work.manifest.files[STATISTICS] = file_entry(write_moments(work.store, STATISTICS, found))
-        work.manifest.save(work.folder)
+        work.manifest.save(work.store)
     return read_moments(work.store, STATISTICS)
 
 
-def _observed_cache(plan: Plan, source: Source, work: Workspace, tokens: torch.Tensor) -> dict[str, float]:
+def _observed_cache(plan: Plan, source: Source, work: Work, tokens: torch.Tensor) -> dict[str, float]:
     """The largest magnitude behind each scale of the KV cache, in the manifest as soon as they are all there."""
     from ..calibrate.observe import observe_cache
 
@@ -77,7 +79,7 @@ def _observed_cache(plan: Plan, source: Source, work: Workspace, tokens: torch.T
     noted = work.manifest.tensors
     if not all(name in noted for name in plan.cache.scales):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
-            found = observe_cache(source, tokens, device=plan.device, folder=work.folder, advance=lambda: advance(1))
+            found = observe_cache(source, tokens, device=plan.device, folder=work.scratch, advance=lambda: advance(1))
         for name in plan.cache.scales:
             noted[name] = {
                 "method": "largest magnitude / 448",
@@ -85,11 +87,11 @@ def _observed_cache(plan: Plan, source: Source, work: Workspace, tokens: torch.T
                 "calibration_tokens": tokens.numel(),
                 "computed_on": computed_on(plan.device),
             }
-        work.manifest.save(work.folder)
+        work.manifest.save(work.store)
     return {name: float(noted[name]["largest"]) for name in plan.cache.scales}
 
 
-def _write_shards(shards: Sequence[Shard], produce: Produce, work: Workspace, executor: Executor) -> None:
+def _write_shards(shards: Sequence[Shard], produce: Produce, work: Work, executor: Executor) -> None:
     left = [shard for shard in shards if not work.has(shard.file)]
     if left:
         with track("writing", sum(t.bytes_in for shard in left for t in shard.tasks), "bytes") as advance:
@@ -97,7 +99,7 @@ def _write_shards(shards: Sequence[Shard], produce: Produce, work: Workspace, ex
                 _write_shard(shard, produce, work, executor, advance)
 
 
-def _write_blocks(plan: Plan, produce: Produce, work: Workspace, executor: Executor, tokens: torch.Tensor) -> None:
+def _write_blocks(plan: Plan, produce: Produce, work: Work, executor: Executor, tokens: torch.Tensor) -> None:
     """Run the calibrated method over the decoder blocks; each goes to its file as soon as it is quantized."""
     from ..calibrate.blocks import quantize_blocks
 
@@ -123,7 +125,7 @@ def _write_blocks(plan: Plan, produce: Produce, work: Workspace, executor: Execu
             device=plan.device,
             done=finished,
             waiting=plan.predicted.waiting,
-            folder=work.folder,
+            folder=work.scratch,
             **produce.options,
         ):
             for name, layer in result.layers.items():
@@ -136,9 +138,7 @@ def _write_blocks(plan: Plan, produce: Produce, work: Workspace, executor: Execu
             advance(1)
 
 
-def _finished_block(
-    shards: list[Shard], fmt: Format, work: Workspace, replaced: bool
-) -> dict[str, Weight | torch.Tensor]:
+def _finished_block(shards: list[Shard], fmt: Format, work: Work, replaced: bool) -> dict[str, Weight | torch.Tensor]:
     """What an earlier run made of a block, for the forward pass of this one. replaced: tensors that are not quantized
     may differ from the source's."""
     from ..storage.safetensors import SafetensorsFile
@@ -205,16 +205,16 @@ def make_shard(
 
 
 def _write_shard(
-    shard: Shard, produce: Produce, work: Workspace, executor: Executor, advance: Callable[[int], None]
+    shard: Shard, produce: Produce, work: Work, executor: Executor, advance: Callable[[int], None]
 ) -> None:
     commit(shard, make_shard(shard, produce, work.store, executor, advance), work)
 
 
-def commit(shard: Shard, written: Written, work: Workspace) -> None:
+def commit(shard: Shard, written: Written, work: Work) -> None:
     """Note a file in the manifest: it is finished."""
     from ..storage.manifest import file_entry
 
     work.manifest.tensors.update(written.entries)
     work.manifest.sources.update(written.digests)
     work.manifest.files[shard.file] = file_entry(written.file)
-    work.manifest.save(work.folder)
+    work.manifest.save(work.store)

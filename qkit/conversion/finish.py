@@ -9,8 +9,8 @@ from .containers import CONTAINERS
 
 if TYPE_CHECKING:
     from ..sources.types import Source
+    from .output import Work
     from .plan import Plan
-    from .workspace import Workspace
 
 CARD = "README.md"
 
@@ -22,7 +22,7 @@ def companion_names(plan: Plan, source: Source) -> list[str]:
     return sorted({*container.companions(plan, source, None), CARD, *sidecars})
 
 
-def write_companions(plan: Plan, source: Source, work: Workspace) -> None:
+def write_companions(plan: Plan, source: Source, work: Work) -> None:
     """Write everything but the weights into the workspace and note it in the manifest."""
     from ..storage.manifest import file_entry
     from ..storage.writer import write_file
@@ -35,10 +35,11 @@ def write_companions(plan: Plan, source: Source, work: Workspace) -> None:
             files[sidecar.name] = sidecar.read()
     for name, data in sorted(files.items()):
         work.manifest.files[name] = file_entry(write_file(work.store, name, data))
-    work.manifest.save(work.folder)
+    work.manifest.save(work.store)
 
 
-def complete(work: Workspace) -> None:
+def complete(work: Work) -> None:
     """Mark the folder complete: its last change before it gets its name."""
+    work.reveal()
     work.manifest.complete = True
-    work.manifest.save(work.folder)
+    work.manifest.save(work.store)

@@ -27,6 +27,7 @@ from .containers import CONTAINERS
 from .head import choose_head, with_head
 from .kv_cache import CacheScales, with_cache
 from .options import AS_STORED, Options
+from .output import Out, is_remote, transfers
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
 from .stored import expand, notes_of, stored_recipe
@@ -44,6 +45,7 @@ class Plan:
     """The whole conversion, decided. Sizes in bytes.
 
     original what is read: the source, with its weights as values and a head of its own where the plan needs that
+    disk_needed, disk_free: where the result goes; None where nothing counts what is free, in a bucket
     fmt      bound to it; view: it with the tensors that the format's files hold
     name     what the result is called, which no path decides
     clients  what transformers calls the modules, where that may be something else than the files do
@@ -51,7 +53,7 @@ class Plan:
     """
 
     source: str
-    out: Path
+    out: Out
     options: Options
     original: Source
     fmt: Format
@@ -64,7 +66,7 @@ class Plan:
     device: str
     predicted: Prediction
     disk_needed: int
-    disk_free: int
+    disk_free: int | None
     stored: Stored
     clients: ClientNames | None = None
     cache: CacheScales | None = None
@@ -78,6 +80,11 @@ class Plan:
     def calibrates(self) -> bool:
         """Whether the model runs on the calibration text."""
         return self.method.needs is not None or self.cache is not None
+
+    @property
+    def over_network(self) -> bool:
+        """Whether the source is read, or the result written, over a network."""
+        return is_remote(self.original) or not isinstance(self.out, Path)
 
     @property
     def tasks(self) -> list[Task]:
@@ -182,7 +189,7 @@ class Plan:
 _MUCH = 0.05  # of a model's weights
 
 
-def make_plan(source: Source, out: Path, options: Options) -> Plan:
+def make_plan(source: Source, out: Out, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
 
@@ -241,7 +248,8 @@ def make_plan(source: Source, out: Path, options: Options) -> Plan:
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
     shards = container.shards(tasks, by_block, name)
-    predicted = predict(source, shards, fmt, method, options, device, cache is not None)
+    moved = transfers(original, out, shards)
+    predicted = predict(source, shards, fmt, method, options, device, cache is not None, moved)
     modules = [module_of(n) for n in source.names() if n.endswith(".weight")]
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
@@ -433,9 +441,13 @@ def check_source(source: Source) -> None:
         )
 
 
-def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], scratch: int, out: Path) -> tuple[int, int]:
-    """(bytes needed, bytes free) where `out` will lie. Raises QkitError where they do not suffice."""
-    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in sidecars) + scratch + (16 << 20)
+def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], scratch: int, out: Out) -> tuple[int, int | None]:
+    """(bytes needed, bytes free) where `out` will lie; None where nothing counts them. Raises QkitError where they do
+    not suffice."""
+    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in sidecars) + (16 << 20)
+    if not isinstance(out, Path):
+        return needed, None
+    needed += scratch
     free = _free_disk(out)
     partial = partial_dir(out)
     reusable = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,8 +55,10 @@ def predict(
     options: Options,
     device: LocalDevice,
     observed: bool = False,
+    transfers: Callable[[int], int] = lambda workers: 0,
 ) -> Prediction:
-    """What writing the files will take. observed: the calibration text runs through the model as it is, for any method.
+    """What writing the files will take. observed: the calibration text runs through the model as it is, for any method;
+    transfers: (workers) -> bytes that are on their way over a network at once.
 
     Raises QkitError where --max-memory or the machine cannot hold it."""
     import torch  # noqa: F401  for its share of what is resident
@@ -70,8 +72,9 @@ def predict(
     usable = cores()
     workers = usable
     sizes = [_sizes(shard, source, fmt, method) for shard in shards]
-    while workers > 1 and MARGIN * (base + _in_flight(sizes, workers)) > limit:
+    while workers > 1 and MARGIN * (base + transfers(workers) + _in_flight(sizes, workers)) > limit:
         workers -= 1
+    base += transfers(workers)
     peak = base + _in_flight(sizes, workers)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []

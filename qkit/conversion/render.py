@@ -32,9 +32,11 @@ def describe(plan: Plan) -> str:
         f"{plan.bits_per_weight:.2f} bits per weight"
         + (f" ({per_quantized:.2f} in the quantized layers)" if per_quantized else "")
     )
-    lines.append(f"disk     {units.size(plan.disk_needed)} needed, {units.size(plan.disk_free)} free")
+    free = "in the bucket" if plan.disk_free is None else f"{units.size(plan.disk_free)} free"
+    lines.append(f"disk     {units.size(plan.disk_needed)} needed, {free}")
     lines.append(
         f"predicted: peak memory {units.size(plan.predicted.peak)}, time {units.duration(plan.predicted.seconds)}"
+        + (", and what the network takes" if plan.over_network else "")
     )
     return "\n".join(lines)
 

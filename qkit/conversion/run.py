@@ -6,13 +6,13 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..hardware import memory
 from ..options import identity, with_options
 from ..progress import notify
 from .options import Options
+from .output import Out
 from .plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ConvertResult:
     fallbacks: "weight name: reason" for each layer that did not get the method asked for."""
 
     plan: Plan
-    out: Path
+    out: Out
     seconds: float | None = None
     peak_memory: int | None = None
     fallbacks: tuple[str, ...] = ()
@@ -55,7 +55,8 @@ def convert(
 ) -> ConvertResult:
     """Quantize a checkpoint into the folder `out`, which appears, complete, as the last step.
 
-    source  folder of safetensors, .gguf file, Hub id or "demo"
+    source  folder of safetensors, .gguf file, Hub id or "demo"; s3://, gs:// and hf:// are read where they lie
+    out     a folder, or s3://bucket/prefix or gs://bucket/prefix, complete once its manifest says so
 
     The same source, options and version give byte-identical files. An interrupted run continues when called
     again with the same arguments. Raises QkitError for bad input, before any tensor is read.
@@ -64,11 +65,11 @@ def convert(
     from . import finish
     from .execute import STATISTICS, write_weights
     from .executor import Threads
+    from .output import finished, open_work, resolve_out
     from .verify import verify_result
-    from .workspace import finished, open_workspace, resolve_out
 
     started = time.perf_counter()
-    opened = open_source(source, lora=options.lora)
+    opened = open_source(source, lora=options.lora, ranged=options.dry_run)  # a plan takes headers alone
     place = resolve_out(out, (source, options.lora, options.calib, options.recipe, options.fit))
     plan = make_plan(opened, place, options)
     opened = plan.original
@@ -84,9 +85,9 @@ def convert(
 
     tokens = None if calibration is None else calibration.tokens
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened), STATISTICS]
-    with open_workspace(plan.out, made_of, expected, options.restart) as work:
+    with open_work(plan, made_of, expected) as work:
         if work.resumed:
-            notify(f"resuming in {work.folder}")
+            notify(f"resuming in {work.label}")
         write_weights(plan, opened, work, Threads(plan.predicted.workers), tokens)
         finish.write_companions(plan, opened, work)
         if options.verify:

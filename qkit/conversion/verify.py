@@ -13,15 +13,15 @@ from .produce import compared
 from .record import digest_of
 
 if TYPE_CHECKING:
+    from .output import Work
     from .plan import Plan
     from .tasks import Task
-    from .workspace import Workspace
 
 SAMPLES = 8  # weights measured again against the source: enough to catch a wrong layout, cheap enough to be default
 _HINT = "run the same command again: it keeps what is right and writes the rest anew; if it repeats, check the disk"
 
 
-def verify_result(plan: Plan, work: Workspace) -> None:
+def verify_result(plan: Plan, work: Work) -> None:
     """Raises QkitError unless every hash, every tensor's type and shape, and a sample of errors agree.
 
     The sampled weights are read back, unpacked, dequantized and compared with the source: their error must be
@@ -32,7 +32,7 @@ def verify_result(plan: Plan, work: Workspace) -> None:
     if damaged:
         work.drop(damaged)
         raise QkitError(f"verification failed: {next(iter(damaged.values()))}", _HINT)
-    written = CONTAINERS[plan.fmt.container].open(work.folder, plan.shards)
+    written = CONTAINERS[plan.fmt.container].open(work.store, plan.shards)
     files = {name: shard.file for shard in plan.shards for t in shard.tasks for name, _ in t.outputs}
     for task in plan.tasks:
         for name, meta in task.outputs:
@@ -55,10 +55,10 @@ def verify_result(plan: Plan, work: Workspace) -> None:
                 )
 
 
-def _damaged(work: Workspace) -> dict[str, str]:
+def _damaged(work: Work) -> dict[str, str]:
     """Name -> what is wrong, for each file that is not what the manifest says."""
     problems = {}
-    for problem in work.manifest.verify(work.folder):
+    for problem in work.manifest.verify(work.store):
         name = problem.partition(": ")[0]
         if name in work.manifest.files:
             problems[name] = problem

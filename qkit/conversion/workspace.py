@@ -15,7 +15,7 @@ from ..errors import QkitError
 from ..storage.files import os_error
 from ..storage.local import TEMPORARY_SUFFIX, LocalStore, remove_temporaries
 from ..storage.manifest import MANIFEST, Manifest
-from ..storage.store import hash_file
+from ..storage.store import Store, hash_file
 
 LOCK = ".lock"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
@@ -124,7 +124,8 @@ class Workspace:
 
     def __init__(self, out: Path, folder: Path, manifest: Manifest, seen: Seen, resumed: bool):
         self.out, self.folder, self.manifest, self.seen, self.resumed = out, folder, manifest, seen, resumed
-        self.store = LocalStore(folder)
+        self.store: Store = LocalStore(folder)
+        self.label, self.scratch = str(folder), folder
 
     def has(self, file: str) -> bool:
         """Whether `file` is finished. What an earlier run wrote is hashed before it is counted on."""
@@ -137,6 +138,9 @@ class Workspace:
             self.manifest.files.pop(file, None)
         self.manifest.complete = False
         self.manifest.save(self.folder)
+
+    def reveal(self) -> None:
+        """Nothing: the folder has no name yet that anybody looks for."""
 
     def publish(self) -> None:
         """Give the finished folder its final name: one rename, over nothing or over what was seen at the start.
@@ -221,7 +225,7 @@ def _manifest(folder: Path, identity: Mapping[str, Any], expected: frozenset[str
     ours, manifest = found is not None, found or Manifest(dict(identity))
     known = {*manifest.files, MANIFEST, LOCK}
     unrecorded = [n for n in look(folder) if n not in known and not n.endswith(TEMPORARY_SUFFIX)]
-    strangers = [n for n in unrecorded if not (ours and (n in expected or _SHARD.fullmatch(n)))]
+    strangers = [n for n in unrecorded if not (ours and is_ours(n, expected))]
     if strangers:
         raise QkitError(f"{folder} holds files that are not qkit's ({strangers[0]})", "move them away")
     if restart and ours:
@@ -230,10 +234,15 @@ def _manifest(folder: Path, identity: Mapping[str, Any], expected: frozenset[str
         return Manifest(dict(identity))
     if ours and manifest.identity != identity:
         raise QkitError(
-            f"{folder} holds an interrupted run with {_difference(manifest.identity, identity)}",
+            f"{folder} holds an interrupted run with {difference(manifest.identity, identity)}",
             "repeat that command to finish it, or discard it with --restart",
         )
     return manifest
+
+
+def is_ours(name: str, expected: frozenset[str]) -> bool:
+    """Whether a file beside a manifest of ours, which does not list it, is one that a killed run wrote last."""
+    return name in expected or _SHARD.fullmatch(name) is not None
 
 
 def _forget_damaged(folder: Path, manifest: Manifest) -> None:
@@ -279,7 +288,7 @@ def _locked(handle: Any) -> bool:
     return True
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     key = next((k for k in new if old.get(k) != new.get(k)), "version")
     if key == "source":
         return "another source"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..hardware.detect import LocalDevice
+    from ..storage.store import Store
     from .fit import Sizes
     from .quality import Quality
     from .room import Subject
@@ -157,7 +158,7 @@ def versions() -> dict[str, Any]:
     }
 
 
-def manifest(folder: Path | None) -> tuple[dict[str, Any], str | None]:
+def manifest(folder: Path | Store | None) -> tuple[dict[str, Any], str | None]:
     """(identity of the conversion, sha256 of the manifest file); ({}, None) where there is no manifest."""
     from ..storage.local import at
     from ..storage.manifest import MANIFEST, Manifest

@@ -6,21 +6,24 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import first_few, is_plain_name, natural_key, read_json
-from ..storage.local import at
+from ..storage.local import LocalStore, at
 from ..storage.safetensors import SafetensorsFile
 from ..storage.store import Store, read_file
 from .types import CARD_KEYS, Rows, Sidecar, Stored
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,6 +42,8 @@ _NOT_SIDECARS = {
 }  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 _BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")
+_AT_ONCE = 16  # headers and samples that are read at a time
+_SAMPLED = 1024  # tensors whose samples are in memory
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -108,18 +113,28 @@ def _open_shards(store: Store) -> dict[str, SafetensorsFile]:
     raise QkitError(f"{folder} holds no safetensors weights", f"expected {SINGLE}, or {INDEX} and its shards")
 
 
-def only_gguf(folder: Path) -> Path | None:
-    """The .gguf file of a folder that holds one model so, and none as safetensors; of a split one the first part."""
-    listing = sorted(p.name for p in folder.iterdir())
+def only_gguf(listing: Collection[str]) -> str | None:
+    """The .gguf file of a folder that holds one model so, and none as safetensors; of a split one the first part.
+    listing: the names of its files."""
     if SINGLE in listing or INDEX in listing:
         return None
     found = [n for n in listing if n.lower().endswith(".gguf") and not _LATER_PART.search(n)]
-    return folder / found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None
+
+
+def _each(store: Store, do: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
+    """do(name) for each, in order; several at a time where each is a way over a network and back."""
+    if isinstance(store, LocalStore):
+        yield from map(do, names)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(do, names)
 
 
 def _open_indexed(store: Store) -> dict[str, SafetensorsFile]:
     weight_map = _read_index(store)
-    shards = {n: SafetensorsFile(store.open(n)) for n in sorted(set(weight_map.values()), key=natural_key)}
+    files = sorted(set(weight_map.values()), key=natural_key)
+    shards = dict(zip(files, _each(store, lambda name: SafetensorsFile(store.open(name)), files), strict=True))
     absent = [name for name, shard in weight_map.items() if name not in shards[shard].entries]
     if absent:
         raise QkitError(
@@ -196,10 +211,11 @@ class FolderSource:
     """
 
     def __init__(self, place: str | Path | Store, label: str | None = None, base_model: str | None = None):
-        self.folder = Path(place) if isinstance(place, str | Path) else None
-        if self.folder is not None and not os.path.isdir(self.folder):
-            raise QkitError(f"{self.folder} is not a folder")
+        here = Path(place) if isinstance(place, str | Path) else None
+        if here is not None and not os.path.isdir(here):
+            raise QkitError(f"{here} is not a folder")
         self._store = store = at(place)
+        self.folder: Path | Store | None = here or store
         self.label = label or store.label
         self._where = _open_shards(store)
         if not store.has("config.json"):
@@ -207,7 +223,7 @@ class FolderSource:
         self.config = read_json(store, "config.json", "fetch config.json again")
         _find_quantization(store, self.config, self._where)
         self.sidecars = find_sidecars(store)
-        self.base_model = base_model or _base_model(self.folder and self.folder.absolute(), self.config)
+        self.base_model = base_model or _base_model(here and here.absolute(), self.config)
         self._stored = _canonical_names(self._where, self.config)
         self._names = sorted(self._stored, key=natural_key)
         metas = [self.meta(name) for name in self._names]
@@ -221,13 +237,19 @@ class FolderSource:
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(read_file(self._store, "config.json"))
-        for name in self._names:
-            meta = self.meta(name)
-            digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
-            digest.update(self._where[self._stored[name]].sample(self._stored[name]))
+        for start in range(0, len(self._names), _SAMPLED):
+            names = self._names[start : start + _SAMPLED]
+            for name, sample in zip(names, _each(self._store, self._sample, names), strict=True):
+                meta = self.meta(name)
+                digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
+                digest.update(sample)
         for sidecar in self.sidecars:
             digest.update(f"{sidecar.name}\0{sidecar.sha256()}\n".encode())
         return digest.hexdigest()
+
+    def _sample(self, name: str) -> bytes:
+        stored = self._stored[name]
+        return self._where[stored].sample(stored)
 
     def names(self) -> list[str]:
         """Tensor names in natural order."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
+from ..storage.store import Store
 from .types import Rows, Sidecar, Stored
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Headers:
         quantized = bool(config.get("quantization_config") or config.get("compression_config"))
         types = dict(Counter(m.dtype for m in self._metas.values()))
         self.stored = Stored(sum(m.nbytes for m in self._metas.values()), types, quantized)
-        self.folder: Path | None = None
+        self.folder: Path | Store | None = None
         self.sidecars: tuple[Sidecar, ...] = ()
         self.metadata: dict[str, Any] = {}
         self.fingerprint = ""

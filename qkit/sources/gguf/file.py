@@ -240,8 +240,8 @@ class GgufFile:
     def __init__(self, file: str | Path | Reader, store: Store | None = None):
         """store: where further parts of a split model are; by default the folder that `file` is the path of."""
         first = open_file(file)
-        self._store = store or at(Path(first.label).parent)
-        self.path, self.name = Path(first.label), first.name
+        self.store = store or at(Path(first.label).parent)
+        self.path, self.name = first.label, first.name
         self._parts = [_Part(first)]
         self.metadata = self._parts[0].metadata
         count = self.metadata.get("split.count", 0)
@@ -266,7 +266,7 @@ class GgufFile:
             first = f"{match[1]}-00001-of-{match[3]}.gguf"
             raise QkitError(f"{self.path} is not the first part of the model", f"name the first part: {first}")
         for i in range(1, count):
-            part = _Part(self._store.open(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf"))
+            part = _Part(self.store.open(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf"))
             if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
                 raise QkitError(f"{part.path} is not part {i + 1} of {count}", _BROKEN)
             self._parts.append(part)

@@ -13,6 +13,8 @@ from ...errors import QkitError
 from ...spec.dtypes import TensorMeta, torch_dtype
 from ...spec.ggml import GgmlType
 from ...storage.files import first_few, natural_key
+from ...storage.local import LocalStore
+from ...storage.store import Store
 from ..types import CARD_KEYS, ROWS, Rows, Sidecar, Stored
 from . import tokenizer as gguf_tokenizer
 from .config import Arch, Keys, build_config, find_arch
@@ -41,14 +43,14 @@ class GgufSource:
         if dtype is not None and dtype not in _DTYPES:
             raise QkitError(f"tensors cannot be read as {dtype!r}", f"use {', '.join(_DTYPES)}")
         self._file, self._dtype = file, dtype
-        self.label = label or str(file.path)
+        self.label = label or file.path
         name, arch = find_arch(file.metadata, file.path)
         self.config = self._config(name, arch)
         self._slots = dict(sorted(slots(arch, self.config, file.tensors), key=lambda item: natural_key(item[0])))
         self._check()
         gguf_tokenizer.check(file.metadata, name, self.config["vocab_size"], file.path)
         self.base_model = base_model or _base_model(file)
-        self.folder = _written_folder(file.path)
+        self.folder = _written_folder(file)
         facts = {key: file.metadata.get(f"general.{key.replace('_', '.')}") for key in CARD_KEYS}
         self.metadata: dict[str, Any] = {key: value for key, value in facts.items() if isinstance(value, str) and value}
         infos = file.tensors.values()
@@ -159,15 +161,17 @@ def _split_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return split.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
-def _written_folder(path: Path) -> Path | None:
+def _written_folder(file: GgufFile) -> Path | Store | None:
     """The folder that qkit wrote the file into, where it did: what it was calibrated on is noted there."""
     from ...storage.manifest import Manifest
 
     try:
-        manifest = Manifest.find(path.parent)
+        manifest = Manifest.find(file.store)
     except QkitError:  # of something else that lies there
         return None
-    return path.parent if manifest is not None and path.name in manifest.files else None
+    if manifest is None or file.name not in manifest.files:
+        return None
+    return Path(file.path).parent if isinstance(file.store, LocalStore) else file.store
 
 
 def require_readable(ggml_type: GgmlType, tensor: str) -> None:
@@ -188,4 +192,4 @@ def _base_model(file: GgufFile) -> str:
         if isinstance(value, str) and value:
             return value.removeprefix("https://huggingface.co/").rstrip("/")
     name = file.metadata.get("general.name")
-    return name if isinstance(name, str) and name else file.path.stem
+    return name if isinstance(name, str) and name else Path(file.name).stem
