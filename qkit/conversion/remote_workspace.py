@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
@@ -130,7 +131,8 @@ class RemoteWorkspace:
         self.out, self.manifest, self.resumed = out, manifest, resumed
         self._kept = store
         self.store: Store = store
-        self.label, self.scratch = store.label, None
+        self.label = store.label
+        self.scratch: Path | None = None
 
     def has(self, file: str) -> bool:
         """Whether `file` is finished. What an earlier run wrote was hashed before it is counted on."""

@@ -125,7 +125,8 @@ class Workspace:
     def __init__(self, out: Path, folder: Path, manifest: Manifest, seen: Seen, resumed: bool):
         self.out, self.folder, self.manifest, self.seen, self.resumed = out, folder, manifest, seen, resumed
         self.store: Store = LocalStore(folder)
-        self.label, self.scratch = str(folder), folder
+        self.label = str(folder)
+        self.scratch: Path | None = folder
 
     def has(self, file: str) -> bool:
         """Whether `file` is finished. What an earlier run wrote is hashed before it is counted on."""
