@@ -64,8 +64,8 @@ def convert(
     from . import finish
     from .execute import STATISTICS, write_weights
     from .executor import Threads
-    from .verify import verify_result
-    from .workspace import finished, open_workspace, resolve_out
+    from .verify import check_inherited, verify_result
+    from .workspace import finished, open_workspace, resolve_out, settle
 
     started = time.perf_counter()
     opened = open_source(source, lora=options.lora)
@@ -78,16 +78,19 @@ def convert(
         notify(note)
     calibration = _calibration(plan, opened) if plan.calibrates else None
     made_of = _identity(plan, opened, calibration)
+    settle(plan.out)
     done = finished(plan.out, made_of, options.restart)
     if done is not None:
         return ConvertResult(plan, plan.out, fallbacks=_fallbacks(done), already_done=True)
 
+    executor = Threads(plan.predicted.workers)
     tokens = None if calibration is None else calibration.tokens
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened), STATISTICS]
     with open_workspace(plan.out, made_of, expected, options.restart) as work:
         if work.resumed:
             notify(f"resuming in {work.folder}")
-        write_weights(plan, opened, work, Threads(plan.predicted.workers), tokens)
+            check_inherited(plan, work, executor)
+        write_weights(plan, opened, work, executor, tokens)
         finish.write_companions(plan, opened, work)
         if options.verify:
             verify_result(plan, work)

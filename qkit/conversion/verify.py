@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
-from ..models.families import module_of
+from ..models.families import is_kv_scale, module_of
 from ..progress import track
 from .containers import CONTAINERS
 from .execute import read_weights
-from .record import digest, weight_error
+from .record import digest, noted, weight_error
+from .tasks import in_slabs
 
 if TYPE_CHECKING:
+    from ..sources.types import Source
+    from .executor import Executor
     from .plan import Plan
     from .tasks import Task
     from .workspace import Workspace
@@ -42,16 +46,44 @@ def verify_result(plan: Plan, work: Workspace) -> None:
         for name, weight in read_weights(task, plan.fmt, written.read).items():
             original = plan.view.read(name)
             if digest(original) != work.manifest.sources[name]:
-                raise QkitError(
-                    f"verification failed: {name} is not what it was when it was converted",
-                    "leave the source alone while it is converted, and start again with --restart",
-                )
-            error, noted = weight_error(original, weight), work.manifest.tensors[name]["weight_error"]
-            if abs(error - noted) > 1e-4 * max(noted, 1e-3):
+                raise _changed(name)
+            error, expected = weight_error(original, weight), work.manifest.tensors[name]["weight_error"]
+            if abs(error - expected) > 1e-4 * max(expected, 1e-3):
                 work.drop({files[output] for output, _ in task.outputs})
                 raise QkitError(
-                    f"verification failed: {name} reads back with error {error:.6g}, noted was {noted:.6g}", _HINT
+                    f"verification failed: {name} reads back with error {error:.6g}, noted was {expected:.6g}", _HINT
                 )
+
+
+def check_inherited(plan: Plan, work: Workspace, executor: Executor) -> None:
+    """Raises QkitError unless the source still holds every value that earlier runs made their files of: its
+    fingerprint samples the tensors, and a result made of two versions would fit neither."""
+    inherited = [task for shard in plan.shards if shard.file in work.inherited for task in shard.tasks]
+    tasks = [task for task in inherited if not is_kv_scale(task.name)]  # which is none of the source's
+    with track("comparing the source", sum(t.bytes_in for t in tasks), "bytes") as advance:
+        for task, found in zip(tasks, executor.run(partial(_digests, plan.view), tasks), strict=True):
+            for name, value in found.items():
+                if value != work.manifest.sources.get(name):
+                    raise _changed(name)
+            advance(task.bytes_in)
+
+
+def _digests(source: Source, task: Task) -> dict[str, str]:
+    """Of the source tensors of a task, by name."""
+    found: dict[str, str] = {}
+    slabs = in_slabs(task, source)
+    if slabs is None:
+        return {name: digest(source.read(name)) for name in task.sources}
+    for _ in noted(task.name, slabs, found):
+        pass
+    return found
+
+
+def _changed(name: str) -> QkitError:
+    return QkitError(
+        f"{name} is not what it was when it was converted",
+        "leave the source alone while it is converted, and start again with --restart",
+    )
 
 
 def _damaged(work: Workspace) -> dict[str, str]:

@@ -226,7 +226,7 @@ class FolderSource:
             digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
             digest.update(self._where[self._stored[name]].sample(self._stored[name]))
         for sidecar in self.sidecars:
-            digest.update(f"{sidecar.name}\0{sidecar.sha256()}\n".encode())
+            digest.update(f"{sidecar.name}\0{sidecar.sha256}\n".encode())
         return digest.hexdigest()
 
     def names(self) -> list[str]:
