@@ -1,4 +1,4 @@
-"""Conversions that are killed, interrupted, or told that the disk is full: what is left, and what the same command makes of it.
+"""Conversions that are killed, interrupted, told that the disk is full: what is left, and what the same command does.
 
     python benchmarks/faults.py [--count 200] [--seed 0] [--only NAME ...] [--work DIR]
 
@@ -111,12 +111,16 @@ class Harness:
         self.log = work / "log"
         self.log.mkdir()
         cases.small_files()
-        pid = os.fork()  # a process that has computed in threads cannot be forked: here nothing is ever computed
+
+    @functools.cache  # noqa: B019  # one harness a process
+    def model(self, name: str) -> dict[str, str]:
+        """The hashes of a model's files, which are made here."""
+        pid = os.fork()  # a process that has computed in threads cannot be forked: in this one nothing is ever computed
         if not pid:
-            cases.make_models(work / "models")
+            cases.make_model_folder(name, self.work / "models" / name)
             os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the models could not be made"
-        self.sources = {name: hashes(work / "models" / name) for name in cases.MODELS}
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, f"{name} could not be made"
+        return hashes(self.work / "models" / name)
 
     def run(self, case: Case, out: Path, fault: Fault | None = None, options: Iterable[str] | None = None) -> Ran:
         source = self.work / "models" / case.model
@@ -135,6 +139,7 @@ class Harness:
     @functools.cache  # noqa: B019  # one harness a process
     def expected(self, case: Case) -> Expected:
         place = self.work / "whole" / case.name
+        self.model(case.model)
         earlier: dict[str, str] = {}
         if case.replaces:
             kept = [word for word in case.options if word != "--restart"]
@@ -221,15 +226,15 @@ class Harness:
                 found.append(f"the work folder's {name} has other bytes")
         source = hashes(self.work / "models" / case.model)
         self.tally.compared += len(source)
-        if source != self.sources[case.model]:
-            found.append(f"the source is no longer what it was: {differences(source, self.sources[case.model])}")
+        if source != self.model(case.model):
+            found.append(f"the source is no longer what it was: {differences(source, self.model(case.model))}")
         return found
 
 
 def differences(now: dict[str, str], then: dict[str, str]) -> str:
-    names = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    return ", ".join(f"{name} ({'other bytes' if name in now and name in then else 'missing' if name in then else 'new'})"
-                     for name in names) or "nothing else"  # fmt: skip
+    lost, new = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
+    other = sorted(name for name in now.keys() & then.keys() if now[name] != then[name])
+    return f"missing {lost}, new {new}, other bytes {other}"
 
 
 def report(tally: Tally, seconds: float, whole: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +26,17 @@ class Case:
     replaces: bool = False
 
 
-def make_models(folder: Path) -> None:
-    """Every model, in a folder of its own name, with files beside the weights as a chat model has them."""
+def make_model_folder(name: str, folder: Path) -> None:
+    """One of MODELS, with files beside the weights as a chat model has them."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     from models import make_model
 
-    for name, (family, changes) in MODELS.items():
-        place = make_model(folder / name, family, **changes)
-        (place / "additional_chat_templates").mkdir()
-        (place / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}" * 50)
-        (place / "chat_template.jinja").write_text("{{ messages }}")
-        (place / "LICENSE").write_text("licence\n" * 100)
+    family, changes = MODELS[name]
+    make_model(folder, family, **changes)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}" * 50)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "LICENSE").write_text("licence\n" * 100)
 
 
 def small_files() -> None:
@@ -74,9 +73,3 @@ def all_cases() -> list[Case]:
         Case("compressed-tensors rtn, replacing", "llama", ("--method", "rtn", "--restart"), replaces=True),
         Case("gguf rtn, replacing", "moe", ("--format", "gguf", "--method", "rtn", "--restart"), replaces=True),
     ]
-
-
-def place_earlier(case: Case, earlier: Path, out: Path) -> None:
-    """Where the case replaces an earlier conversion, a copy of that at `out`."""
-    if case.replaces and not out.exists():
-        shutil.copytree(earlier, out)

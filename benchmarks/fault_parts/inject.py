@@ -134,8 +134,8 @@ class Injector:
 
 
 def start(argv: list[str], root: Path, fault: Fault | None, place: Path) -> int:
-    """Fork a process that runs `qkit ARGV`; its id. root: whose files count; place: a folder for stdout, stderr, counts,
-    the note that the fault happened and the traceback of an internal error."""
+    """Fork a process that runs `qkit ARGV`; its id. root: whose files count; place: a folder for stdout, stderr,
+    counts, the note that the fault happened, the traceback of an internal error."""
     for name in ("stdout", "stderr", "counts", "happened"):
         (place / name).unlink(missing_ok=True)
     sys.stdout.flush()

@@ -131,7 +131,7 @@ def settle(out: Path) -> None:
     for folder in (partial_dir(out), out):
         if not os.path.lexists(folder / LOCK):
             continue
-        with _system_errors("settle", folder), open(folder / LOCK, "r+") as lock:
+        with _system_errors("open", folder), open(folder / LOCK, "r+") as lock:
             if not _locked(lock):
                 return
             moved = _moved(lock, out)
