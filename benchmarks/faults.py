@@ -41,7 +41,7 @@ from fault_parts.inject import DEATHS, SIGNALS, WRITES, Fault, start
 # Kinds of faults, in turns: name -> how one is drawn, given how often each operation comes in an undisturbed run and
 # how many milliseconds that takes.
 KINDS = ("kill at an operation", "write failure", "kill at a time", "kill at an operation", "worker death",
-         "write failure", "interruption", "torn write")  # fmt: skip
+         "write failure", "interruption", "torn write", "two runs at once")  # fmt: skip
 
 
 def draw(kind: str, counts: dict[str, int], took: float, rng: random.Random) -> Fault:
@@ -75,10 +75,9 @@ class Ran:
     """A run that has ended. code: its exit code, negative for a signal."""
 
     code: int
-    stdout: str
     stderr: str
     happened: bool
-    milliseconds: float
+    milliseconds: float = 0.0
 
 
 @dataclass
@@ -108,8 +107,9 @@ class Harness:
 
     def __init__(self, work: Path, seed: int):
         self.work, self.rng, self.tally = work, random.Random(seed), Tally()
-        self.log = work / "log"
-        self.log.mkdir()
+        self.logs = (work / "log", work / "second")
+        for log in self.logs:
+            log.mkdir()
         cases.small_files()
 
     @functools.cache  # noqa: B019  # one harness a process
@@ -123,18 +123,34 @@ class Harness:
         return hashes(self.work / "models" / name)
 
     def run(self, case: Case, out: Path, fault: Fault | None = None, options: Iterable[str] | None = None) -> Ran:
-        source = self.work / "models" / case.model
-        argv = ["convert", str(source), "-o", str(out), *(case.options if options is None else options)]
         began = time.perf_counter()
-        pid = start(argv, out.parent, fault, self.log)
+        pid = self._start(case, out, fault, options)
         if fault is not None and fault.at == "time":
             time.sleep(fault.nth / 1000)
             os.kill(pid, getattr(signal, fault.kind))  # not waited for yet, so the id is still its own
+        ran = self._ended(pid)
+        ran.milliseconds = 1000 * (time.perf_counter() - began)
+        ran.happened |= fault is not None and fault.at == "time" and ran.code != 0
+        return ran
+
+    def _start(
+        self, case: Case, out: Path, fault: Fault | None = None, options: Iterable[str] | None = None, log: int = 0
+    ) -> int:
+        source = self.work / "models" / case.model
+        argv = ["convert", str(source), "-o", str(out), *(case.options if options is None else options)]
+        return start(argv, out.parent, fault, self.logs[log])
+
+    def _ended(self, pid: int, log: int = 0) -> Ran:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        took = 1000 * (time.perf_counter() - began)
-        stdout, stderr = ((self.log / name).read_text() for name in ("stdout", "stderr"))
-        happened = (self.log / "happened").exists() or (fault is not None and fault.at == "time" and code != 0)
-        return Ran(code, stdout, stderr, happened, took)
+        stderr = (self.logs[log] / "stderr").read_text()
+        return Ran(code, stderr, (self.logs[log] / "happened").exists())
+
+    def two(self, case: Case, out: Path, wait: float) -> tuple[Ran, Ran]:
+        """The same command twice, the second time `wait` seconds later."""
+        first = self._start(case, out)
+        time.sleep(wait)
+        second = self._start(case, out, log=1)
+        return self._ended(first), self._ended(second, log=1)
 
     @functools.cache  # noqa: B019  # one harness a process
     def expected(self, case: Case) -> Expected:
@@ -148,7 +164,7 @@ class Harness:
             earlier = hashes(place / "earlier")
         done = self.run(case, place / "out")
         assert done.code == 0, f"{case.name}: {done.stderr}"
-        told = json.loads((self.log / "counts").read_text())
+        told = json.loads((self.logs[0] / "counts").read_text())
         for module in told["modules"]:  # the next child finds them imported
             if module not in sys.modules:
                 with suppress(Exception):
@@ -166,6 +182,18 @@ class Harness:
             shutil.copytree(self.work / "whole" / case.name / "earlier", out)
         told: list[str] = []
         for kind in kinds:
+            if kind == "two runs at once":
+                wait = self.rng.uniform(0, expected.milliseconds / 1000)
+                both = self.two(case, out, wait)
+                told.append(f"{kind}, {wait:.3f} s apart -> {[ran.code for ran in both]}")
+                self.tally.faults[kind] += 1
+                self.tally.by_case[case.name] += 1
+                problems = [] if 0 in (both[0].code, both[1].code) else ["neither finished"]
+                for ran in both:
+                    self.tally.ends[self._end(ran)] += 1
+                    problems += [*self._said(ran, {0, 2}), *self._left(case, expected, out, both[0])]
+                self.tally.wrong += [f"{case.name}: {told}: {problem}" for problem in problems]
+                continue
             fault = draw(kind, expected.counts, expected.milliseconds, self.rng)
             ran = self.run(case, out, fault)
             told.append(f"{fault} -> {ran.code}")
@@ -173,7 +201,7 @@ class Harness:
                 self.tally.faults[kind] += 1
                 self.tally.by_case[case.name] += 1
                 self.tally.ends[self._end(ran)] += 1
-            problems = [*self._said(ran, fault), *self._left(case, expected, out, ran)]
+            problems = [*self._said(ran, self._allowed(fault)), *self._left(case, expected, out, ran)]
             self.tally.wrong += [f"{case.name}: {told}: {problem}" for problem in problems]
         ran = self.run(case, out)
         self.tally.resumed += "resuming in" in ran.stderr
@@ -193,12 +221,17 @@ class Harness:
         return ends.get(ran.code, f"exit code {ran.code}")
 
     @staticmethod
-    def _said(ran: Ran, fault: Fault) -> list[str]:
+    def _allowed(fault: Fault) -> set[int]:
+        """Exit codes; 0 where it came too late, or did no harm."""
+        if fault.kind in ("SIGKILL", "torn"):
+            return {0, -9}
+        return {0, 130, -15, -2} if fault.kind in SIGNALS else {0, 2}
+
+    @staticmethod
+    def _said(ran: Ran, allowed: set[int]) -> list[str]:
         """What is wrong with how a run ended."""
-        killed = fault.kind in ("SIGKILL", "torn")
-        allowed = {-9} if killed else {130, -15, -2} if fault.kind in SIGNALS else {2}
         found = []
-        if ran.code not in {*allowed, 0}:
+        if ran.code not in allowed:
             found.append(f"exit code {ran.code}: {ran.stderr}")
         if "Traceback" in ran.stderr:
             found.append(f"a traceback: {ran.stderr}")
@@ -291,6 +324,7 @@ def main() -> int:
             turn += len(kinds)
             harness.one(chosen[at % len(chosen)], kinds)
             at += 1
+    gc.unfreeze()
     found = report(harness.tally, time.perf_counter() - began, at)
     print(show(found))
     print(json.dumps(found))
