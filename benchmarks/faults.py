@@ -303,13 +303,17 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="conversions by the names in the table")
     parser.add_argument("--work", type=Path, help="where to work; default: a temporary folder")
     args = parser.parse_args()
-    import torch  # noqa: F401  # once, for all children
-    import transformers  # noqa: F401
-
-    import qkit.calibrate.blocks
-    import qkit.conversion.run  # noqa: F401
     from qkit.hardware.detect import resolve
 
+    for module in (
+        "torch",
+        "transformers",
+        "qkit.cli",
+        "qkit.conversion.run",
+        "qkit.calibrate.blocks",
+        *cases.modules(),
+    ):
+        importlib.import_module(module)  # once, for all children
     resolve("cpu")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:

@@ -26,6 +26,11 @@ class Case:
     replaces: bool = False
 
 
+def modules() -> list[str]:
+    """Those of transformers that define the models."""
+    return [f"transformers.models.{family}.modeling_{family}" for family, _ in MODELS.values()]
+
+
 def make_model_folder(name: str, folder: Path) -> None:
     """One of MODELS, with files beside the weights as a chat model has them."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))

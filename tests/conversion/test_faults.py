@@ -86,13 +86,16 @@ def fails(source: Path, out: Path, match: str, **options) -> QkitError:
     return caught.value
 
 
-def test_two_hundred_faults_in_small():
-    """A tenth of what `benchmarks/faults.py` does by itself; nothing may be wrong, and things must have gone wrong."""
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_twenty_random_faults(tmp_path):
+    """A tenth of what `benchmarks/faults.py` does by itself: things went wrong in real processes, and nothing is."""
     script = Path(__file__).parents[2] / "benchmarks" / "faults.py"
-    done = subprocess.run([sys.executable, script, "--count", "20", "--seed", "5"], capture_output=True, text=True)
+    command = [sys.executable, script, "--count", "20", "--seed", "5", "--work", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0 and found["wrong"] == [], found["wrong"]
-    assert found["faults"] >= 20 and len(found["by_kind"]) >= 5 and found["resumed_from_finished_files"] >= 3
+    assert found["faults"] >= 20 and len(found["by_kind"]) >= 5 and found["resumed_from_finished_files"] >= 1
 
 
 # --- the source
