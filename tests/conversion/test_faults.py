@@ -432,6 +432,21 @@ def test_a_journal_that_was_lost_in_part_costs_work_and_nothing_else(llama, tmp_
     assert not result.resumed and contents(out) == expected
 
 
+def test_a_journal_never_adds_to_the_manifest_of_another_conversion(llama, tmp_path, midway, monkeypatch):
+    """Discarded with --restart, by a run that is gone as soon as it has written a manifest of its own."""
+    out, others = tmp_path / "out", {**OPTIONS, "format": "gguf"}
+    work = interrupted(llama, out, midway)
+    noted = set(Manifest.load(work).sources)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda self, place, save=Manifest.save: (save(self, place), stop()))
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(llama), out, restart=True, **others)
+    assert noted and not Manifest.load(work).sources and not Manifest.load(work).files
+    convert(str(llama), out, **others)
+    convert(str(llama), tmp_path / "clean", **others)
+    assert contents(out) == contents(tmp_path / "clean")
+
+
 @pytest.mark.parametrize("damage", [b"", b'{"schema": 1, "complete": tr', b"\0" * 4096, b"[]"])
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_lost_manifest_is_said_and_nothing_is_deleted(llama, tmp_path, expected, midway, damage, restart):
