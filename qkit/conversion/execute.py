@@ -62,12 +62,9 @@ def _observed(plan: Plan, source: Source, work: Work, tokens: torch.Tensor) -> d
 
     if not work.has(STATISTICS):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
-            schemes = block_schemes(plan.tasks)
-            found = observe(
-                source, schemes, tokens, device=plan.device, folder=work.scratch, advance=lambda: advance(1)
-            )
-        work.manifest.files[STATISTICS] = file_entry(write_moments(work.store, STATISTICS, found))
-        work.manifest.save(work.store)
+            schemes, place = block_schemes(plan.tasks), work.scratch
+            found = observe(source, schemes, tokens, device=plan.device, folder=place, advance=lambda: advance(1))
+        work.note({STATISTICS: file_entry(write_moments(work.store, STATISTICS, found))})
     return read_moments(work.store, STATISTICS)
 
 
@@ -80,14 +77,13 @@ def _observed_cache(plan: Plan, source: Source, work: Work, tokens: torch.Tensor
     if not all(name in noted for name in plan.cache.scales):
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
             found = observe_cache(source, tokens, device=plan.device, folder=work.scratch, advance=lambda: advance(1))
-        for name in plan.cache.scales:
-            noted[name] = {
-                "method": "largest magnitude / 448",
-                "largest": found[name],
-                "calibration_tokens": tokens.numel(),
-                "computed_on": computed_on(plan.device),
+        more = {"calibration_tokens": tokens.numel(), "computed_on": computed_on(plan.device)}
+        work.note(
+            tensors={
+                name: {"method": "largest magnitude / 448", "largest": found[name], **more}
+                for name in plan.cache.scales
             }
-        work.manifest.save(work.store)
+        )
     return {name: float(noted[name]["largest"]) for name in plan.cache.scales}
 
 
@@ -214,7 +210,4 @@ def commit(shard: Shard, written: Written, work: Work) -> None:
     """Note a file in the manifest: it is finished."""
     from ..storage.manifest import file_entry
 
-    work.manifest.tensors.update(written.entries)
-    work.manifest.sources.update(written.digests)
-    work.manifest.files[shard.file] = file_entry(written.file)
-    work.manifest.save(work.store)
+    work.note({shard.file: file_entry(written.file)}, written.entries, written.digests)

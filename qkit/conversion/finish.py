@@ -33,13 +33,11 @@ def write_companions(plan: Plan, source: Source, work: Work) -> None:
     for sidecar in container.sidecars(source):
         if sidecar.name not in files:
             files[sidecar.name] = sidecar.read()
-    for name, data in sorted(files.items()):
-        work.manifest.files[name] = file_entry(write_file(work.store, name, data))
-    work.manifest.save(work.store)
+    work.note({name: file_entry(write_file(work.store, name, data)) for name, data in sorted(files.items())})
 
 
 def complete(work: Work) -> None:
     """Mark the folder complete: its last change before it gets its name."""
     work.reveal()
     work.manifest.complete = True
-    work.manifest.save(work.store)
+    work.save()

@@ -24,18 +24,33 @@ Out = Path | Place
 class Work(Protocol):
     """The locked place of one run: its files, and the manifest that says which of them are finished.
 
-    label    what messages call it
-    scratch  a folder for temporary files; None: that of the system
-    resumed  whether an earlier run left finished files"""
+    label      what messages call it
+    scratch    a folder for temporary files; None: that of the system
+    inherited  files that earlier runs finished"""
 
     manifest: Manifest
-    store: Store
     label: str
     scratch: Path | None
-    resumed: bool
+    inherited: frozenset[str]
+
+    @property
+    def store(self) -> Store: ...
 
     def has(self, file: str) -> bool:
         """Whether `file` is finished."""
+        ...
+
+    def note(
+        self,
+        files: Mapping[str, dict[str, Any]] | None = None,
+        tensors: Mapping[str, dict[str, Any]] | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add entries to the manifest, for good: files that are finished, and what was made of what."""
+        ...
+
+    def save(self) -> None:
+        """Write the manifest whole."""
         ...
 
     def drop(self, files: Iterable[str]) -> None:
@@ -66,6 +81,7 @@ def finished(out: Out, identity: Mapping[str, Any], restart: bool) -> Manifest |
 
     Raises QkitError for whatever else is there."""
     if isinstance(out, Path):
+        workspace.settle(out)
         return workspace.finished(out, identity, restart)
     from .remote_workspace import finished_remote
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QkitError
 from ..methods import METHODS
 from ..sources.types import found_in
+from ..storage.crc import combine
 from ..storage.writer import Pieces
-from .record import check_finite
-from .tasks import row_ranges
+from .record import check_finite, digest_of
+from .tasks import row_ranges, slab_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -168,24 +169,27 @@ def compared(source: Source, name: str, weight: Weight) -> tuple[int, float]:
     return crc, (lost / total) ** 0.5 if total else 0.0
 
 
-def _compared(source: Source, name: str, weight: Weight) -> tuple[int, int, tuple[float, float]]:
+def digests(source: Source, task: Task) -> dict[str, str]:
+    """`record.digest` of the source tensors of a task, by name, read in parts where that can be."""
+    return {name: digest_of(_compared(source, name)[0]) for name in task.sources}
+
+
+def _compared(source: Source, name: str, weight: Weight | None = None) -> tuple[int, int, tuple[float, float]]:
     """(CRC-32 of a source tensor, its bytes, `squared_error` against `weight`), read in parts where that can be."""
     from ..kernels import crc32
-    from ..storage.crc import combine
-    from .tasks import slab_ranges
 
     meta, rows = source.meta(name), source.rows(name)
-    if rows is None:
-        tensor = source.read(name)
-        return crc32(tensor), tensor.nbytes, squared_error(tensor, weight)
+    ranges = slab_ranges(meta) if rows is not None and meta.shape else [None]
     crc, nbytes, lost, total = 0, 0, 0.0, 0.0
-    weight = weight.plain()
-    for first, end in slab_ranges(meta):
-        tensor = rows(first, end)
+    weight = None if weight is None else weight.plain()
+    for part in ranges:
+        tensor = source.read(name) if part is None or rows is None else rows(*part)
         crc = combine(crc, crc32(tensor), tensor.nbytes)
         nbytes += tensor.nbytes
-        more = squared_error(tensor, weight.rows(first, end))
-        lost, total = lost + more[0], total + more[1]
+        if weight is not None:
+            more = squared_error(tensor, weight if part is None else weight.rows(*part))
+            lost, total = lost + more[0], total + more[1]
+        del tensor  # before the next one is read
     return crc, nbytes, (lost, total)
 
 

@@ -127,8 +127,8 @@ class Kept:
 class RemoteWorkspace:
     """The locked prefix of one run and its manifest, as `workspace.Workspace`. Use `open_remote_workspace`."""
 
-    def __init__(self, out: Place, store: KeptBack, manifest: Manifest, resumed: bool):
-        self.out, self.manifest, self.resumed = out, manifest, resumed
+    def __init__(self, out: Place, store: KeptBack, manifest: Manifest):
+        self.out, self.manifest, self.inherited = out, manifest, frozenset(manifest.files)
         self._kept = store
         self.store: Store = store
         self.label = store.label
@@ -138,12 +138,28 @@ class RemoteWorkspace:
         """Whether `file` is finished. What an earlier run wrote was hashed before it is counted on."""
         return file in self.manifest.files
 
+    def note(
+        self,
+        files: Mapping[str, dict[str, Any]] | None = None,
+        tensors: Mapping[str, dict[str, Any]] | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add to the manifest what is finished, and write it whole: objects do not grow."""
+        self.manifest.files.update(files or {})
+        self.manifest.tensors.update(tensors or {})
+        self.manifest.sources.update(sources or {})
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest."""
+        self.manifest.save(self.store)
+
     def drop(self, files: Iterable[str]) -> None:
         """Forget finished files that turned out to be damaged: the same command writes them again."""
         for file in files:
             self.manifest.files.pop(file, None)
         self.manifest.complete = False
-        self.manifest.save(self.store)
+        self.save()
 
     def reveal(self) -> None:
         """Put in place what was kept back; only the manifest is missing then."""
@@ -179,13 +195,12 @@ def open_remote_workspace(
                 "repeat that command to finish it, or discard it with --restart",
             )
         manifest = manifest or Manifest(dict(identity))
-        resumed = bool(manifest.files)
-        if resumed:
+        if manifest.files:
             _forget_damaged(store, manifest)
         kept = KeptBack(store, LAST, lease)
         manifest.complete = False
         manifest.save(kept)
-        yield RemoteWorkspace(out, kept, manifest, resumed)
+        yield RemoteWorkspace(out, kept, manifest)
     finally:
         lease.release()
 

@@ -66,7 +66,7 @@ def convert(
     from .execute import STATISTICS, write_weights
     from .executor import Threads
     from .output import finished, open_work, resolve_out
-    from .verify import verify_result
+    from .verify import check_inherited, verify_result
 
     started = time.perf_counter()
     opened = open_source(source, lora=options.lora, ranged=options.dry_run)  # a plan takes headers alone
@@ -83,20 +83,21 @@ def convert(
     if done is not None:
         return ConvertResult(plan, plan.out, fallbacks=_fallbacks(done), already_done=True)
 
+    executor = Threads(plan.predicted.workers)
     tokens = None if calibration is None else calibration.tokens
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened), STATISTICS]
     with open_work(plan, made_of, expected) as work:
-        if work.resumed:
+        if work.inherited:
             notify(f"resuming in {work.label}")
-        write_weights(plan, opened, work, Threads(plan.predicted.workers), tokens)
+            check_inherited(plan, work, executor)
+        write_weights(plan, opened, work, executor, tokens)
         finish.write_companions(plan, opened, work)
         if options.verify:
             verify_result(plan, work)
         finish.complete(work)
         work.publish()
-    return ConvertResult(
-        plan, plan.out, time.perf_counter() - started, memory.peak_resident(), _fallbacks(work.manifest), work.resumed
-    )  # fmt: skip
+    seconds, resumed = time.perf_counter() - started, bool(work.inherited)
+    return ConvertResult(plan, plan.out, seconds, memory.peak_resident(), _fallbacks(work.manifest), resumed)
 
 
 def _calibration(plan: Plan, source: Source) -> CalibrationSet:

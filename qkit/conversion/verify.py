@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
-from ..models.families import module_of
+from ..models.families import is_kv_scale, module_of
 from ..progress import track
 from .containers import CONTAINERS
 from .execute import read_weights
-from .produce import compared
+from .produce import compared, digests
 from .record import digest_of
 
 if TYPE_CHECKING:
+    from .executor import Executor
     from .output import Work
     from .plan import Plan
     from .tasks import Task
@@ -43,16 +45,33 @@ def verify_result(plan: Plan, work: Work) -> None:
         for name, weight in read_weights(task, plan.fmt, written.read).items():
             crc, error = compared(plan.view, name, weight)
             if digest_of(crc) != work.manifest.sources[name]:
-                raise QkitError(
-                    f"verification failed: {name} is not what it was when it was converted",
-                    "leave the source alone while it is converted, and start again with --restart",
-                )
-            noted = work.manifest.tensors[name]["weight_error"]
-            if abs(error - noted) > 1e-4 * max(noted, 1e-3):
+                raise _changed(name)
+            expected = work.manifest.tensors[name]["weight_error"]
+            if abs(error - expected) > 1e-4 * max(expected, 1e-3):
                 work.drop({files[output] for output, _ in task.outputs})
                 raise QkitError(
-                    f"verification failed: {name} reads back with error {error:.6g}, noted was {noted:.6g}", _HINT
+                    f"verification failed: {name} reads back with error {error:.6g}, noted was {expected:.6g}", _HINT
                 )
+
+
+def check_inherited(plan: Plan, work: Work, executor: Executor) -> None:
+    """Raises QkitError unless the source still holds every value that earlier runs made their files of: its
+    fingerprint samples the tensors, and a result made of two versions would fit neither."""
+    inherited = [task for shard in plan.shards if shard.file in work.inherited for task in shard.tasks]
+    tasks = [task for task in inherited if not is_kv_scale(task.name)]  # which is none of the source's
+    with track("comparing the source", sum(t.bytes_in for t in tasks), "bytes") as advance:
+        for task, found in zip(tasks, executor.run(partial(digests, plan.view), tasks), strict=True):
+            for name, value in found.items():
+                if value != work.manifest.sources.get(name):
+                    raise _changed(name)
+            advance(task.bytes_in)
+
+
+def _changed(name: str) -> QkitError:
+    return QkitError(
+        f"{name} is not what it was when it was converted",
+        "leave the source alone while it is converted, and start again with --restart",
+    )
 
 
 def _damaged(work: Work) -> dict[str, str]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import QkitError
+from ..storage import journal
 from ..storage.files import os_error
-from ..storage.local import TEMPORARY_SUFFIX, LocalStore, remove_temporaries
+from ..storage.journal import JOURNAL
+from ..storage.local import TEMPORARY_SUFFIX, LocalStore, fsync_folder, remove_temporaries, write_all
 from ..storage.manifest import MANIFEST, Manifest
-from ..storage.store import Store, hash_file
+from ..storage.store import FileDigest, hash_file
 
-LOCK = ".lock"
+# Held by the system's lock while a run writes, and moved with the folder: only after the last rename is it removed.
+# Empty, but while an earlier result is being replaced: then it says where that is (`Workspace.publish`).
+LOCK = ".qkit-lock"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 
@@ -119,12 +125,62 @@ def finished(out: Path, identity: Mapping[str, Any], restart: bool) -> Manifest 
     raise QkitError(f"{out} holds another conversion", "choose another folder with -o, or replace it with --restart")
 
 
-class Workspace:
-    """The locked folder of one run and its manifest. Use `open_workspace`."""
+def settle(out: Path) -> None:
+    """Finish what a run left that was killed while it gave its folder the final name: an earlier result that it had
+    moved aside goes back where nothing took its place, else away; so does the lock. Nothing while a run is at work."""
+    for folder in (partial_dir(out), out):
+        if not os.path.lexists(folder / LOCK):
+            continue
+        with _system_errors("open", folder), open(folder / LOCK, "r+") as lock:
+            if not _locked(lock):
+                return
+            moved = _moved(lock, out)
+            if moved is not None and not os.path.lexists(out):
+                os.rename(moved[0], out)
+            elif folder == out and Manifest.find(out) is not None:
+                if moved is not None:
+                    _remove_seen(*moved)
+                (folder / LOCK).unlink()
 
-    def __init__(self, out: Path, folder: Path, manifest: Manifest, seen: Seen, resumed: bool):
-        self.out, self.folder, self.manifest, self.seen, self.resumed = out, folder, manifest, seen, resumed
-        self.store: Store = LocalStore(folder)
+
+def _moved(lock: IO[str], out: Path) -> tuple[Path, Seen] | None:
+    """The earlier result that a lock tells of, where it still is, and what it consists of."""
+    with suppress(ValueError):
+        told = json.loads(lock.read())
+        aside = out.with_name(told["aside"])
+        return (aside, {name: tuple(stamp) for name, stamp in told["seen"].items()}) if aside.is_dir() else None
+    return None
+
+
+@dataclass(frozen=True)
+class _Held(LocalStore):
+    """The folder, written to only while it is the one that was locked: after it was removed, another run may have made
+    one of the same name."""
+
+    lock: IO[str]
+
+    def check(self) -> None:
+        """Raises QkitError where the folder is another one, or gone."""
+        if not _is_at(self.lock, self.folder / LOCK):
+            raise QkitError(
+                f"{self.folder} was removed or replaced during the run",
+                "leave it alone, and run the same command again: it writes anew what is missing",
+            )
+
+    def write(self, name: str, chunks: Iterable[memoryview]) -> FileDigest:
+        self.check()
+        return super().write(name, chunks)
+
+
+class Workspace:
+    """The locked folder of one run and its manifest. Use `open_workspace`.
+
+    inherited  files that earlier runs finished"""
+
+    def __init__(self, out: Path, folder: Path, manifest: Manifest, seen: Seen, lock: IO[str]):
+        self.out, self.folder, self.manifest, self.seen, self.lock = out, folder, manifest, seen, lock
+        self.inherited = frozenset(manifest.files)
+        self.store = _Held(folder, lock)
         self.label = str(folder)
         self.scratch: Path | None = folder
 
@@ -133,12 +189,31 @@ class Workspace:
         entry = self.manifest.files.get(file)
         return entry is not None and (self.folder / file).is_file()
 
+    def note(
+        self,
+        files: Mapping[str, dict[str, Any]] | None = None,
+        tensors: Mapping[str, dict[str, Any]] | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add to the manifest what is finished; it stays so whatever happens next. Arguments as fields of Manifest."""
+        new = {"files": dict(files or {}), "tensors": dict(tensors or {}), "sources": dict(sources or {})}
+        self.store.check()
+        for key, entries in new.items():
+            getattr(self.manifest, key).update(entries)
+        journal.append(self.folder, new)
+
+    def save(self) -> None:
+        """Write the manifest whole, and drop the journal. Stopped in between, the journal repeats what is there."""
+        self.manifest.save(self.store)
+        with _system_errors("write", self.folder / JOURNAL):
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+
     def drop(self, files: Iterable[str]) -> None:
         """Forget finished files that turned out to be damaged: the same command writes them again."""
         for file in files:
             self.manifest.files.pop(file, None)
         self.manifest.complete = False
-        self.manifest.save(self.folder)
+        self.save()
 
     def reveal(self) -> None:
         """Nothing: the folder has no name yet that anybody looks for."""
@@ -147,26 +222,34 @@ class Workspace:
         """Give the finished folder its final name: one rename, over nothing or over what was seen at the start.
 
         Raises QkitError where something else lies there by now: the finished result stays where it is, and the same
-        command, once the place is free, only renames it."""
-        (self.folder / LOCK).unlink(missing_ok=True)
+        command, once the place is free, only renames it. What a kill leaves half-done here, `settle` ends."""
+        self.store.check()
         aside = None
         if self.seen and self.out.exists():
             if look(self.out) != self.seen:
                 raise self._occupied()
             aside = self.out.with_name(f"{self.out.name}.qkit-old-{secrets.token_hex(4)}")
-            with _system_errors("rename", self.out):
-                os.rename(self.out, aside)
         try:
+            if aside is not None:
+                with _system_errors("write", self.folder / LOCK):
+                    write_all(self.lock.fileno(), json.dumps({"aside": aside.name, "seen": self.seen}).encode())
+                    os.fsync(self.lock.fileno())
+                os.rename(self.out, aside)
             # On every POSIX system a folder's rename fails over a file, a link or a folder with anything in it.
             os.rename(self.folder, self.out)
-        except OSError as error:
-            if aside is not None and not self.out.exists():
-                os.rename(aside, self.out)
-            if os.path.lexists(self.out):
-                raise self._occupied() from error
-            raise os_error("rename", self.out, error) from error
-        if aside is not None:
-            _remove_seen(aside, self.seen)
+        except BaseException as error:
+            occupied = os.path.lexists(self.out)
+            if aside is not None and not occupied:
+                with suppress(OSError):  # `settle` tries again
+                    os.rename(aside, self.out)
+            if not isinstance(error, OSError):
+                raise
+            raise (self._occupied() if occupied else os_error("rename", self.out, error)) from error
+        with _system_errors("write", self.out):
+            fsync_folder(self.out.parent)
+            if aside is not None:
+                _remove_seen(aside, self.seen)
+            (self.out / LOCK).unlink()
 
     def _occupied(self) -> QkitError:
         return QkitError(
@@ -192,45 +275,49 @@ def _remove_seen(folder: Path, seen: Seen) -> None:
 def open_workspace(
     out: Path, identity: Mapping[str, Any], expected: Iterable[str], restart: bool = False
 ) -> Iterator[Workspace]:
-    """Lock the folder beside `out`, or make it; with `restart` discard what an earlier run left in it.
+    """Lock the folder beside `out`, or make it; with `restart` discard what an earlier run left in it. `settle` and
+    `finished` come first.
 
     expected: the files that the run will write: a killed run may have left one that its manifest does not list yet.
     Raises QkitError where another run holds it, where it belongs to another conversion, holds strangers' files, or
     where a folder beside `out` cannot be renamed."""
-    seen: Seen = look(out) if restart else {}
     folder = partial_dir(out)
     if folder.is_symlink():
         raise QkitError(f"{folder} is a link", "move it away, or choose another folder with -o")
     with _system_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "w")  # noqa: SIM115  # held until the run ends
-    try:
-        if not _locked(lock):
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115  # held until the run ends
+    with lock:
+        if not _locked(lock) or not _is_at(lock, folder / LOCK):
             raise QkitError(f"another qkit convert is writing {out}", "wait for it, or choose another folder with -o")
-        _probe_rename(out)
-        manifest = _manifest(folder, identity, frozenset(expected), restart)
-        resumed = bool(manifest.files)
         with _system_errors("write", folder):
+            seen: Seen = look(out)
+            if seen and not restart:  # another run has finished since `finished` looked
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+                raise QkitError(f"something appeared at {out} just now", "run the same command again")
+            lock.truncate(0)
+            _probe_rename(out)
+            manifest = _manifest(folder, identity, frozenset(expected), restart)
             remove_temporaries(folder)
-            if resumed:
-                _forget_damaged(folder, manifest)
-            manifest.save(folder)
-        yield Workspace(out, folder, manifest, seen, resumed)
-    finally:
-        lock.close()
+            _forget_damaged(folder, manifest)
+            work = Workspace(out, folder, manifest, seen, lock)
+            work.save()
+        yield work
 
 
 def _manifest(folder: Path, identity: Mapping[str, Any], expected: frozenset[str], restart: bool) -> Manifest:
     """The manifest to go on from: the one in `folder`, or a new one. Only files of ours are discarded."""
     found = Manifest.find(folder)
     ours, manifest = found is not None, found or Manifest(dict(identity))
-    known = {*manifest.files, MANIFEST, LOCK}
+    known = {*manifest.files, MANIFEST, JOURNAL, LOCK}
     unrecorded = [n for n in look(folder) if n not in known and not n.endswith(TEMPORARY_SUFFIX)]
     strangers = [n for n in unrecorded if not (ours and is_ours(n, expected))]
     if strangers:
         raise QkitError(f"{folder} holds files that are not qkit's ({strangers[0]})", "move them away")
     if restart and ours:
-        for name in (*manifest.files, *unrecorded):
+        for name in (JOURNAL, *manifest.files, *unrecorded):  # the journal first: it must not add to a new manifest
             (folder / name).unlink(missing_ok=True)
         return Manifest(dict(identity))
     if ours and manifest.identity != identity:
@@ -256,7 +343,11 @@ def _forget_damaged(folder: Path, manifest: Manifest) -> None:
 
 def _probe_rename(out: Path) -> None:
     """Whether a folder beside `out` can be renamed: better known now than after hours."""
-    one = out.with_name(f".{out.name[:200]}.qkit-probe-{secrets.token_hex(4)}")
+    name = f".{out.name[:200]}.qkit-probe-"
+    for left in out.parent.glob(glob.escape(name) + "*"):  # by a run that was killed here
+        with suppress(OSError):  # not empty, so none of ours
+            left.rmdir()
+    one = out.with_name(name + secrets.token_hex(4))
     two = one.with_name(one.name + "2")
     with _system_errors("rename a folder beside", out):
         one.mkdir()
@@ -276,7 +367,15 @@ def _system_errors(action: str, path: Path) -> Iterator[None]:
         raise os_error(action, path, error) from error
 
 
-def _locked(handle: Any) -> bool:
+def _is_at(handle: IO[str], path: Path) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _locked(handle: IO[str]) -> bool:
     """Whether this process now holds the lock; released by the system however the process ends."""
     try:
         import fcntl
@@ -284,8 +383,10 @@ def _locked(handle: Any) -> bool:
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without locks, as Windows
+        return True
     return True
 
 

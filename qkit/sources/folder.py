@@ -244,7 +244,7 @@ class FolderSource:
                 digest.update(f"{name}\0{meta.dtype}{list(meta.shape)}\n".encode())
                 digest.update(sample)
         for sidecar in self.sidecars:
-            digest.update(f"{sidecar.name}\0{sidecar.sha256()}\n".encode())
+            digest.update(f"{sidecar.name}\0{sidecar.sha256}\n".encode())
         return digest.hexdigest()
 
     def _sample(self, name: str) -> bytes:

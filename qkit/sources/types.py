@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from .. import units
+from ..errors import QkitError
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
 from ..storage.store import Store, hash_file, read_file
@@ -43,10 +45,16 @@ class Sidecar:
         return reader.nbytes
 
     def read(self) -> bytes:
-        return self.data if isinstance(self.data, bytes) else read_file(self.data, self.name)
+        """Its bytes. Raises QkitError where they are no longer those of `sha256`, if that was asked for before."""
+        data = self.data if isinstance(self.data, bytes) else read_file(self.data, self.name)
+        if not isinstance(self.data, bytes) and hashlib.sha256(data).hexdigest() != self.sha256:
+            hint = "leave the source alone while it is converted, and start again with --restart"
+            raise QkitError(f"{self.data.label}/{self.name} is not what it was when the run began", hint)
+        return data
 
+    @cached_property
     def sha256(self) -> str:
-        """Of its bytes, which are not held in memory."""
+        """Of its bytes, which are not held in memory; of what they were when it was first asked for."""
         if isinstance(self.data, bytes):
             return hashlib.sha256(self.data).hexdigest()
         return hash_file(self.data, self.name).sha256

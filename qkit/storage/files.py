@@ -21,6 +21,7 @@ _OS_HINTS = {
     errno.EROFS: "the file system is mounted read-only: choose another folder",
     errno.EFBIG: "the file is larger than the file system or your file size limit (ulimit -f) allows",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENOENT: "it, or a folder above it, is not there: if it was moved or removed meanwhile, put it back",
     errno.EIO: "the disk reports an error: check its health and free space",
 }
 _DIGITS = re.compile(r"([0-9]+)")

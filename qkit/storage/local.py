@@ -171,9 +171,7 @@ class _Output:
 
     def _write_all(self, chunk: memoryview) -> None:
         try:
-            done = 0
-            while done < len(chunk):
-                done += os.write(self._fd, chunk[done:])
+            write_all(self._fd, chunk)
         except OSError as error:
             raise os_error("write", self._path, error) from error
 
@@ -181,7 +179,14 @@ class _Output:
         return FileDigest(self._hash.hexdigest(), self.nbytes)
 
 
-def _fsync_folder(folder: Path) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`, however little the system takes at a time. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable; a file system that cannot sync a folder needs no syncing."""
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -215,7 +220,7 @@ def _replacing(path: Path) -> Iterator[_Output]:
             os.close(fd)
         try:
             os.replace(temporary, path)
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
         except OSError as error:
             raise os_error("write", path, error) from error
     except BaseException:  # KeyboardInterrupt too: nothing of ours may stay behind
@@ -225,10 +230,10 @@ def _replacing(path: Path) -> Iterator[_Output]:
 
 
 def remove_temporaries(folder: str | Path) -> int:
-    """Delete what writers killed in mid-write left in `folder`; returns how many files. Only safe while no other
-    process writes there."""
+    """Delete what writers killed in mid-write left in `folder` and below; returns how many files. Only safe while no
+    other process writes there."""
     removed = 0
-    for path in sorted(Path(folder).glob(f".*{TEMPORARY_SUFFIX}")):
+    for path in sorted(Path(folder).rglob(f".*{TEMPORARY_SUFFIX}")):
         try:
             path.unlink()
         except OSError as error:

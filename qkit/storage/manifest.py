@@ -1,7 +1,8 @@
 """qkit_manifest.json: what a converted folder holds, how it was made, and whether it is finished.
 
-A conversion that stops half-way resumes from it, so it is written like every other file: whole or not at all.
-It is deterministic (sorted, no times, no paths): the same conversion gives the same bytes.
+A conversion that stops half-way resumes from it, so it is written like every other file: whole or not at all. What is
+finished while one is under way is noted in a journal beside it (`journal.py`), and folded in where it is read. It is
+deterministic (sorted, no times, no paths): the same conversion gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QkitError
+from . import journal
 from .files import is_inside, read_json
 from .local import at
 from .store import FileDigest, Store, hash_file
@@ -23,8 +25,9 @@ from .writer import write_file
 
 MANIFEST = "qkit_manifest.json"
 SCHEMA = 1
+NOTED = ("files", "tensors", "sources")  # the tables that a line of the journal adds to
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HINT = "the folder was not written by qkit, or was edited since: convert again with --restart"
+_HINT = "not written by qkit, or edited or damaged since: move the folder away and convert again"
 
 
 def file_entry(digest: FileDigest) -> dict[str, Any]:
@@ -83,7 +86,12 @@ class Manifest:
         problem = _problem(table)
         if problem:
             raise QkitError(f"{path} is not a valid manifest: {problem}", _HINT)
-        return cls(**{key: table[key] for key in ("identity", "files", "tensors", "sources", "complete")})
+        for entry in journal.entries(store):
+            if _problem({"identity": {}, "complete": False, **{key: entry.get(key) for key in NOTED}}):
+                break
+            for key in NOTED:
+                table[key].update(entry[key])
+        return cls(**{key: table[key] for key in ("identity", *NOTED, "complete")})
 
     def verify(self, place: str | Path | Store, progress: Callable[[int], None] | None = None) -> list[str]:
         """Compare a folder with the manifest, byte for byte; returns the problems, in a fixed order.
@@ -119,7 +127,7 @@ class Manifest:
 def _problem(table: dict[str, Any]) -> str | None:
     """What is wrong with a manifest's table, or None."""
     table.setdefault("sources", {})  # manifests of 0.1 have none
-    for key in ("identity", "files", "tensors", "sources"):
+    for key in ("identity", *NOTED):
         if not isinstance(table.get(key), dict):
             return f"{key} is not a table"
     if type(table.get("complete")) is not bool:

@@ -18,7 +18,7 @@ from results import QUICK, contents
 from safetensors.torch import load_file, save_file
 
 from qkit.conversion.run import convert
-from qkit.conversion.workspace import partial_dir
+from qkit.conversion.workspace import LOCK, partial_dir
 from qkit.errors import QkitError
 from qkit.sources import open_source
 
@@ -250,7 +250,7 @@ def test_two_runs_at_once_do_not_mix(llama, tmp_path):
 
     out = tmp_path / "out"
     partial_dir(out).mkdir()
-    with open(partial_dir(out) / ".lock", "w") as lock:
+    with open(partial_dir(out) / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(QkitError, match="another qkit convert"):
             convert(str(llama), out, method="rtn")

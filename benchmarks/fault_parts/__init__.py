@@ -1,0 +1,1 @@
+"""What `benchmarks/faults.py` converts, and how things go wrong in it."""

@@ -1,0 +1,48 @@
+"""Conversions into several files, and what happens in the middle of them."""
+
+from __future__ import annotations
+
+import pytest
+from faulty import OPTIONS
+from results import contents
+
+
+@pytest.fixture
+def several_files(monkeypatch):
+    """Shards of a size that a tiny model has three of."""
+    from qkit.conversion import tasks
+
+    monkeypatch.setattr(tasks.make_shards, "__defaults__", (150_000, False))
+
+
+@pytest.fixture(scope="session")
+def expected(llama, tmp_path_factory):
+    """What an undisturbed conversion writes: three files of weights among it."""
+    from qkit.conversion import tasks
+    from qkit.conversion.run import convert
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.make_shards, "__defaults__", (150_000, False))
+        convert(str(llama), out, **OPTIONS)
+    found = contents(out)
+    assert sum(name.startswith("model-") for name in found) == 3
+    return found
+
+
+@pytest.fixture
+def midway(monkeypatch):
+    """midway(action): as soon as the next conversion has noted its first file, `action()` happens, once."""
+    from qkit.conversion import execute
+
+    commit = execute.commit
+
+    def arrange(action):
+        def step(*args):
+            commit(*args)
+            monkeypatch.setattr(execute, "commit", commit)
+            action()
+
+        monkeypatch.setattr(execute, "commit", step)
+
+    return arrange
