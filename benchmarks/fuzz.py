@@ -54,8 +54,16 @@ def main() -> int:
     rows = []
     for name in names:
         rows.append(fuzz(name, 60 * o.minutes / len(names), o.seed, work))
-        print(f"{name:12} {rows[-1]['runs']:9,} runs  {rows[-1]['paths']:5} paths  {rows[-1]['finds']:3} finds", flush=True)
-    total = {"seed": o.seed, "work": str(work), "runs": sum(r["runs"] for r in rows), "finds": sum(r["finds"] for r in rows)}
+        print(
+            f"{name:12} {rows[-1]['runs']:9,} runs  {rows[-1]['paths']:5} paths  {rows[-1]['finds']:3} finds",
+            flush=True,
+        )
+    total = {
+        "seed": o.seed,
+        "work": str(work),
+        "runs": sum(r["runs"] for r in rows),
+        "finds": sum(r["finds"] for r in rows),
+    }
     print(json.dumps({**total, "targets": rows}))
     return 1 if total["finds"] else 0
 
@@ -66,8 +74,24 @@ def fuzz(name: str, seconds: float, seed: int, work: Path) -> dict[str, Any]:
     while (left := until - time.monotonic()) > 5 or not runs:
         state = work / f"{name}.state"
         state.unlink(missing_ok=True)
-        command = [sys.executable, __file__, name, "--worker", str(max(left, 5)), "--seed", str(seed), "--work", str(work)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+        command = [
+            sys.executable,
+            __file__,
+            name,
+            "--worker",
+            str(max(left, 5)),
+            "--seed",
+            str(seed),
+            "--work",
+            str(work),
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "HF_HUB_OFFLINE": "1",
+            "TRITON_INTERPRET": "1",
+        }
         with open(work / f"{name}.log", "ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         problem = watch(process, state, left)
@@ -106,7 +130,9 @@ def keep(work: Path, name: str, problem: str) -> None:
 
 
 def _only_files(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if not (Path(folder, n).is_file() or Path(folder, n).is_dir() or Path(folder, n).is_symlink())]
+    return [
+        n for n in names if not (Path(folder, n).is_file() or Path(folder, n).is_dir() or Path(folder, n).is_symlink())
+    ]
 
 
 if __name__ == "__main__":

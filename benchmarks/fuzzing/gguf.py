@@ -114,7 +114,9 @@ def _change_pair(parts: Parts, rng: Random) -> None:
         else:
             values[rng.randrange(len(values))] = rng.choice(values)
     elif pair[1] == 4:
-        pair[2] = rng.choice([n for n in INTEGERS if n < 1 << 32] + [pair[2] + 1, pair[2] * 2 & 0xFFFFFFFF, pair[2] // 2])
+        pair[2] = rng.choice(
+            [n for n in INTEGERS if n < 1 << 32] + [pair[2] + 1, pair[2] * 2 & 0xFFFFFFFF, pair[2] // 2]
+        )
     elif pair[1] == 6:
         pair[2] = rng.choice((0.0, -1.0, math.inf, -math.inf, math.nan, 1e38, 1e-38, 1.5))
     else:
@@ -135,7 +137,12 @@ _KEYS = [
 def _value(rng: Random) -> list[Any]:
     kind = rng.choice((0, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12))
     if kind == _STRING:
-        return [kind, rng.choice((b"", b"yarn", b"linear", b"none", b"llama", b"gpt2", b"\xff", b"x" * 5000, b"\x1b[0m", b"a\nb"))]
+        return [
+            kind,
+            rng.choice(
+                (b"", b"yarn", b"linear", b"none", b"llama", b"gpt2", b"\xff", b"x" * 5000, b"\x1b[0m", b"a\nb")
+            ),
+        ]
     if kind == _ARRAY:
         inner = rng.choice((0, 4, 5, 6, 8))
         fill = b"a" if inner == _STRING else rng.choice((0, 1, 2))
@@ -162,7 +169,9 @@ def _change_tensor(parts: Parts, rng: Random) -> None:
     elif kind == 3:
         tensor[3] = rng.choice([0, 32, 64, rng.choice(INTEGERS), rng.choice(parts.tensors)[3]])
     elif kind == 4:
-        tensor[0] = rng.choice([*(n.encode() for n in NAMES), rng.choice(parts.tensors)[0], b"rope_freqs.weight", b"output.weight"])
+        tensor[0] = rng.choice(
+            [*(n.encode() for n in NAMES), rng.choice(parts.tensors)[0], b"rope_freqs.weight", b"output.weight"]
+        )
     else:
         at = rng.randrange(len(parts.data) + 1)
         parts.data = parts.data[:at] + rng.randbytes(16) + parts.data[at + 16 :]

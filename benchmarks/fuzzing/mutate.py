@@ -31,16 +31,26 @@ INTEGERS = [0, 1, 2, 3, 7, 8, 127, 128, 255, 256, (1 << 16) - 1, 1 << 16, 1 << 2
             (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 48, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]  # fmt: skip
 NAMES = ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "x" * 300, "x" * 70_000, "layers." + "9" * 5000,
          "model.layers.99999999999.mlp.up_proj.weight", "a" * 40 + "!", "\x1b[31m", "é" * 90]  # fmt: skip
-PLACES = ["fifo", "dir", "link:/dev/zero", "link:/etc/passwd", "link:.", "link:nowhere", "link:../other", "link:/dev/tty"]
+PLACES = [
+    "fifo",
+    "dir",
+    "link:/dev/zero",
+    "link:/etc/passwd",
+    "link:.",
+    "link:nowhere",
+    "link:../other",
+    "link:/dev/tty",
+]
 
 
-def mutated(case: Case, rng: Random, pool: list[tuple[str, Any]], names: list[str]) -> Case:
-    """A copy with one to four faults. pool: keys and values of the seeds; names: files that may be touched."""
+def mutated(case: Case, rng: Random, pool: list[tuple[str, Any]], names: list[str], places: bool) -> Case:
+    """A copy with one to four faults. pool: keys and values of the seeds; names: files that may be touched; places:
+    other things may lie where they were."""
     case = dict(case)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         name = rng.choice(names)
         content = case.get(name)
-        if rng.random() < 0.02:
+        if places and rng.random() < 0.02:
             _misplace(case, name, rng)
         elif isinstance(content, bytes):
             case[name] = mutated_file(name, content, rng, pool)
@@ -67,7 +77,7 @@ def mutated_file(name: str, content: bytes, rng: Random, pool: list[tuple[str, A
     if found is not of_bytes and rng.random() < 0.85:
         try:
             return found(content, rng, pool)
-        except (ValueError, KeyError, TypeError, struct.error, RecursionError, IndexError, OverflowError):
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError, IndexError, OverflowError, AttributeError):
             pass  # a file that an earlier fault has left without structure
     return of_bytes(content, rng)
 
@@ -86,13 +96,17 @@ def of_bytes(content: bytes, rng: Random) -> bytes:
         del data[at:]
     elif kind == 4:
         size = rng.choice((1, 2, 4, 8))
-        data[at : at + size] = (rng.choice(INTEGERS) & ((1 << 8 * size) - 1)).to_bytes(size, rng.choice(("little", "big")))  # type: ignore[arg-type]
+        data[at : at + size] = (rng.choice(INTEGERS) & ((1 << 8 * size) - 1)).to_bytes(
+            size, rng.choice(("little", "big"))
+        )  # type: ignore[arg-type]
     elif kind == 5:
         data[at:at] = data[: rng.randrange(len(data) + 1)][-200:]
     elif kind == 6:
         return rng.randbytes(rng.randrange(300))
     else:
-        data[at:at] = rng.choice((b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"{", b'"', b"[" * 3000, b"\r\n\r\n", b"%", b"&a *a"))
+        data[at:at] = rng.choice(
+            (b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"{", b'"', b"[" * 3000, b"\r\n\r\n", b"%", b"&a *a")
+        )
     return bytes(data)
 
 
@@ -118,11 +132,15 @@ def change(document: Any, rng: Random, pool: list[tuple[str, Any]]) -> Any:
     elif kind == 5:
         owner[key] = rng.choice(pool)[1] if pool else None
     elif kind == 6 and isinstance(owner[key], int | float) and not isinstance(owner[key], bool):
-        owner[key] = rng.choice((lambda v: v + 1, lambda v: v - 1, lambda v: v * 2, lambda v: -v, lambda v: v / 3, str))(owner[key])
+        owner[key] = rng.choice(
+            (lambda v: v + 1, lambda v: v - 1, lambda v: v * 2, lambda v: -v, lambda v: v / 3, str)
+        )(owner[key])
     elif kind == 7 and isinstance(owner, dict):
         owner[rng.choice(NAMES)] = owner.pop(key)
     elif isinstance(owner, dict):
-        owner[rng.choice(pool)[0] if pool else "x"] = rng.choice(VALUES) if rng.random() < 0.7 else rng.choice(pool or [("", 1)])[1]
+        owner[rng.choice(pool)[0] if pool else "x"] = (
+            rng.choice(VALUES) if rng.random() < 0.7 else rng.choice(pool or [("", 1)])[1]
+        )
     else:
         owner.insert(0, rng.choice(VALUES))
     return document
@@ -191,7 +209,11 @@ def of_safetensors(content: bytes, rng: Random, pool: list[tuple[str, Any]]) -> 
     if rng.random() < 0.4:
         header = dumps(change(table, rng, pool), rng)
         return len(header).to_bytes(8, "little") + header + data
-    tensors = {name: [e["dtype"], e["shape"], data[slice(*e["data_offsets"])]] for name, e in table.items() if name != "__metadata__"}
+    tensors = {
+        name: [e["dtype"], e["shape"], data[slice(*e["data_offsets"])]]
+        for name, e in table.items()
+        if name != "__metadata__"
+    }
     for _ in range(rng.choice((1, 1, 2))):
         _change_tensor(tensors, rng)
     return safetensors_bytes(tensors, table.get("__metadata__"))
@@ -206,7 +228,9 @@ def _change_tensor(tensors: dict[str, list[Any]], rng: Random) -> None:
     elif kind == 1:
         tensors[rng.choice([*NAMES, *tensors, name + "_x", name.replace("weight", "bias")]) or "x"] = tensors.pop(name)
     elif kind == 2:
-        tensor[0] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0"])
+        tensor[0] = rng.choice(
+            ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0"]
+        )
     elif kind == 3:
         size = math.prod(tensor[1])
         tensor[1] = rng.choice([[], [0], [size], [1, size], [size, 1], tensor[1][::-1], [1, *tensor[1]], [2, *tensor[1]], [0, 5],

@@ -20,7 +20,7 @@ SCHEMES = {
     "ct-w4": {}, "ct-w4-asym": {"scheme": "w4a16-asym"}, "ct-w8a8": {"scheme": "w8a8"}, "ct-fp8": {"scheme": "fp8"},
     "ct-fp8-block": {"scheme": "fp8-block"}, "ct-nvfp4": {"scheme": "nvfp4a16"}, "ct-mxfp4": {"scheme": "mxfp4a16"},
     "gptq": {"format": "gptq"}, "gptq-3": {"format": "gptq", "scheme": "w3a16"}, "awq": {"format": "awq"},
-    "bnb-nf4": {"format": "bnb"}, "bnb-int8": {"format": "bnb", "scheme": "llm.int8"},
+    "bnb-nf4": {"format": "bnb"}, "bnb-int8": {"format": "bnb", "scheme": "int8"},
 }  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ndatasets: [a/b, c/d]\ntags:\n- x\n---\n# A model\n"
@@ -103,7 +103,9 @@ def ggufs(work: Path) -> list[Case]:
     cases = []
     for arch, family, more in (("llama", "llama", {}), ("gemma3", "gemma3_text", {"sliding_window": 8}),
                                ("qwen2", "qwen2", {}), ("qwen3moe", "qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32})):  # fmt: skip
-        config = AutoConfig.for_model(family, **SMALL, head_dim=32, max_position_embeddings=64, tie_word_embeddings=False, **more)
+        config = AutoConfig.for_model(
+            family, **SMALL, head_dim=32, max_position_embeddings=64, tie_word_embeddings=False, **more
+        )
         torch.manual_seed(1)
         state = AutoModelForCausalLM.from_config(config).state_dict()
         tensors: dict[str, Any] = gguf_files.convert(_one_by_one(state), config, arch)
@@ -113,7 +115,9 @@ def ggufs(work: Path) -> list[Case]:
         if arch == "qwen3moe":
             keys |= {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32}
         vocab = {**gguf_files.byte_vocab(260), "chat_template": TEMPLATE}
-        cases.append(case_of(gguf_files.write(_in(work / f"gguf-{arch}") / "m.gguf", arch, keys, tensors, vocab).parent))
+        cases.append(
+            case_of(gguf_files.write(_in(work / f"gguf-{arch}") / "m.gguf", arch, keys, tensors, vocab).parent)
+        )
     return cases
 
 
@@ -124,7 +128,10 @@ def _one_by_one(state: dict[str, Any]) -> dict[str, Any]:
         if name.endswith("experts.gate_up_proj"):
             for i, each in enumerate(tensor):
                 gate, up = each.chunk(2)
-                found[name.replace("gate_up_proj", f"{i}.gate_proj.weight")], found[name.replace("gate_up_proj", f"{i}.up_proj.weight")] = gate, up
+                (
+                    found[name.replace("gate_up_proj", f"{i}.gate_proj.weight")],
+                    found[name.replace("gate_up_proj", f"{i}.up_proj.weight")],
+                ) = gate, up
         elif name.endswith("experts.down_proj"):
             found |= {name.replace("down_proj", f"{i}.down_proj.weight"): each for i, each in enumerate(tensor)}
         else:
@@ -152,7 +159,13 @@ def adapters(work: Path) -> list[Case]:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {".*q_proj": 3},
               "use_dora": True, "use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": True, "bias": "none",
               "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "a/b", "modules_to_save": ["norm"]}  # fmt: skip
-    return [{**base, "adapter/adapter_config.json": json.dumps(config).encode(), "adapter/adapter_model.safetensors": save(tensors)}]
+    return [
+        {
+            **base,
+            "adapter/adapter_config.json": json.dumps(config).encode(),
+            "adapter/adapter_model.safetensors": save(tensors),
+        }
+    ]
 
 
 def configs(work: Path) -> list[Case]:
@@ -160,7 +173,9 @@ def configs(work: Path) -> list[Case]:
     from architectures import CHANGED, SHRUNK
     from transformers import AutoConfig
 
-    cases: list[Case] = [{"config.json": p.read_bytes()} for p in sorted((ROOT / "benchmarks/configs").rglob("config.json"))]
+    cases: list[Case] = [
+        {"config.json": p.read_bytes()} for p in sorted((ROOT / "benchmarks/configs").rglob("config.json"))
+    ]
     for table in (SHRUNK, CHANGED):
         for kind, values in table.items():
             try:
@@ -184,7 +199,9 @@ def texts(work: Path) -> list[Case]:
     lines = [json.dumps({"text": f"line {i}"}) for i in range(3)]
     lines += [json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})]
     rows = "\n".join(lines).encode()
-    tokenizer = {f"base/{n}": c for n, c in plain(work).items() if "token" in n or n.endswith((".jinja", "config.json"))}
+    tokenizer = {
+        f"base/{n}": c for n, c in plain(work).items() if "token" in n or n.endswith((".jinja", "config.json"))
+    }
     found: list[Case] = [{**tokenizer, "t.jsonl": rows}, {**tokenizer, "t.txt": "Text, ä.\nMore.".encode()},
                          {**tokenizer, "t.jsonl.gz": gzip.compress(rows)}]  # fmt: skip
     try:
@@ -202,10 +219,18 @@ def texts(work: Path) -> list[Case]:
 def cards(work: Path) -> list[Case]:
     card = {"name": "Card", "memory_gib": 24, "usable_gib": 22, "bandwidth_gbs": 900, "vendor": "NVIDIA", "arch": "sm_89", "kind": "gpu",
             "prices": [{"what": "rent", "usd_per_hour": 1.5, "date": "2026-01-01", "source": "s"}], "sources": {"*": "me"}}  # fmt: skip
-    entry = json.loads((ROOT / "profiles/hardware/nvidia.json").read_text())["devices"][0] if (ROOT / "profiles/hardware/nvidia.json").exists() else {}
+    entry = (
+        json.loads((ROOT / "profiles/hardware/nvidia.json").read_text())["devices"][0]
+        if (ROOT / "profiles/hardware/nvidia.json").exists()
+        else {}
+    )
     entry = {key: value for key, value in entry.items() if key not in ("id", "sources")}
     model = {f"base/{n}": c for n, c in configs(work)[0].items()}
-    return [{**model, "card.json": json.dumps(each).encode()} for each in (card, {"name": "x", "memory_gib": 8, "bandwidth_gbs": 100}, entry) if each]
+    return [
+        {**model, "card.json": json.dumps(each).encode()}
+        for each in (card, {"name": "x", "memory_gib": 8, "bandwidth_gbs": 100}, entry)
+        if each
+    ]
 
 
 def reports(work: Path) -> list[Case]:
@@ -230,14 +255,23 @@ def _made_reports() -> list[bytes]:
 
 def streams(work: Path) -> list[Case]:
     """What a server sends: status line, headers and events."""
+
     def event(**more: Any) -> str:
         return "data: " + json.dumps({"id": "1", "model": "m", "choices": [], **more})
 
     chunks = [event(choices=[{"index": 0, "text": "a", "finish_reason": None}]) for _ in range(3)]
     chat = [event(choices=[{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]) for _ in range(3)]
-    end = [event(choices=[{"index": 0, "text": "", "finish_reason": "length"}]), event(usage={"completion_tokens": 3, "prompt_tokens": 4}), "data: [DONE]"]
+    end = [
+        event(choices=[{"index": 0, "text": "", "finish_reason": "length"}]),
+        event(usage={"completion_tokens": 3, "prompt_tokens": 4}),
+        "data: [DONE]",
+    ]
     head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-    error = "HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\n\r\n" + json.dumps({"error": {"message": "no", "detail": [{"msg": "x"}]}})
-    models = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n" + json.dumps({"object": "list", "data": [{"id": "m", "max_model_len": 9}]})
+    error = "HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\n\r\n" + json.dumps(
+        {"error": {"message": "no", "detail": [{"msg": "x"}]}}
+    )
+    models = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n" + json.dumps(
+        {"object": "list", "data": [{"id": "m", "max_model_len": 9}]}
+    )
     return [{"reply.sse": (head + "\n\n".join(each)).encode()} for each in ([*chunks, *end], [*chat, *end])] + [
         {"reply.sse": error.encode()}, {"reply.sse": models.encode()}]  # fmt: skip

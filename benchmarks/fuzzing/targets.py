@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ Seeds = Callable[[Path], list[Case]]
 
 @dataclass(frozen=True)
 class Target:
-    """seeds: cases in order, made below a folder; run: what reads a case; only: files that are mutated (by the end of
-    their names; all where empty)."""
+    """seeds: cases in order, made below a folder; run: reads a case, and may say what came of it; only: files that are mutated (by the end of
+    their names; all where empty); places: pipes, folders and links may lie there in their place."""
 
     seeds: Seeds
     run: Callable[[Path], Any]
     only: tuple[str, ...] = ()
+    places: bool = True
 
 
 def _read_all(source: Any) -> None:
@@ -32,7 +32,7 @@ def _read_all(source: Any) -> None:
         source.meta(name)
         source.read(name)
         for piece in source.slabs(name, 1 << 16) or ():
-            piece.sum()
+            piece.numel()
     _ = source.fingerprint, source.metadata, source.stored.describe(), source.base_model
 
 
@@ -104,18 +104,19 @@ def gguf(folder: Path) -> None:
 
 
 def config(folder: Path) -> None:
+    from qkit.estimate.document import document
     from qkit.estimate.estimate import Asked, estimate
     from qkit.estimate.render import describe
     from qkit.hardware.catalogue import parse
 
     place = folder / "base" if (folder / "base").is_dir() else folder
     card = folder / "card.json"
-    targets = parse([str(card), f"{card}:2"] if "card.json" in {p.name for p in folder.iterdir()} else ["h100-sxm", "rtx-4090:2"])
+    targets = parse(
+        [str(card), f"{card}:2"] if "card.json" in {p.name for p in folder.iterdir()} else ["h100-sxm", "rtx-4090:2"]
+    )
     found = estimate(str(place), targets, Asked())
     describe(found)
-    from qkit.estimate.document import document
-
-    json.dumps(document(found) if callable(document) else None, allow_nan=False, default=str)
+    json.dumps(document([found]), allow_nan=False, default=str)
 
 
 def lora(folder: Path) -> None:
@@ -128,7 +129,9 @@ def recipe(folder: Path) -> None:
     import qkit
 
     with redirect_stderr(io.StringIO()):
-        qkit.convert(str(folder / "base"), folder.parent / "out", dry_run=True, method="rtn", recipe=str(folder / "recipe.yaml"))
+        qkit.convert(
+            str(folder / "base"), folder.parent / "out", dry_run=True, method="rtn", recipe=str(folder / "recipe.yaml")
+        )
 
 
 _tokenizers: dict[str, Any] = {}
@@ -138,7 +141,7 @@ def text(folder: Path) -> None:
     from qkit.text.read import read_text
     from qkit.text.tokenizer import load_tokenizer
 
-    name = next(p.name for p in folder.iterdir() if p.name.startswith("t."))
+    name = next((p.name for p in folder.iterdir() if p.name.startswith("t.")), "t.txt")
     if not _tokenizers:
         _tokenizers["one"] = load_tokenizer(str(folder / "base"))
     found = read_text(str(folder / name), _tokenizers["one"])
@@ -178,7 +181,7 @@ def compared(folder: Path) -> None:
     json.dumps(result.as_dict(), allow_nan=False)
 
 
-def stream(folder: Path) -> None:
+def stream(folder: Path) -> str:
     """The reply through a socket, as a server would send it; nothing but an `Outcome` may come of it."""
     import http.client
     import socket
@@ -206,16 +209,17 @@ def stream(folder: Path) -> None:
         def headers(self) -> dict[str, str]:
             return {}
 
+    said = []
     for route in ("/completions", "/chat/completions"):
         out = send(Place(), Ask(route, "m", 3, {}), "a prompt", 2.0)  # type: ignore[arg-type]
         if out.reason is None:
             statistics.fmean([out.ttft, out.latency, float(out.tokens), float(out.prompt_tokens or 0)])
         out.message.encode("utf-8", "surrogatepass")
+        said.append(f"{out.reason} {out.message[:12]} {out.counted} {len(out.arrivals)}")
     prompt_length(Place(), Ask("/completions", "m", 3, {}), "a", 2.0)  # type: ignore[arg-type]
-    try:
+    with suppress(QkitError):
         ask(Place(), "/models", 2.0)  # type: ignore[arg-type]
-    except QkitError:
-        pass
+    return " ".join(said)
 
 
 def _plain(work: Path) -> list[Case]:
@@ -238,7 +242,7 @@ TARGETS: dict[str, Target] = {
     "config": Target(seeds.configs, config),
     "lora": Target(seeds.adapters, lora, ("adapter_config.json", "adapter_model.safetensors")),
     "recipe": Target(seeds.recipes, recipe, (".yaml",)),
-    "text": Target(seeds.texts, text, (".jsonl", ".txt", ".gz", ".parquet")),
+    "text": Target(seeds.texts, text, (".jsonl", ".txt", ".gz", ".parquet"), places=False),
     "tokenizer": Target(_plain, tokenizer, ("tokenizer.json", "tokenizer_config.json", ".jinja")),
     "card": Target(seeds.cards, config, ("card.json",)),
     "compare": Target(seeds.reports, compared),

@@ -40,7 +40,7 @@ def run(name: str, seconds: float, seed: int, work: Path) -> None:
     known: set[tuple[Any, ...]] = set()
     for case in corpus:
         outcome, problem = attempt(target, case, place / "case")
-        if problem is not None and not isinstance(problem, _qkit_error()):
+        if problem is not None:
             traceback.print_exception(problem)
             raise SystemExit(f"a seed of {name} is not read")
         known.add(outcome)
@@ -49,7 +49,9 @@ def run(name: str, seconds: float, seed: int, work: Path) -> None:
     while time.monotonic() < until:
         of = corpus[rng.randrange(seeds)] if rng.random() < 0.5 else rng.choice(corpus)
         names = [n for n in of if not target.only or n.endswith(target.only)]
-        case = mutated(of, rng, pool, names or list(of))
+        if not of:
+            continue
+        case = mutated(of, rng, pool, names or list(of), target.places)
         outcome, problem = attempt(target, case, place / "case")
         runs += 1
         why = wrong(problem)
@@ -107,23 +109,28 @@ def attempt(target: Target, case: Case, folder: Path) -> tuple[tuple[Any, ...], 
     """(what tells this outcome from others, what was raised)."""
     write_case(case, folder)
     problem: BaseException | None = None
+    said: Any = None
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        target.run(folder)
+        said = target.run(folder)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         problem = error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    return _told(problem), problem
+    return _told(problem, said), problem
 
 
-def _told(problem: BaseException | None) -> tuple[Any, ...]:
+def _told(problem: BaseException | None, said: Any) -> tuple[Any, ...]:
     if problem is None:
-        return ("read",)
+        return ("read", str(said))
     frames = traceback.extract_tb(problem.__traceback__)
-    ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "/qkit/" in f.filename or "/kernels/" in f.filename]
+    if problem.__cause__ is not None:
+        frames += traceback.extract_tb(problem.__cause__.__traceback__)
+    ours = [
+        f"{Path(f.filename).name}:{f.lineno}" for f in frames if "/qkit/" in f.filename or "/kernels/" in f.filename
+    ]
     return (type(problem).__name__, *(ours if isinstance(problem, _qkit_error()) else ours[-1:]))
 
 

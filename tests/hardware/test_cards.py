@@ -138,8 +138,8 @@ def test_what_is_no_card(tmp_path):
     (tmp_path / "cards").mkdir()
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for name, message in (
-        ("cards.json", "cannot be read: Is a directory"),
-        ("cards", "cannot be read: Is a directory"),
+        ("cards.json", "is not a regular file"),
+        ("cards", "is not a regular file"),
         ("none.json", "there is no file"),
         ("binary.json", "is not a JSON file"),
     ):
