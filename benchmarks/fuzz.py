@@ -3,10 +3,10 @@
     python benchmarks/fuzz.py TARGET|all [--minutes 60] [--seed 1] [--work DIR]
 
 A target (`fuzzing/targets.py`) opens a folder of small files by the functions that users call. Each run takes a case
-that is in order, or one that has shown something new, and changes it by its structure: values, keys and entries of JSON;
-types, shapes and names of tensors; pairs of a GGUF file; lines, words, bytes; what lies in the folder in a file's place.
-What a case leads to is told by the lines of qkit that an error passed through; a case with lines that are new is kept
-and changed further.
+that is in order, or one that has shown something new, and changes it by its structure: values, keys and entries of
+JSON; types, shapes and names of tensors; pairs of a GGUF file; lines, words, bytes; what lies in the folder in a file's
+place. What a case leads to is told by the lines of qkit that an error passed through; a case with lines that are new is
+kept and changed further.
 
 Right is: it is read, or a QkitError whose message and hint can be printed. Anything else is a find: another exception,
 more than 5 s of processor time, more than 512 MiB of memory beside what the process had, a process that dies or hangs.
@@ -99,8 +99,8 @@ def fuzz(name: str, seconds: float, seed: int, work: Path) -> dict[str, Any]:
         runs, paths = runs + found["runs"], max(paths, found["paths"])
         if problem is None:
             break
-        if not found["runs"] and not (work / name / "case").exists():
-            raise SystemExit(f"{name}: its seeds cannot be made: see {work}/{name}.log")
+        if not state.exists():
+            raise SystemExit(f"{name}: its seeds are not read: see {work}/{name}.log")
         keep(work, name, problem)
         seed += 1
     shutil.rmtree(work / name, ignore_errors=True)

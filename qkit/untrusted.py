@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 DEEPEST = 64  # levels of a document; configs have a handful
-MAX_YAML_BYTES = 128 << 10  # a pure Python parser takes about three seconds for them
+MOST_CONTAINERS = 5_000_000  # lists and objects of a document, of which empty ones take 25 times their text in memory
+MAX_YAML_BYTES = 128 << 10  # a parser in Python takes about a second for them
 PATTERN_SECONDS = 1.0
 # What moves a cursor, colours, or writes right to left.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -20,10 +21,12 @@ class SlowPattern(ValueError):
 
 
 def parse_json(text: bytes | str, **how: Any) -> Any:
-    """`json.loads`, of UTF-8. Raises ValueError for what is no JSON, for half a surrogate pair, which UTF-8 lacks, and
-    for values nested deeper than `DEEPEST`, which whoever walks or prints them could not take."""
+    """`json.loads`, of UTF-8. Raises ValueError for what is no JSON, for half a surrogate pair, which UTF-8 lacks, for more
+    than `MOST_CONTAINERS`, and for values deeper than `DEEPEST`, which whoever walks or prints them could not take."""
     if isinstance(text, bytes):
         text = text.decode("utf-8")
+    if text.count("[") + text.count("{") > MOST_CONTAINERS:
+        raise ValueError(f"it holds more than {MOST_CONTAINERS} lists and objects")
     try:
         value = json.loads(text, **how)
     except RecursionError:

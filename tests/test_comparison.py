@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from reports import HOSTILE, make
@@ -147,6 +148,8 @@ def test_a_model_that_failed_is_in_no_pair(tmp_path):
     ('{"kind": "measured", "schema_version": 3, "models": []}', "damaged report", "profile.json"),
     ('{"kind": "measured", "schema_version": 3, "models": [{"quality": 5}]}', "damaged report", "profile.json"),
     ("\xff", "is not valid JSON", "profile.json"),
+    ("[" * 100_000, "is not valid JSON", "profile.json"),
+    ('{"kind": "measured", "schema_version": 3, "passed": "' + "x" * 10**5 + '"}', "damaged report", "profile.json"),
 ])  # fmt: skip
 @pytest.mark.parametrize("first", [True, False])
 def test_bad_documents(tmp_path, capsys, content, message, hint, first):
@@ -158,6 +161,15 @@ def test_bad_documents(tmp_path, capsys, content, message, hint, first):
     assert hint in caught.value.hint
     assert main(["compare", str(bad), good]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_number_that_no_float_holds_is_damage(tmp_path):
+    (good,) = save(tmp_path, good=make())
+    document = json.loads(Path(good).read_text())
+    document["models"][0]["speed"][0]["decode_tps"] = 10**400
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    with pytest.raises(QkitError, match="must be a number"):
+        compare(good, tmp_path / "bad.json")
 
 
 def test_files_and_folders(tmp_path, capsys):

@@ -162,8 +162,9 @@ def _change_tensor(parts: Parts, rng: Random) -> None:
     if kind == 0:
         parts.tensors.remove(tensor)
     elif kind == 1:
-        tensor[1] = rng.choice([tensor[1][::-1], [*tensor[1], 1], [*tensor[1], 2], tensor[1][:1], [rng.choice(INTEGERS)] * 2,
-                                [n * 2 for n in tensor[1]], [max(1, n // 2) for n in tensor[1]], [32], [32, 1]])  # fmt: skip
+        dims = tensor[1]
+        other = [dims[::-1], [*dims, 1], [*dims, 2], dims[:1], [n * 2 for n in dims], [max(1, n // 2) for n in dims]]
+        tensor[1] = rng.choice([*other, [32], [32, 1], [rng.choice(INTEGERS)] * 2])
     elif kind == 2:
         tensor[2] = rng.randrange(45)
     elif kind == 3:

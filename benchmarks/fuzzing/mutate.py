@@ -24,23 +24,19 @@ RAW = {
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 16, 128, 255, 1 << 16, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 63, 1 << 64,
     10**30, 10**400, -(10**400), 0.5, -0.5, 1e308, 5e-324, 1e-12, float("nan"), float("inf"), "", "a", "4", "x" * 5000,
-    "../../etc/passwd", "/dev/zero", "a\0b", "\x1b[31mred", "\n", "(a+)+$", "re:(a|a)*$", "re:(", "*", "Linear", ".", [],
-    {}, [[]], [None], [0, 0], [1, 2], {"": {}}, ["a"], [{}], {"a": [1]}, *(_RAW + name for name in RAW),
+    "../../etc/passwd", "/dev/zero", "a\0b", "\x1b[31mred", "\n", "(a+)+$", "re:(a|a)*$", "re:(", "*", "Linear", ".",
+    [], {}, [[]], [None], [0, 0], [1, 2], {"": {}}, ["a"], [{}], {"a": [1]}, *(_RAW + name for name in RAW),
 ]  # fmt: skip
 INTEGERS = [0, 1, 2, 3, 7, 8, 127, 128, 255, 256, (1 << 16) - 1, 1 << 16, 1 << 24, (1 << 31) - 1, 1 << 31,
             (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 48, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]  # fmt: skip
 NAMES = ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "x" * 300, "x" * 70_000, "layers." + "9" * 5000,
          "model.layers.99999999999.mlp.up_proj.weight", "a" * 40 + "!", "\x1b[31m", "é" * 90]  # fmt: skip
-PLACES = [
-    "fifo",
-    "dir",
-    "link:/dev/zero",
-    "link:/etc/passwd",
-    "link:.",
-    "link:nowhere",
-    "link:../other",
-    "link:/dev/tty",
-]
+# Of YAML and of templates.
+WORDS = [b"&x [*x]", b"<<: *x", b"!!python/object/apply:os.system [id]", b"- " * 500, b"? ", b"1_000", b"2020-99-99",
+         b"0x", b"!!binary x", b"!!timestamp x", b"!!int x", b"!!float .", b"!!null x", b"{% for a in b %}",
+         b"{{ 1 / 0 }}", b"{{ messages.x.y }}", b"{{ 'a' * 1000000 * 10000 }}", b"{{ ''.__class__.__mro__ }}"]  # fmt: skip
+LINKS = ("/dev/zero", "/etc/passwd", ".", "nowhere", "../x", "/dev/tty")
+PLACES = ["fifo", "dir", *(f"link:{place}" for place in LINKS)]
 
 
 def mutated(case: Case, rng: Random, pool: list[tuple[str, Any]], names: list[str], places: bool) -> Case:
@@ -77,7 +73,16 @@ def mutated_file(name: str, content: bytes, rng: Random, pool: list[tuple[str, A
     if found is not of_bytes and rng.random() < 0.85:
         try:
             return found(content, rng, pool)
-        except (ValueError, KeyError, TypeError, struct.error, RecursionError, IndexError, OverflowError, AttributeError):
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            struct.error,
+            RecursionError,
+            IndexError,
+            OverflowError,
+            AttributeError,
+        ):
             pass  # a file that an earlier fault has left without structure
     return of_bytes(content, rng)
 
@@ -190,11 +195,7 @@ def of_text(content: bytes, rng: Random, pool: list[tuple[str, Any]]) -> bytes:
         lines[at] = of_bytes(lines[at], rng)
     else:
         words = lines[at].split(b" ")
-        words[rng.randrange(len(words))] = rng.choice(
-            (dumps(rng.choice(VALUES), rng), b"&x [*x]", b"<<: *x", b"!!python/object/apply:os.system [id]", b"{% for a in b %}",
-             b"{{ 1 / 0 }}", b"{{ messages.x.y }}", b"{{ 'a' * 1000000 * 10000 }}", b"{{ ''.__class__.__mro__ }}", b"- " * 500,
-             b"? ", b"1_000", b"2020-99-99", b"0x", b"!!binary x", b"!!timestamp x", b"!!int x", b"!!float .", b"!!null x")
-        )  # fmt: skip
+        words[rng.randrange(len(words))] = rng.choice((dumps(rng.choice(VALUES), rng), *WORDS))
         lines[at] = b" ".join(words)
     return b"\n".join(lines)
 
@@ -233,8 +234,9 @@ def _change_tensor(tensors: dict[str, list[Any]], rng: Random) -> None:
         )
     elif kind == 3:
         size = math.prod(tensor[1])
-        tensor[1] = rng.choice([[], [0], [size], [1, size], [size, 1], tensor[1][::-1], [1, *tensor[1]], [2, *tensor[1]], [0, 5],
-                                tensor[1][:1], [1] * 20, [n // 2 for n in tensor[1]], [3, 5], [7]])  # fmt: skip
+        shape = tensor[1]
+        other = [shape[::-1], shape[:1], [1, *shape], [2, *shape], [n // 2 for n in shape]]
+        tensor[1] = rng.choice([*other, [], [0], [size], [1, size], [size, 1], [0, 5], [1] * 20, [3, 5], [7]])
     elif kind == 4:
         tensor[2] = rng.choice([b"\xff", b"\0", b"\x7f", b"\x80\x01"]) * len(tensor[2])
     else:

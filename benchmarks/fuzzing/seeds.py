@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from .mutate import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # its tiny models, GGUF files and reports
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 260, "num_attention_heads": 2, "num_key_value_heads": 1,
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 260, "num_attention_heads": 2,
+         "num_key_value_heads": 1,
          "num_hidden_layers": 1}  # fmt: skip
 SCHEMES = {
     "ct-w4": {}, "ct-w4-asym": {"scheme": "w4a16-asym"}, "ct-w8a8": {"scheme": "w8a8"}, "ct-fp8": {"scheme": "fp8"},
@@ -22,7 +22,7 @@ SCHEMES = {
     "gptq": {"format": "gptq"}, "gptq-3": {"format": "gptq", "scheme": "w3a16"}, "awq": {"format": "awq"},
     "bnb-nf4": {"format": "bnb"}, "bnb-int8": {"format": "bnb", "scheme": "int8"},
 }  # fmt: skip
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if x %}<|a|>{% endif %}"
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ndatasets: [a/b, c/d]\ntags:\n- x\n---\n# A model\n"
 
 
@@ -95,29 +95,37 @@ def files(work: Path) -> list[Case]:
 
 
 def ggufs(work: Path) -> list[Case]:
-    """Llama, Mixtral and Gemma 3, in floats and blocks, with either kind of vocabulary."""
+    """Four architectures, in floats and in blocks, with either kind of vocabulary."""
     import gguf_files
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     cases = []
-    for arch, family, more in (("llama", "llama", {}), ("gemma3", "gemma3_text", {"sliding_window": 8}),
-                               ("qwen2", "qwen2", {}), ("qwen3moe", "qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32})):  # fmt: skip
-        config = AutoConfig.for_model(
-            family, **SMALL, head_dim=32, max_position_embeddings=64, tie_word_embeddings=False, **more
-        )
+    few = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    kinds = gguf_files.gguf.GGMLQuantizationType
+    for arch, family, more in (
+        ("llama", "llama", {}), ("gemma3", "gemma3_text", {"sliding_window": 8}), ("qwen2", "qwen2", {}),
+        ("qwen3moe", "qwen3_moe", few),
+    ):  # fmt: skip
+        shape = {**SMALL, "head_dim": 32, "max_position_embeddings": 64, "tie_word_embeddings": False}
+        config = AutoConfig.for_model(family, **shape, **more)
         torch.manual_seed(1)
         state = AutoModelForCausalLM.from_config(config).state_dict()
         tensors: dict[str, Any] = gguf_files.convert(_one_by_one(state), config, arch)
         keys = gguf_files.base_keys(config)
+        vocab = {**gguf_files.byte_vocab(260), "chat_template": TEMPLATE}
         if arch == "gemma3":
             keys["attention.sliding_window"] = 8
+            pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a"]
+            vocab = {"model": "llama", "tokens": pieces, "scores": [0.0] * 260, "token_type": [2, 3, 3, *[6] * 256, 1]}
         if arch == "qwen3moe":
             keys |= {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32}
-        vocab = {**gguf_files.byte_vocab(260), "chat_template": TEMPLATE}
-        cases.append(
-            case_of(gguf_files.write(_in(work / f"gguf-{arch}") / "m.gguf", arch, keys, tensors, vocab).parent)
-        )
+        if arch == "llama":
+            for name in [name for name, values in tensors.items() if values.ndim == 2]:
+                tensors[name] = (tensors[name], kinds.Q4_0 if "attn" in name else kinds.Q8_0)
+        folder = work / f"gguf-{arch}"
+        folder.mkdir(parents=True)
+        cases.append(case_of(gguf_files.write(folder / "m.gguf", arch, keys, tensors, vocab).parent))
     return cases
 
 
@@ -125,23 +133,15 @@ def _one_by_one(state: dict[str, Any]) -> dict[str, Any]:
     """Experts that transformers holds in one tensor, as tensors of their own."""
     found = {}
     for name, tensor in state.items():
-        if name.endswith("experts.gate_up_proj"):
-            for i, each in enumerate(tensor):
-                gate, up = each.chunk(2)
-                (
-                    found[name.replace("gate_up_proj", f"{i}.gate_proj.weight")],
-                    found[name.replace("gate_up_proj", f"{i}.up_proj.weight")],
-                ) = gate, up
-        elif name.endswith("experts.down_proj"):
-            found |= {name.replace("down_proj", f"{i}.down_proj.weight"): each for i, each in enumerate(tensor)}
-        else:
+        stem, _, last = name.rpartition(".experts.")
+        for i, each in enumerate(tensor if stem else ()):
+            fused = last == "gate_up_proj"
+            names = ("gate_proj", "up_proj") if fused else ("down_proj",)
+            for own, matrix in zip(names, each.chunk(2) if fused else (each,), strict=True):
+                found[f"{stem}.experts.{i}.{own}.weight"] = matrix
+        if not stem:
             found[name] = tensor
     return found
-
-
-def _in(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def adapters(work: Path) -> list[Case]:
@@ -156,9 +156,10 @@ def adapters(work: Path) -> list[Case]:
                stem + "q_proj.lora_magnitude_vector": torch.ones(64), stem + "v_proj.lora_A.weight": torch.ones(2, 64),
                stem + "v_proj.lora_B.weight": torch.ones(32, 2), stem + "v_proj.lora_magnitude_vector": torch.ones(32),
                "base_model.model.model.norm.weight": torch.ones(64)}  # fmt: skip
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {".*q_proj": 3},
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"v_proj": 2},
+              "alpha_pattern": {".*q_proj": 3}, "base_model_name_or_path": "a/b", "modules_to_save": ["norm"],
               "use_dora": True, "use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": True, "bias": "none",
-              "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "a/b", "modules_to_save": ["norm"]}  # fmt: skip
+              "target_modules": ["q_proj", "v_proj"]}  # fmt: skip
     return [
         {
             **base,
@@ -188,8 +189,14 @@ def configs(work: Path) -> list[Case]:
 
 
 def recipes(work: Path) -> list[Case]:
-    rules = ("- modules: '*.down_proj'\n  scheme: w8a16\n  group_size: 32\n- modules: ['*.q_proj', 'model.layers.0.*']\n"
-             "  scheme: keep\n- {modules: '*', scheme: w4a16, group_size: channel}\n")  # fmt: skip
+    rules = """
+- modules: '*.down_proj'
+  scheme: w8a16
+  group_size: 32
+- modules: ['*.q_proj', 'model.layers.0.*']
+  scheme: keep
+- {modules: '*', scheme: w4a16, group_size: channel}
+"""
     base = {f"base/{name}": content for name, content in plain(work).items()}
     return [{**base, "recipe.yaml": rules.encode()},
             {**base, "recipe.yaml": json.dumps([{"modules": "*", "scheme": "w8a16"}]).encode()}]  # fmt: skip
@@ -199,9 +206,7 @@ def texts(work: Path) -> list[Case]:
     lines = [json.dumps({"text": f"line {i}"}) for i in range(3)]
     lines += [json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})]
     rows = "\n".join(lines).encode()
-    tokenizer = {
-        f"base/{n}": c for n, c in plain(work).items() if "token" in n or n.endswith((".jinja", "config.json"))
-    }
+    tokenizer = {f"base/{n}": c for n, c in plain(work).items()}
     found: list[Case] = [{**tokenizer, "t.jsonl": rows}, {**tokenizer, "t.txt": "Text, ä.\nMore.".encode()},
                          {**tokenizer, "t.jsonl.gz": gzip.compress(rows)}]  # fmt: skip
     try:
@@ -217,26 +222,23 @@ def texts(work: Path) -> list[Case]:
 
 
 def cards(work: Path) -> list[Case]:
-    card = {"name": "Card", "memory_gib": 24, "usable_gib": 22, "bandwidth_gbs": 900, "vendor": "NVIDIA", "arch": "sm_89", "kind": "gpu",
-            "prices": [{"what": "rent", "usd_per_hour": 1.5, "date": "2026-01-01", "source": "s"}], "sources": {"*": "me"}}  # fmt: skip
-    entry = (
-        json.loads((ROOT / "profiles/hardware/nvidia.json").read_text())["devices"][0]
-        if (ROOT / "profiles/hardware/nvidia.json").exists()
-        else {}
-    )
-    entry = {key: value for key, value in entry.items() if key not in ("id", "sources")}
-    model = {f"base/{n}": c for n, c in configs(work)[0].items()}
-    return [
-        {**model, "card.json": json.dumps(each).encode()}
-        for each in (card, {"name": "x", "memory_gib": 8, "bandwidth_gbs": 100}, entry)
-        if each
+    """A model's config, and a card of three fields, one that says everything, and one as the catalogue has it."""
+    price = {"what": "rent", "usd_per_hour": 1.5, "market": "m", "date": "2026-01-01", "source": "a list of prices"}
+    entry = json.loads((ROOT / "profiles/hardware/nvidia-geforce.json").read_text())["devices"][0]
+    least = {"name": "Card", "memory_gib": 24, "bandwidth_gbs": 900}
+    documents = [
+        least,
+        {**least, "usable_gib": 22, "vendor": "NVIDIA", "arch": "x", "kind": "gpu", "prices": [price], "sources": {}},
+        {**entry, "sources": {"*": "me"}},
     ]
+    model = {f"base/{name}": content for name, content in configs(work)[0].items()}
+    return [{**model, "card.json": json.dumps(document).encode()} for document in documents]
 
 
 def reports(work: Path) -> list[Case]:
     """Two reports each, of every kind."""
     found: list[Case] = []
-    documents: list[bytes] = [p.read_bytes() for p in sorted((ROOT / "profiles/reports").rglob("*.json"))]
+    documents = [p.read_bytes() for p in sorted((ROOT / "profiles/reports").rglob("*.json"))]
     documents += _made_reports()
     for document in documents:
         if len(document) < 200_000:
@@ -247,31 +249,28 @@ def reports(work: Path) -> list[Case]:
 def _made_reports() -> list[bytes]:
     import reports as made
 
-    from qkit.report import write
+    from qkit.report.write import to_json
 
-    makers: list[Callable[[], Any]] = [made.make, made.compared, made.several]
-    return [json.dumps(write.document(make())).encode() for make in makers if hasattr(write, "document")]
+    return [to_json(make()).encode() for make in (made.make, made.compared, made.several)]
 
 
 def streams(work: Path) -> list[Case]:
-    """What a server sends: status line, headers and events."""
+    """What a server sends: status line, headers, and events or a document."""
 
     def event(**more: Any) -> str:
         return "data: " + json.dumps({"id": "1", "model": "m", "choices": [], **more})
 
-    chunks = [event(choices=[{"index": 0, "text": "a", "finish_reason": None}]) for _ in range(3)]
-    chat = [event(choices=[{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]) for _ in range(3)]
-    end = [
-        event(choices=[{"index": 0, "text": "", "finish_reason": "length"}]),
-        event(usage={"completion_tokens": 3, "prompt_tokens": 4}),
-        "data: [DONE]",
+    def chunk(finish: str | None = None, **what: Any) -> str:
+        return event(choices=[{"index": 0, "finish_reason": finish, **what}])
+
+    end = [chunk("length", text=""), event(usage={"completion_tokens": 3, "prompt_tokens": 4}), "data: [DONE]"]
+    events = [[*[chunk(text="a")] * 3, *end], [*[chunk(delta={"content": "a"})] * 3, *end]]
+    answers = [("200 OK", "text/event-stream", "\n\n".join(each)) for each in events]
+    error = {"error": {"message": "no", "detail": [{"msg": "x"}]}}
+    answers.append(("400 Bad", "application/json", json.dumps(error)))
+    answers.append(("200 OK", "application/json", json.dumps({"object": "list", "data": [{"id": "m"}]})))
+    answers.append(("200 OK", "application/json", json.dumps({"usage": {"prompt_tokens": 4}})))
+    return [
+        {"reply.sse": f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n\r\n{body}".encode()}
+        for status, kind, body in answers
     ]
-    head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-    error = "HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\n\r\n" + json.dumps(
-        {"error": {"message": "no", "detail": [{"msg": "x"}]}}
-    )
-    models = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n" + json.dumps(
-        {"object": "list", "data": [{"id": "m", "max_model_len": 9}]}
-    )
-    return [{"reply.sse": (head + "\n\n".join(each)).encode()} for each in ([*chunks, *end], [*chat, *end])] + [
-        {"reply.sse": error.encode()}, {"reply.sse": models.encode()}]  # fmt: skip

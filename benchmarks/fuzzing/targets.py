@@ -18,8 +18,8 @@ Seeds = Callable[[Path], list[Case]]
 
 @dataclass(frozen=True)
 class Target:
-    """seeds: cases in order, made below a folder; run: reads a case, and may say what came of it; only: files that are mutated (by the end of
-    their names; all where empty); places: pipes, folders and links may lie there in their place."""
+    """seeds: cases in order, made below a folder; run: reads a case, and may say what came of it; only: files that are
+    mutated, by the end of their names (all where empty); places: pipes, folders and links may lie in their place."""
 
     seeds: Seeds
     run: Callable[[Path], Any]
@@ -234,7 +234,7 @@ _WEIGHTS = ("config.json", ".safetensors")
 TARGETS: dict[str, Target] = {
     "safetensors": Target(seeds.files, safetensors),
     "model": Target(_plain, model),
-    "inspect": Target(_all_folders, inspected, ("config.json", ".safetensors", "manifest.json", "index.json", "quantize_config.json")),
+    "inspect": Target(_all_folders, inspected, (*_WEIGHTS, "manifest.json", "index.json", "quantize_config.json")),
     "expanded": Target(seeds.quantized, expanded, _WEIGHTS),
     "load": Target(_all_folders, loaded, (*_WEIGHTS, "generation_config.json")),
     "plan": Target(_all_folders, planned, (*_WEIGHTS, "index.json", "tokenizer.json")),

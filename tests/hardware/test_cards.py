@@ -124,6 +124,9 @@ def test_a_card_is_found_beside_the_working_folder(tmp_path, monkeypatch):
         ('{"name": "x", "memory_gib": NaN, "bandwidth_gbs": 1}', "NaN is no number of JSON"),
         ('{"name": "x", "memory_gib": 1e999, "bandwidth_gbs": 1}', "memory_gib: must be a number, is Infinity"),
         ("[" * 100_000, "is not a JSON file"),
+        ('{"name": "x", "memory_gib": 1' + "0" * 400 + ', "bandwidth_gbs": 1}', "memory_gib: must be a number"),
+        ('{"name": "\\ud800", "memory_gib": 1, "bandwidth_gbs": 1}', "is not a JSON file"),
+        (" " * (5 << 20), "bytes long"),
     ],
     ids=lambda v: None if not isinstance(v, str) else v[:40],
 )
