@@ -21,8 +21,8 @@ class SlowPattern(ValueError):
 
 
 def parse_json(text: bytes | str, **how: Any) -> Any:
-    """`json.loads`, of UTF-8. Raises ValueError for what is no JSON, for half a surrogate pair, which UTF-8 lacks, for more
-    than `MOST_CONTAINERS`, and for values deeper than `DEEPEST`, which whoever walks or prints them could not take."""
+    """`json.loads`, of UTF-8. Raises ValueError for what is no JSON, for half a surrogate pair, which UTF-8 lacks, for
+    more than `MOST_CONTAINERS`, and for values deeper than `DEEPEST`, which whoever walks them could not take."""
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     if text.count("[") + text.count("{") > MOST_CONTAINERS:

@@ -34,7 +34,7 @@ NAMES = ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "x" * 300,
 # Of YAML and of templates.
 WORDS = [b"&x [*x]", b"<<: *x", b"!!python/object/apply:os.system [id]", b"- " * 500, b"? ", b"1_000", b"2020-99-99",
          b"0x", b"!!binary x", b"!!timestamp x", b"!!int x", b"!!float .", b"!!null x", b"{% for a in b %}",
-         b"{{ 1 / 0 }}", b"{{ messages.x.y }}", b"{{ 'a' * 1000000 * 10000 }}", b"{{ ''.__class__.__mro__ }}"]  # fmt: skip
+         b"{{ 1 / 0 }}", b"{{ messages.x.y }}", b"{{ 'a' * 1000000 * 10000 }}", b"{{ ''.__class__ }}"]  # fmt: skip
 LINKS = ("/dev/zero", "/etc/passwd", ".", "nowhere", "../x", "/dev/tty")
 PLACES = ["fifo", "dir", *(f"link:{place}" for place in LINKS)]
 

@@ -47,7 +47,7 @@ def quantized(work: Path) -> list[Case]:
     if not source.exists():
         from models import make_model
 
-        make_model(source, **{**SMALL, "intermediate_size": 128, "hidden_size": 128})
+        make_model(source, **{**SMALL, "intermediate_size": 128, "hidden_size": 128, "num_attention_heads": 4})
     cases = []
     for name, options in SCHEMES.items():
         try:
@@ -75,7 +75,9 @@ def _fp8(case: Case) -> Case:
             continue
         shape, dtype, body = entry["shape"], entry["dtype"], data[slice(*entry["data_offsets"])]
         if name.endswith("weight_scale"):
-            name, shape, dtype, body = name + "_inv", [1, 1], "F32", b"\0\0\x80\x3f"
+            out, in_ = table[name.removesuffix("_scale")]["shape"]
+            shape = [-(-out // 128), in_ // 128]
+            name, dtype, body = name + "_inv", "F32", b"\0\0\x80\x3f" * (shape[0] * shape[1])
         tensors[name] = [dtype, shape, body]
     config = json.loads(case["config.json"])
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],

@@ -40,10 +40,14 @@ def run(name: str, seconds: float, seed: int, work: Path) -> None:
     known: set[tuple[Any, ...]] = set()
     for case in corpus:
         outcome, problem = attempt(target, case, place / "case")
-        if problem is not None:
+        if wrong(problem) is not None:
             traceback.print_exception(problem)
-            raise SystemExit(f"a seed of {name} is not read")
+            raise SystemExit(f"a seed of {name} leads to a find")
+        if problem is not None:
+            print(f"a seed is refused: {problem}", file=sys.stderr)
         known.add(outcome)
+    if not any(outcome[0] == "read" for outcome in known):
+        raise SystemExit(f"no seed of {name} is read")
     seeds, runs, finds = len(corpus), 0, 0
     _limit()
     while time.monotonic() < until:
