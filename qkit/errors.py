@@ -16,8 +16,8 @@ class QkitError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
         self.message = _within(message)
+        super().__init__(self.message)
         self.hint = hint and _within(hint)
 
     def __str__(self) -> str:

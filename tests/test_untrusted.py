@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,22 @@ def test_no_module_runs_what_a_file_says() -> None:
     assert {name: problems for name, problems in found.items() if problems} == {
         "qkit.measure.engines.adapters.sweep_worker": ["imports runpy"]
     }
+
+
+# What reads JSON by itself, and whose it is.
+OWN = {
+    "qkit.untrusted": "the one that others use",
+    "qkit.report.schema": "a file of qkit's", "qkit.estimate.rates": "a file of qkit's",
+    "qkit.models.architecture.keys": "a file of qkit's", "qkit.kernels.triton.config": "a file of qkit's",
+    "qkit.measure.footprint": "its own process", "qkit.measure.engines.sweep": "its own process",
+    "qkit.measure.engines.adapters.sweep_worker": "its own process",
+    "qkit.conversion.run": "what it has just written", "qkit.measure.endpoint.request": "what it has just written",
+}  # fmt: skip
+
+
+def test_json_and_yaml_of_strangers_have_one_reader() -> None:
+    reads = re.compile(r"\bjson\.loads?\(|\bimport yaml\b|\byaml\.")
+    assert {name for name, path in modules().items() if reads.search(path.read_text())} == OWN.keys()
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def _parquet(data: bytes, tokenizer: Any, name: str) -> list[Document]:
                 raise QkitError(f"{name} unpacks to more than {units.size(MAX_BYTES)}", "take a part of it")
             rows = batch.to_pylist()
             documents += [_row(row, tokenizer, f"{name}, row {len(documents) + i}") for i, row in enumerate(rows)]
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # a name that is not UTF-8 is a ValueError
         raise QkitError(f"{name} is not a parquet file that can be read: {error}") from None
     return _ended(documents)
 

@@ -318,6 +318,11 @@ def test_a_parquet_file_is_unpacked_to_a_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(read, "MAX_BYTES", 100_000)
     with pytest.raises(QkitError, match="unpacks to more"):
         read.read_text(str(tmp_path / "t.parquet"))
+    parquet.write_table(table, tmp_path / "t.parquet", store_schema=False)
+    damaged = (tmp_path / "t.parquet").read_bytes().replace(b"text", b"te\xfft")
+    (tmp_path / "t.parquet").write_bytes(damaged)
+    with pytest.raises(QkitError, match="not a parquet file that can be read"):
+        read.read_text(str(tmp_path / "t.parquet"))
 
 
 @pytest.mark.parametrize(
