@@ -22,6 +22,7 @@ from .conversion.options import Options as ConvertOptions
 from .errors import QkitError
 from .measure.options import Options as ProfileOptions
 from .options import add_arguments, option
+from .untrusted import printable
 
 SOURCE = (
     "a folder of safetensors, a .gguf file, a Hub id, s3://bucket/prefix, gs://bucket/prefix or hf://org/name (read "
@@ -176,7 +177,10 @@ def run(argv: Sequence[str] | None) -> int:
     place, _, name = command.function.partition(":")
     module = importlib.import_module(f"{__package__}.{place}")
     result = getattr(module, name)(**given)
-    shown = json.dumps(command.document(result), indent=2, allow_nan=False) if as_json else command.text(module, result)
+    if as_json:
+        shown = json.dumps(command.document(result), indent=2, allow_nan=False)
+    else:
+        shown = "\n".join(map(printable, command.text(module, result).split("\n")))
     print(shown)
     sys.stdout.flush()
     return 1 if command.failed(result) else 0
@@ -191,7 +195,7 @@ def _report(error: Exception) -> None:
         lines = [f"error: {error.filename}: {error.strerror}", "hint: the system refuses this path"]
     else:
         lines = [f"error: internal error: {type(error).__name__}: {error}", f"hint: please report it{_keep(error)}"]
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(map(printable, lines)), file=sys.stderr)
 
 
 def _keep(error: Exception) -> str:
@@ -213,9 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run cleans up as an interrupted one
         return run(argv)
     except QkitError as e:
-        print(f"error: {e.message}", file=sys.stderr)
+        print(f"error: {printable(e.message)}", file=sys.stderr)
         if e.hint:
-            print(f"hint: {e.hint}", file=sys.stderr)
+            print(f"hint: {printable(e.hint)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         # What follows is only shutdown: another Ctrl-C there must not print a traceback.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from .errors import QkitError
 from .options import number, option, with_options
 from .report import schema
 from .report.figures import FIGURES, KLD, MEMORY, RATES, Document, rows, setting, short
+from .storage.files import read_json
+from .storage.local import at
 
 SIGMAS = 2  # standard errors of a difference that are more than chance
 
@@ -160,12 +161,10 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         served = place / "endpoint.json"
         place = served if served.exists() and not (place / "profile.json").exists() else place / "profile.json"
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QkitError(f"{place} cannot be read: {error.strerror}", hint) from None
-    except ValueError as error:
-        raise QkitError(f"{place} is not JSON: {error}", hint) from None
-    if not isinstance(found, dict) or found.get("kind") not in schema.KINDS or "schema_version" not in found:
+        found = read_json(at(place.parent), place.name)
+    except QkitError as error:
+        raise QkitError(error.message, hint) from None
+    if found.get("kind") not in schema.KINDS or "schema_version" not in found:
         raise QkitError(f"{place} is not a report of qkit profile", hint)
     written = found["schema_version"]
     if written != schema.version():

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+_LONGEST = 4000  # characters: a name in a file may have a million
+
+
+def _within(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text)} characters)"
+
 
 class QkitError(Exception):
     """Bad input, or a limit of the machine: a message and, where there is one, the remedy.
@@ -10,9 +16,9 @@ class QkitError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _within(message)
+        super().__init__(self.message)
+        self.hint = hint and _within(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import units
 from .errors import QkitError
-from .models.config import text_config
+from .models.config import architectures, text_config
 from .models.families import is_kv_scale
 from .progress import track
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import formats
     from .sources.types import Source
     from .spec.dtypes import TensorMeta
+    from .storage.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
     text = text_config(source.config)
     return Inspection(
         model=model,
-        base_model=manifest.identity["source"]["base_model"] if manifest else source.base_model,
-        architecture=", ".join(source.config.get("architectures") or [str(text.get("model_type", "unknown"))]),
+        base_model=_noted(manifest, "source").get("base_model", source.base_model),
+        architecture=", ".join(architectures(source.config) or [str(text.get("model_type", "unknown"))]),
         tensors=len(metas),
         parameters=parameters,
         nbytes=source.stored.nbytes,
@@ -84,10 +85,16 @@ def inspect(model: str, *, verify: bool = False) -> Inspection:
         schemes=dict(schemes),
         kv_cache=formats.kv_cache(reader),
         converted_by=f"qkit {manifest.identity.get('qkit')}" if manifest else None,
-        calibration=without_sketch(manifest.identity.get("calibration")) if manifest else None,
+        calibration=without_sketch(_noted(manifest, "calibration")) or None,
         fallbacks={n: t["fallback"] for n, t in manifest.tensors.items() if t.get("fallback")} if manifest else {},
         problems=problems,
     )
+
+
+def _noted(manifest: Manifest | None, what: str) -> dict[str, Any]:
+    """A part of a manifest's identity; {} where there is none."""
+    found = manifest.identity.get(what) if manifest else None
+    return found if isinstance(found, dict) else {}
 
 
 def without_sketch(calibration: Any) -> Any:
@@ -128,7 +135,7 @@ def describe(result: Inspection) -> str:
         lines.append(f"  written by    {result.converted_by} from {result.base_model}")
     if result.calibration:
         c = result.calibration
-        lines.append(f"  calibration   {c['samples']} x {c['length']} tokens of {c['name']}")
+        lines.append(f"  calibration   {c.get('samples')} x {c.get('length')} tokens of {c.get('name')}")
     lines += [f"  WARNING       {n} fell back to rounding: {why}" for n, why in result.fallbacks.items()]
     if result.problems is not None:
         lines += [f"  FAILED        {p}" for p in result.problems] or ["  verified      every hash agrees"]

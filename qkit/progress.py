@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from . import units
+from .untrusted import printable
 
 EVERY = 10.0  # seconds between the lines of a log
 SHORT = 3.0  # a phase that took less is not worth a line
@@ -17,7 +18,7 @@ SHORT = 3.0  # a phase that took less is not worth a line
 
 def notify(message: str) -> None:
     """One line for the user, on stderr: stdout belongs to the data."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextmanager

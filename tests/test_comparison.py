@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from reports import HOSTILE, make
@@ -136,8 +137,8 @@ def test_a_model_that_failed_is_in_no_pair(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message", "hint"), [
-    ("{", "is not JSON", "profile.json"),
-    ("[]", "is not a report of qkit profile", "profile.json"),
+    ("{", "is not valid JSON", "profile.json"),
+    ("[]", "holds a JSON list", "profile.json"),
     ('{"kind": "comparison", "schema_version": 3}', "is not a report of qkit profile", "profile.json"),
     ('{"kind": "measured"}', "is not a report of qkit profile", "profile.json"),
     ('{"kind": "measured", "schema_version": 2}', "schema version 2, and this qkit compares version 3", "again"),
@@ -146,7 +147,9 @@ def test_a_model_that_failed_is_in_no_pair(tmp_path):
     ('{"kind": "measured", "schema_version": 3}', "damaged report: passed: is missing, and ", "profile.json"),
     ('{"kind": "measured", "schema_version": 3, "models": []}', "damaged report", "profile.json"),
     ('{"kind": "measured", "schema_version": 3, "models": [{"quality": 5}]}', "damaged report", "profile.json"),
-    ("\xff", "is not JSON", "profile.json"),
+    ("\xff", "is not valid JSON", "profile.json"),
+    ("[" * 100_000, "is not valid JSON", "profile.json"),
+    ('{"kind": "measured", "schema_version": 3, "passed": "' + "x" * 10**5 + '"}', "damaged report", "profile.json"),
 ])  # fmt: skip
 @pytest.mark.parametrize("first", [True, False])
 def test_bad_documents(tmp_path, capsys, content, message, hint, first):
@@ -160,10 +163,19 @@ def test_bad_documents(tmp_path, capsys, content, message, hint, first):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_number_that_no_float_holds_is_damage(tmp_path):
+    (good,) = save(tmp_path, good=make())
+    document = json.loads(Path(good).read_text())
+    document["models"][0]["speed"][0]["decode_tps"] = 10**400
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    with pytest.raises(QkitError, match="must be a number"):
+        compare(good, tmp_path / "bad.json")
+
+
 def test_files_and_folders(tmp_path, capsys):
     (good,) = save(tmp_path, profile=make())
     assert compare(tmp_path, good).passed
-    with pytest.raises(QkitError, match=r"missing\.json cannot be read: No such file"):
+    with pytest.raises(QkitError, match=r"cannot read .*missing\.json: No such file"):
         compare(good, tmp_path / "missing.json")
     for argv in (["compare", good], ["compare", good, good, good], ["compare", good, good, "--max-slowdown", "-1"]):
         assert main(argv) == 2

@@ -43,6 +43,8 @@ def choose_head(
     if own is None:
         return choices, []
     meta = source.meta(own)
+    if len(meta.shape) != 2:
+        return choices, []
     shape = (meta.shape[0], meta.shape[1])
     specs = {bits: _spec(bits, shape[1]) for bits in (8, 4) if fmt.holds_head}
     sizes = {bits: _bytes(fmt, shape, spec, dtype) for bits, spec in specs.items() if fmt.check(shape, spec) is None}

@@ -14,8 +14,8 @@ from ..errors import QkitError
 from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
-from ..models.config import max_positions, model_dtype, text_config
-from ..models.families import BLOCK, EXPECTED, FUSED_EXPERTS, TOWERS, module_of, why_kept
+from ..models.config import max_positions, model_dtype
+from ..models.families import EXPECTED, FUSED_EXPERTS, TOWERS, check_blocks, module_of, why_kept
 from ..models.skeleton import check_architecture
 from ..sources.sliced import sliced
 from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
@@ -427,18 +427,7 @@ def check_source(source: Source) -> None:
             f"{source.config['model_type']} checkpoints store transposed or fused linears that qkit does not quantize",
             "use a llama, mistral, qwen or gemma family model",
         )
-    text = text_config(source.config)
-    expected = text.get("num_hidden_layers")
-    found = {int(m[1]) for n in source.names() if "vision" not in n and (m := BLOCK.search(n))}
-    if not isinstance(expected, int) or not found:
-        return
-    missing = sorted(set(range(expected)) - found)
-    if missing:
-        raise QkitError(
-            f"{source.label}: config.json says {expected} decoder blocks, "
-            f"but tensors of block {', '.join(map(str, missing[:5]))}{' ...' if len(missing) > 5 else ''} are missing",
-            "the download may be incomplete: fetch the checkpoint again",
-        )
+    check_blocks(source.config, source.names(), source.label)
 
 
 def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], scratch: int, out: Out) -> tuple[int, int | None]:

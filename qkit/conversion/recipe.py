@@ -12,12 +12,13 @@ from ..models.families import module_of, why_kept
 from ..spec import AUTO_GROUP_SIZES, CHANNEL, Keep, LayerSpec, Recipe, Rule
 from ..spec.dtypes import TensorMeta
 from ..spec.recipe import parse_rules, rule_for
+from ..storage.local import read_small
+from ..untrusted import MAX_YAML_BYTES, parse_yaml
 from .options import Options, group_size
 
 if TYPE_CHECKING:
     from ..formats.base import Format
 
-_MAX_BYTES = 1 << 20
 # Engines load these as one layer, with one scheme.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -44,22 +45,15 @@ def _in_blocks(rule: Rule, size: int) -> Rule:
 
 def read_rules(path: str, default_group: int | None) -> list[Rule]:
     """The rules in a recipe file, YAML or JSON: see `spec.recipe.parse_rules`."""
-    import yaml
-
     file = Path(path).expanduser()
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise QkitError(f"{path} is {file.stat().st_size} bytes long, which no recipe is")
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise QkitError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+        text = read_small(file, MAX_YAML_BYTES).decode("utf-8")
     except UnicodeDecodeError:
         raise QkitError(f"the recipe {path} is not UTF-8 text") from None
     try:
-        given = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise QkitError(f"the recipe {path} is not valid YAML: {reason}") from None
+        given = parse_yaml(text)
+    except ValueError as error:
+        raise QkitError(f"the recipe {path} is not valid YAML: {error}") from None
     return parse_rules(given, path, group_size, default_group)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +58,10 @@ def reader(config: Mapping[str, Any]) -> FormatReader | None:
         return None
     if not isinstance(given, Mapping):
         raise QkitError("quantization_config in config.json is not an object")
+    try:
+        json.dumps(given, allow_nan=False)
+    except ValueError:
+        raise QkitError("quantization_config in config.json holds a number that is not finite") from None
     given = _as_its_packing(given)
     method = given.get("quant_method")
     if method is None and {"bits", "group_size", "desc_act"} <= set(given):
@@ -88,12 +93,15 @@ def _as_its_packing(given: Mapping[str, Any]) -> Mapping[str, Any]:
     dynamic: dict[str, dict[str, Any]] = {}
     for module, own in as_object(given.get("extra_config"), "extra_config").items():
         own = as_object(own, module)
-        kept = int(own.get("bits", 4)) >= 16
+        bits = own.get("bits", 4)
+        if not isinstance(bits, int):
+            raise QkitError(f"extra_config of AutoRound gives {module!r} {bits!r} bits", "is the config whole?")
+        kept = bits >= 16
         settings = {key: own[key] for key in ("bits", "group_size", "sym") if key in own}
         dynamic[f"{'-' if kept else '+'}:^{re.escape(module)}$"] = {} if kept else settings
     return {
         **given,
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "dynamic": {**dynamic, **given.get("dynamic", {})},
+        "dynamic": {**dynamic, **as_object(given.get("dynamic"), "dynamic")},
     }

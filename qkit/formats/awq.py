@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import QkitError
 from ..spec import CHANNEL, Keep, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from .base import Format, as_names, check_tensors
+from .base import Format, as_names, check_tensors, matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ class AWQ(Format):
         return Weight(pack(_codes(qweight).t().contiguous(), 4), tensors["scales"].t().contiguous(), zero, 4, in_)
 
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
-        in_, words = source.meta(f"{module}.qweight").shape
+        in_, words = matrix_shape(source, f"{module}.qweight")
         return words * 8, in_
 
     def config(

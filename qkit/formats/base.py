@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import QkitError
 from ..spec import Keep, LayerSpec
 from ..spec.dtypes import FLOATS, TensorMeta, dtype_name
+from ..untrusted import SlowPattern, compiled, matches
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +104,7 @@ class Format(Protocol):
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
         """[out, in] of a quantized weight in `source`, of whose tensors only small ones are read. Most formats store
         it as the shape of `weight`."""
-        shape = source.meta(f"{module}.weight").shape
-        return shape[0], shape[1]
+        return matrix_shape(source, f"{module}.weight")
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]
@@ -224,6 +223,14 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Te
             )
 
 
+def matrix_shape(source: Source, name: str) -> tuple[int, int]:
+    """[rows, columns] of a tensor; raises QkitError for one that is no matrix."""
+    shape = source.meta(name).shape
+    if len(shape) != 2:
+        raise QkitError(f"tensor {name!r} has shape {list(shape)}, not two dimensions", "the checkpoint is damaged")
+    return shape[0], shape[1]
+
+
 def as_object(value: Any, what: str) -> Mapping[str, Any]:
     """A JSON object of a config, {} for null; raises QkitError for anything else."""
     if value is None:
@@ -245,9 +252,20 @@ def as_names(value: Any, what: str) -> tuple[str, ...]:
 def check_pattern(pattern: str) -> None:
     """Raises QkitError for what is not a regular expression."""
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        compiled(pattern)
+    except ValueError as error:
         raise QkitError(f"bad pattern in the quantization config: {pattern!r}: {error}") from error
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of the config, which `check_pattern` has seen, matches the begin of a module's name. Raises
+    QkitError for one that takes too long."""
+    try:
+        return matches(pattern, module)
+    except SlowPattern as error:
+        raise QkitError(
+            f"quantization config: {error}", "the checkpoint's config is damaged, or made to stall"
+        ) from None
 
 
 def column_order(g_idx: torch.Tensor, scheme: LayerSpec) -> torch.Tensor | None:
@@ -260,8 +278,10 @@ def column_order(g_idx: torch.Tensor, scheme: LayerSpec) -> torch.Tensor | None:
     expected = torch.arange(n) // size
     if torch.equal(given, expected):
         return None
-    if int(given.min()) < 0 or not torch.equal(
-        torch.bincount(given, minlength=n // size), torch.full((n // size,), size)
+    if (
+        int(given.min()) < 0
+        or int(given.max()) >= n // size
+        or not torch.equal(torch.bincount(given, minlength=n // size), torch.full((n // size,), size))
     ):
         raise QkitError(f"its g_idx does not divide {n} inputs into groups of {size}", "the checkpoint is damaged")
     return torch.argsort(given, stable=True)

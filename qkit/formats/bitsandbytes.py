@@ -20,6 +20,7 @@ from ..models.config import model_dtype
 from ..sources.cast import CastSource
 from ..spec import Keep, LayerSpec, Scale, llm_int8, table
 from ..spec.dtypes import TensorMeta, dtype_name, torch_dtype
+from ..untrusted import parse_json
 from .base import Format, as_names
 
 if TYPE_CHECKING:
@@ -251,7 +252,8 @@ def _unpack_int8(tensors: Mapping[str, torch.Tensor]) -> Weight:
     codes = tensors["weight"]
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise QkitError(f"weight is {dtype_name(codes.dtype)} {list(codes.shape)}, not I8 in two dimensions")
-    if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
+    rows = tensors.get("weight_format")
+    if rows is not None and (rows.numel() != 1 or int(rows) != 0):
         raise QkitError("weight_format is not 0 (rows)", "save the model again with a current bitsandbytes")
     absmax = _typed(tensors, "SCB", "F32", codes.shape[0])
     return Weight(
@@ -262,8 +264,8 @@ def _unpack_int8(tensors: Mapping[str, torch.Tensor]) -> Weight:
 def _state(raw: torch.Tensor) -> dict[str, Any]:
     """The JSON of a quant_state. Raises QkitError unless it has a shape and a block size that can be."""
     try:
-        state = json.loads(bytes(raw.tolist()).decode("utf-8"))
-    except (ValueError, TypeError, RecursionError) as error:
+        state = parse_json(bytes(raw.tolist()))
+    except (ValueError, TypeError) as error:
         raise QkitError(f"its quant_state is not valid JSON: {error}") from error
     shape = state.get("shape") if isinstance(state, dict) else None
     block = state.get("blocksize") if isinstance(state, dict) else None

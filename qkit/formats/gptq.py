@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import QkitError
 from ..spec import CHANNEL, LayerSpec, integer
 from ..spec.dtypes import TensorMeta
-from .base import Format, as_object, check_pattern, check_tensors, column_order, in_order
+from .base import Format, as_object, check_pattern, check_tensors, column_order, in_order, matrix_shape, pattern_matches
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ class GPTQ(Format):
         return (zero + 1) & 7 if self.v1 and bits == 3 else zero
 
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
-        rows, out = source.meta(f"{module}.qweight").shape
+        rows, out = matrix_shape(source, f"{module}.qweight")
         return out, rows * 32 // scheme.bits
 
     def config(
@@ -206,7 +206,7 @@ class GPTQReader:
 
     def scheme(self, module: str) -> LayerSpec | None:
         for pattern, override in self.dynamic.items():
-            if re.match(_bare(pattern), module):
+            if pattern_matches(_bare(pattern), module):
                 return None if pattern.startswith("-:") else _parse_scheme({**self.settings, **(override or {})})
         return self.base
 

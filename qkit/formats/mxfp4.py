@@ -89,14 +89,18 @@ class Mxfp4(Format):
         from ..kernels.weight import Weight
 
         blocks = tensors["blocks"]
+        if blocks.dim() != 3:
+            raise QkitError(f"blocks have shape {list(blocks.shape)}, not three dimensions")
         shape = (blocks.shape[0], blocks.shape[1] * _BLOCK)
         check_tensors(tensors, self.out_metas(shape, scheme))
         words = blocks.contiguous().view(shape[0], -1).view(torch.int32)
         return Weight(words, tensors["scales"], None, 4, shape[1], "mxfp4")
 
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
-        out, blocks = source.meta(f"{module}.blocks").shape[:2]
-        return out, blocks * _BLOCK
+        shape = source.meta(f"{module}.blocks").shape
+        if len(shape) != 3:
+            raise QkitError(f"tensor '{module}.blocks' has shape {list(shape)}, not three dimensions")
+        return shape[0], shape[1] * _BLOCK
 
     def config(
         self, schemes: Mapping[str, LayerSpec], ignored: list[str], options: Mapping[str, Any]

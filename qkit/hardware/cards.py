@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from functools import cache
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QkitError
+from ..storage.local import read_small
+from ..untrusted import parse_json
 from .device import FIGURES, Device, Price, usable, usable_rule
 from .schema import problems
 
 FOLDER = "hardware"
 SCHEMA = "schema.json"
+_MOST_BYTES = 4 << 20
 
 
 def profile_path(name: str) -> Path:
@@ -83,13 +85,13 @@ def _slug(name: str) -> str:
 
 def _parse(path: Path, of_the_user: bool = False) -> Any:
     hint = "a card is a JSON file; `qkit devices` lists the known devices" if of_the_user else "reinstall qkit"
+    if not path.exists():
+        raise QkitError(f"there is no file {path}", hint)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except FileNotFoundError:
-        raise QkitError(f"there is no file {path}", hint) from None
-    except OSError as error:
-        raise QkitError(f"{path} cannot be read: {error.strerror}", hint) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested without end
+        return parse_json(read_small(path, _MOST_BYTES), parse_constant=_no_constant)
+    except QkitError as error:
+        raise QkitError(error.message, hint) from None
+    except ValueError as error:  # not UTF-8, not JSON, NaN, nested without end
         raise QkitError(f"{path} is not a JSON file: {error}", hint) from None
 
 

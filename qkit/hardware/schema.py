@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)  # json reads 1e999 as infinite
+def _is_number(value: Any) -> bool:
+    """Of JSON, and one that a float can hold: json reads 1e999 as infinite, and whole numbers of any length."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # NaN is not
 
 
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda v: isinstance(v, dict),
     "array": lambda v: isinstance(v, list),
     "string": lambda v: isinstance(v, str),
-    "number": lambda v: not isinstance(v, bool) and (isinstance(v, int) or _finite(v)),
-    "integer": lambda v: not isinstance(v, bool) and (isinstance(v, int) or (_finite(v) and v.is_integer())),
+    "number": _is_number,
+    "integer": lambda v: _is_number(v) and v == int(v),
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
 }

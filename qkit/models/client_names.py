@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import text_config
+from .config import architectures, text_config
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ def client_names(config: Mapping[str, Any], modules: Iterable[str]) -> ClientNam
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     given = {k: v for k, v in config.items() if k != "quantization_config"}
-    architectures = given.get("architectures") or [None]
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None or given.get("model_type") not in CONFIG_MAPPING:
+    named = architectures(given)
+    cls = getattr(transformers, named[0], None) if named else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):  # and nothing else is called
+        return None
+    if str(given.get("model_type")) not in CONFIG_MAPPING:
         return None
     try:
         parsed = CONFIG_MAPPING[given["model_type"]].from_dict(given)

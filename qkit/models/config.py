@@ -15,6 +15,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) and nested else config
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The names of the classes that a config is for; [] where it names none. Raises QkitError for what are no names."""
+    named = config.get("architectures")
+    if not named:
+        return []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise QkitError(f"architectures in config.json is {str(named)[:60]}, not a list of names", "check its origin")
+    return named
+
+
 def positive_int(config: Mapping[str, Any], name: str, default: int) -> int:
     """A whole number from 1 up; `default` where it is absent or null. Raises QkitError naming key and value."""
     value = config.get(name)

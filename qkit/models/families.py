@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from ..errors import QkitError
 from ..spec.dtypes import FLOATS, TensorMeta
+from .config import text_config
 
 # A decoder block's tensors carry its index after one of these words; everything else is left alone.
-BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,9})\.")
 # A part of a model that is not the text decoder: its name is the first group.
 TOWERS = re.compile(r"(?:^|\.)((?:vision|visual|vit|audio|image|mm_|multi_modal|multimodal|speech)[a-z_]*)\.")
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embeddings", "tok_embeddings"}
@@ -26,6 +30,22 @@ EXPECTED = ("embedding", "output head", "vision or audio tower", "router")
 def module_of(name: str) -> str:
     """ "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"."""
     return name.rpartition(".")[0]
+
+
+def check_blocks(config: Mapping[str, Any], names: Iterable[str], label: str) -> None:
+    """Refuse a checkpoint of which decoder blocks are missing that its config speaks of."""
+    expected = text_config(config).get("num_hidden_layers")
+    found = {int(m[1]) for n in names if "vision" not in n and (m := BLOCK.search(n))}
+    if not isinstance(expected, int) or not found:
+        return
+    # The first that are missing; a number that no model has is not counted up to.
+    missing = [n for n in range(min(expected, len(found) + 6)) if n not in found]
+    if missing:
+        raise QkitError(
+            f"{label}: config.json says {expected} decoder blocks, "
+            f"but tensors of block {', '.join(map(str, missing[:5]))}{' ...' if len(missing) > 5 else ''} are missing",
+            "the download may be incomplete: fetch the checkpoint again",
+        )
 
 
 def is_kv_scale(name: str) -> bool:

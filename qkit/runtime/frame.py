@@ -35,9 +35,11 @@ class Frame:
         import torch
 
         from ..models import kv_cache
+        from ..models.families import check_blocks
         from ..models.skeleton import build
         from ..sources.sliced import sliced
 
+        check_blocks(source.config, source.names(), source.label)  # before as many are built
         self.source = sliced(source) or source
         self.device = torch.device(device)
         config = {k: v for k, v in self.source.config.items() if k != "quantization_config"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..hardware.detect import resolve
+from ..untrusted import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def _generation_config(model: Any, source: Source) -> None:
     for sidecar in source.sidecars:
         if sidecar.name == "generation_config.json":
             try:
-                given = json.loads(sidecar.read())
+                given = parse_json(sidecar.read())
             except ValueError as error:
                 raise QkitError(f"generation_config.json is not valid JSON: {error}") from error
             try:

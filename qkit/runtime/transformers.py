@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 NAME = "qkit"  # in transformers' tables
 _DOT = "_dot_"
-_ONE_EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")  # a layer whose files hold a matrix for each expert
+_ONE_EXPERT = re.compile(
+    r"\.layers\.(\d{1,9})\..*\.experts\.\d+\."
+)  # a layer whose files hold a matrix for each expert
 _log = logging.getLogger("qkit")
 
 # method -> whether transformers' own loader has the packages that it needs

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import QkitError
+from ..models.config import architectures
 from ..spec.dtypes import TensorMeta
 from ..storage.files import first_few, is_plain_name, natural_key, read_json
 from ..storage.local import LocalStore, at
 from ..storage.safetensors import SafetensorsFile
-from ..storage.store import Store, read_file
+from ..storage.store import Store, read_bytes, read_file
+from ..untrusted import MAX_YAML_BYTES, parse_yaml
 from .types import CARD_KEYS, Rows, Sidecar, Stored
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ _NOT_SIDECARS = {
     "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
 }  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
+_READ = ("config.json", "README.md", "quantize_config.json", "quant_config.json")  # beside sidecars and weights
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")
 _AT_ONCE = 16  # headers and samples that are read at a time
 _SAMPLED = 1024  # tensors whose samples are in memory
@@ -160,7 +164,7 @@ def _base_model(folder: Path | None, config: dict[str, Any]) -> str:
     if folder and folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     name = config.get("_name_or_path")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not os.path.exists(name):
         return name
     kind = config.get("model_type")
     return f"{kind} model" if isinstance(kind, str) else "model"
@@ -168,13 +172,37 @@ def _base_model(folder: Path | None, config: dict[str, Any]) -> str:
 
 def _metadata(store: Store) -> dict[str, Any]:
     """What the front matter of the model card declares, for the card of what is made from it; {} where unreadable."""
-    from huggingface_hub import ModelCard
-
     try:
-        found = ModelCard(read_file(store, "README.md").decode("utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no card, or YAML that is none: never a reason to refuse weights
+        file = store.open("README.md")
+        text = read_bytes(file, 0, min(file.nbytes, MAX_YAML_BYTES)).decode("utf-8", "ignore")  # its end may be cut off
+        front = _FRONT_MATTER.match(text)
+        found = parse_yaml(front[1]) if front else None
+    except (QkitError, ValueError):  # no card, or YAML that is none: never a reason to refuse weights
         return {}
-    return {key: found[key] for key in CARD_KEYS if found.get(key)}
+    if not isinstance(found, dict):
+        return {}
+    return {key: found[key] for key in CARD_KEYS if _is_words(found.get(key))}
+
+
+def _is_words(value: Any) -> bool:
+    """A text, or a list of such, as the Hub has them."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and word for word in words)
+
+
+def _refuse_links_out(folder: Path, names: Iterable[str]) -> None:
+    """Raises QkitError where a file whose content is carried into results lies elsewhere: somebody's folder must not
+    name what to take along from this machine. Links into a Hub cache are what its snapshots consist of."""
+    root = os.path.realpath(folder)
+    for name in names:
+        place = os.path.realpath(folder / name)
+        *_, repository, kind, _ = ("", "", *Path(place).parts)
+        cached = kind == "blobs" and repository.startswith("models--")
+        if os.path.commonpath((root, place)) != root and not cached:
+            raise QkitError(
+                f"{folder / name} is a link to {place}, outside of its folder",
+                "put the file itself there, if it is meant to be part of the model",
+            )
 
 
 def _find_quantization(store: Store, config: dict[str, Any], names: Iterable[str]) -> None:
@@ -194,7 +222,7 @@ def _canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> dict[s
     """The name that loaders look for -> the one on disk, for what transformers finds under another name too: a decoder
     saved by itself, without "model." before it, and a tied pair of which only the head is stored."""
     names = {name: name for name in stored}
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = (architectures(config) or [""])[0]
     bare = any(_BARE.match(name) for name in names) and not any(name.startswith("model.") for name in names)
     if bare and architecture.endswith("ForCausalLM"):
         names = {(f"model.{name}" if _BARE.match(name) else name): name for name in names}
@@ -220,9 +248,11 @@ class FolderSource:
         self._where = _open_shards(store)
         if not store.has("config.json"):
             raise QkitError(f"{store.label} has no config.json", "fetch it from where the weights came from")
+        self.sidecars = find_sidecars(store)
+        if here is not None:
+            _refuse_links_out(here, [*_READ, *(sidecar.name for sidecar in self.sidecars)])
         self.config = read_json(store, "config.json", "fetch config.json again")
         _find_quantization(store, self.config, self._where)
-        self.sidecars = find_sidecars(store)
         self.base_model = base_model or _base_model(here and here.absolute(), self.config)
         self._stored = _canonical_names(self._where, self.config)
         self._names = sorted(self._stored, key=natural_key)

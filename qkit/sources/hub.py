@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import QkitError
-from ..spec.dtypes import TensorMeta
 from ..storage.files import os_error, read_json
 from ..storage.local import at
+from ..storage.safetensors import checked_meta
 from .folder import PICKLE_HINT, FolderSource
 from .headers import Headers
 from .types import Source
@@ -75,11 +75,14 @@ def describe_hub(spec: str) -> Source:
         raise QkitError(f"{repo} has no safetensors weights on the Hub", PICKLE_HINT) from error
     except errors.SafetensorsParsingError as error:
         raise QkitError(f"{repo}: a header on the Hub is none: {error}", "check the model's origin") from error
-    metas = {
-        name: TensorMeta(str(info.dtype), tuple(info.shape))
-        for file in files.values()
-        for name, info in file.tensors.items()
-    }
+    try:
+        metas = {
+            name: checked_meta(name, info.dtype, info.shape)
+            for file in files.values()
+            for name, info in file.tensors.items()
+        }
+    except ValueError as error:
+        raise QkitError(f"{repo}: a header on the Hub is none: {error}", "check the model's origin") from error
     config = read_json(at(Path(place).parent), "config.json", "fetch config.json again")
     return Headers(spec, repo, config, metas)
 

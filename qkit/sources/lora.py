@@ -23,6 +23,7 @@ from ..storage.files import first_few, natural_key, read_json
 from ..storage.local import LocalStore
 from ..storage.safetensors import SafetensorsFile
 from ..storage.store import Store, hash_file
+from ..untrusted import SlowPattern, compiled, matches
 from .folder import PICKLE_HINT
 from .types import ROWS, Once, Rows, Source
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _MERGE_HINT = "merge it with PEFT (model.merge_and_unload(), then save_pretrained) and convert the result"
+_MOST_ALPHA = 1e30  # NaN is not below it
 _WRONG_BASE = "is this the adapter's base model?"
 
 # Options that change what the adapter computes in ways a plain merge does not follow.
@@ -113,8 +115,11 @@ def merge(
 def _by_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The first entry of rank_pattern or alpha_pattern whose key matches the end of the module's name."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+        try:
+            if matches(rf"(.*\.)?({key})$", module):
+                return value
+        except SlowPattern as error:
+            raise QkitError(f"rank_pattern or alpha_pattern: {error}", "the adapter's config is damaged") from None
     return default
 
 
@@ -136,12 +141,14 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
             raise QkitError(f"{folder}: {name} is not a table")
         for key in table:
             try:
-                re.compile(key)
-            except re.error as error:
+                compiled(rf"(.*\.)?({key})$")
+            except ValueError as error:
                 raise QkitError(f"{folder}: {name} holds the invalid pattern {key!r}: {error}") from error
     if any(type(rank) is not int or rank < 1 for rank in (config.get("r"), *ranks.values())):
         raise QkitError(f"{folder}: r or rank_pattern in {CONFIG} is not a positive whole number")
-    if any(type(a) not in (int, float) or not math.isfinite(a) for a in (config.get("lora_alpha"), *alphas.values())):
+    if any(
+        type(a) not in (int, float) or not abs(a) < _MOST_ALPHA for a in (config.get("lora_alpha"), *alphas.values())
+    ):
         raise QkitError(f"{folder}: lora_alpha or alpha_pattern in {CONFIG} is not a number")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import QkitError
+from ..untrusted import parse_json
 from .store import Store, read_bytes
 
 MAX_JSON_BYTES = 100 << 20  # what safetensors allows a header; no config or index comes near it
@@ -76,8 +76,8 @@ def read_json(store: Store, name: str, hint: str | None = None) -> dict[str, Any
     finally:
         file.close()
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        value = parse_json(raw)
+    except ValueError as error:
         raise QkitError(f"{file.label} is not valid JSON: {error}", hint) from error
     if not isinstance(value, dict):
         raise QkitError(f"{file.label} holds a JSON {type(value).__name__}, not an object", hint)

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from ..errors import QkitError
 from .files import os_error
-from .store import FileDigest, Reader, Store
+from .store import FileDigest, Reader, Store, read_bytes
 
 TEMPORARY_SUFFIX = ".qkit-tmp"
 # Large enough to hide the hand-over between the two threads, small enough that the bytes are still in the
@@ -37,16 +38,20 @@ class LocalFile:
     def __init__(self, path: Path):
         self.path, self.label, self.name = path, str(path), path.name
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            # Opening a pipe would otherwise wait for somebody who writes into it.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise os_error("read", path, error) from error
         self._close = weakref.finalize(self, os.close, self._fd)
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            self.close()
+            raise QkitError(f"{path} is not a regular file", "name a file, not a folder or a device")
         self._stamp = self._look()
         self.nbytes = self._stamp[0]
 
     def _look(self) -> tuple[int, int]:
-        stat = os.fstat(self._fd)
-        return stat.st_size, stat.st_mtime_ns
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
@@ -124,6 +129,17 @@ def open_file(file: str | os.PathLike[str] | Reader) -> Reader:
         return file
     path = Path(file)
     return at(path.parent).open(path.name)
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """A whole file of at most `most` bytes. Raises QkitError for a longer one, and for what is no file."""
+    file = open_file(path)
+    try:
+        if file.nbytes > most:
+            raise QkitError(f"{path} is {file.nbytes} bytes long, and {most} are the most that are read of such a file")
+        return read_bytes(file)
+    finally:
+        file.close()
 
 
 class _Output:

@@ -7,12 +7,12 @@ refuses duplicate names, which other readers silently drop.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import QkitError
 from ..spec.dtypes import ITEMSIZE, TensorMeta
+from ..untrusted import parse_json
 from .buffers import empty
 from .local import open_file
 from .samples import sample
@@ -52,7 +52,19 @@ def _no_constants(text: str) -> Any:
 def _entry(name: str, info: Any, data_start: int) -> Entry:
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    meta, offsets = checked_meta(name, info["dtype"], info["shape"]), info["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
+        raise ValueError(f"tensor {name!r} has invalid data_offsets")
+    if offsets[1] - offsets[0] != meta.nbytes:
+        raise ValueError(
+            f"tensor {name!r}: {meta.dtype} {list(meta.shape)} takes {meta.nbytes} bytes, its offsets span "
+            f"{offsets[1] - offsets[0]}"
+        )
+    return Entry(meta, data_start + offsets[0])
+
+
+def checked_meta(name: str, dtype: Any, shape: Any) -> TensorMeta:
+    """The type and shape that a header gives a tensor. Raises ValueError for what a tensor cannot have."""
     if not isinstance(dtype, str):
         raise ValueError(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if dtype not in ITEMSIZE:
@@ -64,14 +76,7 @@ def _entry(name: str, info: Any, data_start: int) -> Entry:
         span *= max(n, 1)
         if span >= 1 << 63:  # even an empty tensor must have strides that fit
             raise ValueError(f"tensor {name!r} has the invalid shape {str(shape)[:100]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
-        raise ValueError(f"tensor {name!r} has invalid data_offsets")
-    meta = TensorMeta(dtype, tuple(shape))
-    if offsets[1] - offsets[0] != meta.nbytes:
-        raise ValueError(
-            f"tensor {name!r}: {dtype} {shape} takes {meta.nbytes} bytes, its offsets span {offsets[1] - offsets[0]}"
-        )
-    return Entry(meta, data_start + offsets[0])
+    return TensorMeta(dtype, tuple(shape))
 
 
 def parse_header(header: bytes, file_bytes: int) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -81,10 +86,7 @@ def parse_header(header: bytes, file_bytes: int) -> tuple[dict[str, Entry], dict
     """
     if header[:1] != b"{":
         raise ValueError("the header does not begin with '{'")
-    try:
-        table = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except RecursionError as error:
-        raise ValueError("the header is nested too deeply") from error
+    table = parse_json(header, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     metadata = table.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
@@ -93,7 +95,6 @@ def parse_header(header: bytes, file_bytes: int) -> tuple[dict[str, Entry], dict
     data_start = 8 + len(header)
     entries = {}
     for name, info in table.items():
-        name.encode("utf-8")  # an escaped lone surrogate is a UnicodeEncodeError, hence a ValueError
         entries[name] = _entry(name, info, data_start)
     ordered = sorted(entries.items(), key=lambda item: (item[1].offset, item[1].meta.nbytes))
     position = data_start

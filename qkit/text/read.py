@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from .. import units
 from ..errors import QkitError
+from ..untrusted import parse_json
 
 LOCAL = "a local file"  # a path or a file name has no place in a model card
 _HUB_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 _HUB_TEXT_LIMIT = 64 << 20  # characters read of a Hub data set; calibration needs a few million at most
+MAX_BYTES = 1 << 30  # of a text, unpacked
+_PIECE = 4 << 20  # of a file, at a time
+_ROWS = 256  # of a parquet file in memory at a time
 _BETWEEN = "\n\n"  # documents
 
 
@@ -103,9 +108,20 @@ def _text(name: str, documents: Sequence[Document], shown: str | None = None) ->
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return _at_most(file, str(path))
     except OSError as error:
         raise QkitError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _at_most(file: BinaryIO, name: str) -> bytes:
+    """All of it; read piece by piece, since a file may be a device without end, and a packed one a bomb."""
+    data = bytearray()
+    while piece := file.read(_PIECE):
+        data += piece
+        if len(data) > MAX_BYTES:
+            raise QkitError(f"{name} is more than {units.size(MAX_BYTES)} of text", "a few million characters will do")
+    return bytes(data)
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -124,7 +140,8 @@ def _parse(filename: str, data: bytes, tokenizer: Any, name: str) -> list[Docume
         import zlib
 
         try:
-            data = gzip.decompress(data)
+            with gzip.open(io.BytesIO(data)) as file:
+                data = _at_most(file, name)  # type: ignore[arg-type]
         except (OSError, EOFError, zlib.error) as error:
             raise QkitError(f"{name} cannot be decompressed: {error}") from None
         filename = filename[:-3]
@@ -138,8 +155,8 @@ def _parse(filename: str, data: bytes, tokenizer: Any, name: str) -> list[Docume
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise QkitError(f"{name}, line {number}: not JSON ({error})") from None
         documents.append(_row(row, tokenizer, f"{name}, line {number}"))
     return _ended(documents)
@@ -165,11 +182,9 @@ def _row(row: Any, tokenizer: Any, where: str) -> Document:
     words = "\n".join(m["content"] for m in messages)
     if not getattr(tokenizer, "chat_template", None):
         return Document(words, words)
-    import jinja2
-
     try:
         return Document(tokenizer.apply_chat_template(messages, tokenize=False), words)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # a template is a program: it may fail in any way, or want more memory than there is
         raise QkitError(f"{where}: the model's chat template refuses these messages: {error}") from None
 
 
@@ -179,15 +194,24 @@ def _parquet(data: bytes, tokenizer: Any, name: str) -> list[Document]:
         import pyarrow.parquet
     except ImportError:
         raise QkitError(f"{name} is stored as parquet", "pip install pyarrow, or use a .jsonl or text file") from None
+    documents: list[Document] = []
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-    except (OSError, pyarrow.ArrowException) as error:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        names = file.schema_arrow.names
+        columns = [c for c in ("text", "messages") if c in names]
+        if not columns:
+            raise QkitError(f'{name} has no "text" or "messages" column, only: {", ".join(names)}')
+        left = MAX_BYTES
+        # A value that is repeated takes no room in the file: only what was unpacked says how much there is.
+        for batch in file.iter_batches(_ROWS, columns=columns[:1]):
+            left -= batch.nbytes
+            if left < 0:
+                raise QkitError(f"{name} unpacks to more than {units.size(MAX_BYTES)}", "take a part of it")
+            rows = batch.to_pylist()
+            documents += [_row(row, tokenizer, f"{name}, row {len(documents) + i}") for i, row in enumerate(rows)]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # a name that is not UTF-8 is a ValueError
         raise QkitError(f"{name} is not a parquet file that can be read: {error}") from None
-    columns = [c for c in ("text", "messages") if c in table.column_names]
-    if not columns:
-        raise QkitError(f'{name} has no "text" or "messages" column, only: {", ".join(table.column_names)}')
-    rows = table.select(columns[:1]).to_pylist()
-    return _ended([_row(row, tokenizer, f"{name}, row {i}") for i, row in enumerate(rows)])
+    return _ended(documents)
 
 
 def _hub_call(spec: str, call: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
+from ..untrusted import parse_json
 
 if TYPE_CHECKING:
     from ..sources.types import Source
@@ -43,12 +44,12 @@ def load_tokenizer(source: str | os.PathLike[str] | Source, trust_remote_code: b
         Path(folder, "config.json").write_text(json.dumps(plain))
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # the tokenizers library raises bare ones, transformers whatever a value leads to
             if not trust_remote_code and Path(folder, "tokenizer.json").is_file():
                 plain_tokenizer = _from_json(Path(folder))
                 if plain_tokenizer is not None:
                     return plain_tokenizer
-            reason = str(error).replace(folder, opened.label).splitlines()[0]
+            reason = next(iter(str(error).replace(folder, opened.label).splitlines()), type(error).__name__)
             if "trust_remote_code" in str(error):
                 raise QkitError(
                     f"the tokenizer of {opened.label} is code inside the checkpoint, which qkit does not run",
@@ -67,9 +68,10 @@ def _from_json(folder: Path) -> Any:
     path = folder / "tokenizer_config.json"
     if path.is_file():
         try:
-            given = json.loads(path.read_text("utf-8"))
+            given = parse_json(path.read_bytes())
         except ValueError:
             given = {}
+        given = given if isinstance(given, dict) else {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = given.get(key)
             value = value.get("content") if isinstance(value, Mapping) else value

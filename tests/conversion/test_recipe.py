@@ -86,9 +86,9 @@ def test_what_a_recipe_cannot_say(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_recipes_that_are_no_file(tmp_path: Path) -> None:
-    with pytest.raises(QkitError, match="cannot read the recipe"):
+    with pytest.raises(QkitError, match=r"cannot read .*absent\.yaml"):
         choices(tmp_path, None, recipe=str(tmp_path / "absent.yaml"))
-    with pytest.raises(QkitError, match="cannot read the recipe"):
+    with pytest.raises(QkitError, match="not a regular file"):
         choices(tmp_path, None, recipe=str(tmp_path))
     (tmp_path / "latin").write_bytes(b"- \xff")
     with pytest.raises(QkitError, match="not UTF-8"):

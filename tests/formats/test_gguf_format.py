@@ -270,7 +270,8 @@ def test_unknown_tokenizers_and_tensors_are_refused(llama, tmp_path):
         return edit
 
     assert "type 'Unigram'" in changed("a", tokenizer(lambda t: t["model"].update(type="Unigram")))
-    unknown = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "ByteLevel"}]}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    unknown = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, level]}
     assert "pre-tokenizer" in changed("b", tokenizer(lambda t: t.update(pre_tokenizer=unknown)))
     extra = {"model.layers.0.self_attn.sinks": torch.ones(4)}
     assert "no place in a GGUF file" in changed("c", tensors(lambda t: t.update(extra)))

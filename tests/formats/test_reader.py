@@ -15,6 +15,8 @@ from weights import random_weight, same
 import qkit
 from qkit import formats
 from qkit.errors import QkitError
+from qkit.formats.base import column_order
+from qkit.formats.expanded import Expanded
 from qkit.spec import CHANNEL, LayerSpec, integer
 from qkit.spec.dtypes import TensorMeta, dtype_name
 
@@ -251,6 +253,71 @@ def test_modules_of_a_source(name):
     broken = FakeSource({k: v for k, v in tensors.items() if k != scale}, config)
     with pytest.raises(QkitError, match=scale):
         formats.quantized_modules(found, broken)
+
+
+@pytest.mark.parametrize(("name", "local"), [("compressed-tensors", "weight_shape"), ("gptq", "qweight"),
+                                             ("awq", "qweight")])  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 4)])
+def test_codes_that_are_no_matrix(name, local, shape):
+    fmt = formats.get(name)
+    scheme = fmt.scheme_for(integer(4, 32, symmetric=False), "BF16")
+    tensors = {f"a.b.{k}": v for k, v in fmt.pack(random_weight(64, 96, scheme)).items()}
+    tensors[f"a.b.{local}"] = torch.ones(shape, dtype=tensors[f"a.b.{local}"].dtype)
+    source = FakeSource(tensors, {"quantization_config": fmt.config({"a.b": scheme}, [], {})})
+    with pytest.raises(QkitError, match=r"dimensions|shape of a linear"):
+        Expanded(source)
+
+
+def test_other_formats_codes_that_are_no_matrix():
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    tensors = {"a.b.weight": torch.ones(128).to(torch.float8_e4m3fn), "a.b.weight_scale_inv": torch.ones(1, 1)}
+    with pytest.raises(QkitError, match="not two dimensions"):
+        Expanded(FakeSource(tensors, {"quantization_config": fp8}))
+    bytes_ = torch.ones(32, dtype=torch.uint8)
+    with pytest.raises(QkitError, match="not three dimensions"):
+        Expanded(
+            FakeSource({"a.b.blocks": bytes_, "a.b.scales": bytes_}, {"quantization_config": {"quant_method": "mxfp4"}})
+        )
+    int8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    tensors = {"a.b.weight": torch.ones(4, 8, dtype=torch.int8), "a.b.SCB": torch.ones(4), "a.b.weight_format": bytes_}
+    with pytest.raises(QkitError, match="weight_format"):
+        Expanded(FakeSource(tensors, {"quantization_config": int8})).read("a.b.weight")
+
+
+@pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
+def test_a_group_that_is_none_is_not_counted_up_to(group):
+    g_idx = torch.arange(96) // 32
+    g_idx[5] = group
+    with pytest.raises(QkitError, match="does not divide 96 inputs"):
+        column_order(g_idx, integer(4, 32))
+
+
+SLOW = "((.|.)+)+[^a-z0-9_.]"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{**LLM_COMPRESSOR, "ignore": [f"re:{SLOW}"]}, {**GPTQ, "dynamic": {f"-:{SLOW}": {}}}],
+    ids=["compressed-tensors", "gptq"],
+)
+def test_a_pattern_made_to_stall_is_refused(config, monkeypatch):
+    monkeypatch.setattr("qkit.untrusted.PATTERN_SECONDS", 0.1)
+    with pytest.raises(QkitError, match="takes more than"):
+        reader(config).scheme("model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("bits", ["4", None, [], 4.0, float("inf")])
+def test_auto_round_says_its_bits_in_whole_numbers(bits):
+    given = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+    with pytest.raises(QkitError):
+        reader({**given, "extra_config": {"lm_head": {"bits": bits}}})
+    with pytest.raises(QkitError, match="dynamic"):
+        reader({**given, "dynamic": [1]})
+
+
+def test_numbers_that_json_does_not_have():
+    with pytest.raises(QkitError, match="not finite"):
+        reader({**AUTO_GPTQ, "damp_percent": float("nan")})
 
 
 def test_folders_of_old_writers(llama, tmp_path):

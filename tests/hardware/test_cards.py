@@ -124,6 +124,9 @@ def test_a_card_is_found_beside_the_working_folder(tmp_path, monkeypatch):
         ('{"name": "x", "memory_gib": NaN, "bandwidth_gbs": 1}', "NaN is no number of JSON"),
         ('{"name": "x", "memory_gib": 1e999, "bandwidth_gbs": 1}', "memory_gib: must be a number, is Infinity"),
         ("[" * 100_000, "is not a JSON file"),
+        ('{"name": "x", "memory_gib": 1' + "0" * 400 + ', "bandwidth_gbs": 1}', "memory_gib: must be a number"),
+        ('{"name": "\\ud800", "memory_gib": 1, "bandwidth_gbs": 1}', "is not a JSON file"),
+        (" " * (5 << 20), "bytes long"),
     ],
     ids=lambda v: None if not isinstance(v, str) else v[:40],
 )
@@ -138,8 +141,8 @@ def test_what_is_no_card(tmp_path):
     (tmp_path / "cards").mkdir()
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for name, message in (
-        ("cards.json", "cannot be read: Is a directory"),
-        ("cards", "cannot be read: Is a directory"),
+        ("cards.json", "is not a regular file"),
+        ("cards", "is not a regular file"),
         ("none.json", "there is no file"),
         ("binary.json", "is not a JSON file"),
     ):

@@ -50,6 +50,29 @@ def test_a_line_without_an_end_is_no_event(monkeypatch):
         Events().feed(b"data: " + b"x" * 100)
 
 
+def test_an_event_without_an_end_is_none(monkeypatch):
+    monkeypatch.setattr(stream, "_LONGEST", 100)
+    events = Events()
+    with pytest.raises(Broken, match="more than 100 bytes"):
+        for _ in range(100):
+            assert events.feed(b"data: xxxx\n") == []
+
+
+@pytest.mark.parametrize(
+    "data", ["[" * 100_000, '{"choices": ' + "[" * 200 + "]" * 200 + "}", '{"a": "\\ud800"}', "9" * 5000]
+)
+def test_documents_that_nobody_could_walk_are_malformed(data):
+    with pytest.raises(Broken, match="no JSON"):
+        Reply().take(data, 0.0)
+
+
+def test_counts_and_reasons_are_what_they_should_be():
+    reply = Reply()
+    usage = {"completion_tokens": 10**400, "prompt_tokens": 1 << 70}
+    reply.take(json.dumps({"choices": [{"text": "", "finish_reason": ["x"]}], "usage": usage}), 0.0)
+    assert (reply.usage, reply.prompt_tokens, reply.finish) == (None, None, None)
+
+
 def test_which_chunks_carry_a_token():
     reply = Reply()
     chunks = [

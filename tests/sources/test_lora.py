@@ -191,6 +191,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "rank in pattern": (edit_config(rank_pattern={"q_proj": 0}), "positive whole number"),
     "alpha": (edit_config(lora_alpha="8"), "not a number"),
     "bad pattern": (edit_config(rank_pattern={"(": 4}), "invalid pattern"),
+    "endless alpha": (edit_config(lora_alpha=10**400), "not a number"),
+    "NaN": (edit_config(alpha_pattern={"q_proj": float("nan")}), "not a number"),
     "pattern list": (edit_config(alpha_pattern=[1]), "not a table"),
     "other rank": (edit_config(r=8), "says rank 8"),
     "dora without magnitude": (edit_config(use_dora=True), "contradict"),
@@ -230,6 +232,18 @@ def test_refused_before_work(base: Path, adapter: Path, tmp_path: Path, case: st
     shutil.copytree(adapter, tmp_path / "a")
     edit(tmp_path / "a")
     with pytest.raises(QkitError, match=message):
+        LoraSource(FolderSource(base), tmp_path / "a")
+
+
+def test_a_pattern_made_to_stall_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr("qkit.untrusted.PATTERN_SECONDS", 0.1)
+    shutil.copytree(adapter, tmp_path / "a")
+    edit_config(rank_pattern={"((.|.)+)+[^a-z0-9_.]": 4})(tmp_path / "a")
+    with pytest.raises(QkitError, match="takes more than"):
         LoraSource(FolderSource(base), tmp_path / "a")
 
 

@@ -141,7 +141,7 @@ def test_lfs_pointer_absent_and_folder(tmp_path: Path) -> None:
     assert caught.value.hint == "run: git lfs pull"
     with pytest.raises(QkitError, match="cannot read"):
         SafetensorsFile(tmp_path / "absent.safetensors")
-    with pytest.raises(QkitError, match="cannot read"):
+    with pytest.raises(QkitError, match="not a regular file"):
         SafetensorsFile(tmp_path)
 
 

@@ -285,6 +285,8 @@ def test_only_a_newline_ends_a_row(tmp_path):
         ("list.jsonl", b'["text"]', "line 1: neither"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], "cannot be decompressed"),
         ("not.jsonl.gz", b"plain", "cannot be decompressed"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: not JSON"),
+        ("nested.jsonl", b'{"text": ' + b"[" * 200 + b"]" * 200 + b"}", "line 1: not JSON"),
     ],
 )
 def test_bad_files(plain, tmp_path, name, data, message):
@@ -292,6 +294,50 @@ def test_bad_files(plain, tmp_path, name, data, message):
     path.write_bytes(data)
     with pytest.raises(QkitError, match=message):
         read.read_text(str(path), plain)
+
+
+def test_a_text_is_read_to_a_limit(monkeypatch, tmp_path):
+    """Of a file, of what is packed in it, and of a device without end."""
+    monkeypatch.setattr(read, "MAX_BYTES", 10_000)
+    (tmp_path / "long.txt").write_bytes(b"x" * 10_001)
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"x" * 10**7))
+    assert (tmp_path / "bomb.txt.gz").stat().st_size < 10_000
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    for name in ("long.txt", "bomb.txt.gz", "device.txt"):
+        with pytest.raises(QkitError, match="more than 10"):
+            read.read_text(str(tmp_path / name))
+
+
+def test_a_parquet_file_is_unpacked_to_a_limit(monkeypatch, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table({"text": ["x" * 1000] * 1000})
+    parquet.write_table(table, tmp_path / "t.parquet", compression="zstd")
+    assert len(read.read_text(str(tmp_path / "t.parquet")).documents) == 1000
+    monkeypatch.setattr(read, "MAX_BYTES", 100_000)
+    with pytest.raises(QkitError, match="unpacks to more"):
+        read.read_text(str(tmp_path / "t.parquet"))
+    parquet.write_table(table, tmp_path / "t.parquet", store_schema=False)
+    damaged = (tmp_path / "t.parquet").read_bytes().replace(b"text", b"te\xfft")
+    (tmp_path / "t.parquet").write_bytes(damaged)
+    with pytest.raises(QkitError, match="not a parquet file that can be read"):
+        read.read_text(str(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{{ messages.x.y.z }}", "{{ messages[9].role }}", "{% for %}", "{{ 'a' * 10 ** 18 }}",
+     "{{ ''.__class__.__mro__[1].__subclasses__()[0]() }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+     "{{ range(10 ** 9) | list }}", "{% include '/etc/passwd' %}"],
+)  # fmt: skip
+def test_a_template_that_fails_is_refused(tmp_path, template):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    chat = tokenizer(bos=False)
+    chat.chat_template = template
+    with pytest.raises(QkitError, match="template refuses"):
+        read.read_text(str(path), chat)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -5,7 +5,6 @@ Reference: package `compressed_tensors`, compressors/ and quantization/quant_{co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,7 @@ from ...errors import QkitError
 from ...models.families import TOWERS
 from ...spec import Keep, LayerSpec
 from ...spec.dtypes import TensorMeta
-from ..base import Format, as_names, as_object, check_pattern
+from ..base import Format, as_names, as_object, check_pattern, matrix_shape, pattern_matches
 from . import cache, floats, int8, integers
 from .fp4 import MXFP4, NVFP4
 
@@ -97,10 +96,9 @@ class CompressedTensors(Format):
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:
         found = codec(scheme)
         if found is integers:
-            out, in_ = source.read(f"{module}.weight_shape").tolist()
-            return out, in_
+            return integers.stored_shape(source.read(f"{module}.weight_shape"))
         if found in (NVFP4, MXFP4):
-            out, half = source.meta(f"{module}.weight_packed").shape
+            out, half = matrix_shape(source, f"{module}.weight_packed")
             return out, 2 * half
         return super().shape(source, module, scheme)
 
@@ -235,5 +233,5 @@ def _parse_group(name: str, group: Mapping[str, Any], stored: Any) -> LayerSpec:
 
 def _matches(module: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return pattern_matches(pattern[3:], module)
     return module == pattern

@@ -69,10 +69,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:
     from ...kernels import unpack
     from ...kernels.weight import Weight
 
-    shape = tensors["weight_shape"].tolist()
-    if len(shape) != 2 or min(shape) < 1:
-        raise QkitError(f"weight_shape is {shape}, not the shape of a linear weight")
-    out, in_ = int(shape[0]), int(shape[1])
+    out, in_ = stored_shape(tensors["weight_shape"])
     reason = check((out, in_), spec)
     if reason:
         raise QkitError(reason)
@@ -93,6 +90,14 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:
         if order is not None:
             packed = in_order(packed, spec.bits, order)
     return Weight(packed, tensors["weight_scale"], zero, spec.bits, in_, order=order)
+
+
+def stored_shape(weight_shape: torch.Tensor) -> tuple[int, int]:
+    """[out, in] of a weight. Raises QkitError for what is none."""
+    given = weight_shape.tolist()
+    if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in given):
+        raise QkitError(f"weight_shape is {str(given)[:60]}, not the shape of a linear weight")
+    return given[0], given[1]
 
 
 def arguments(spec: LayerSpec) -> dict[str, Any]:

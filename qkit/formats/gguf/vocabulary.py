@@ -7,7 +7,6 @@ a token gives the same order.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from ...errors import QkitError
 from ...sources.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER, pre_tokenizer_name
 from ...sources.types import Source
 from ...storage.gguf import Typed
+from ...untrusted import parse_json
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NEVER = -1e9  # the score of what no merge makes
@@ -29,19 +29,18 @@ class Vocabulary:
 
     def __init__(self, source: Source):
         self.label = source.label
-        files = {sidecar.name: sidecar for sidecar in source.sidecars}
+        self._files = files = {sidecar.name: sidecar for sidecar in source.sidecars}
         self.settings = self._object(files, "tokenizer_config.json") if "tokenizer_config.json" in files else {}
-        self.templates = {name: files[name].read().decode("utf-8") for name in _TEMPLATES if name in files}
-        if "tokenizer.json" in files:
-            self.text = files["tokenizer.json"].read().decode("utf-8")
-        else:
-            self.text = _from_transformers(source)
-        self.given = json.loads(self.text)
-        model = self.given.get("model") or {}
+        self.templates = {name: self._text(files, name) for name in _TEMPLATES if name in files}
+        self.text = self._text(files, "tokenizer.json") if "tokenizer.json" in files else _from_transformers(source)
+        self.given = self._parsed("tokenizer.json", self.text)
+        model = self.given.get("model")
+        model = model if isinstance(model, dict) else {}
         if model.get("type") not in ("BPE", None) or not isinstance(model.get("vocab"), dict):
             raise QkitError(
                 f"{self.label}: a tokenizer of type {model.get('type')!r} is not written to GGUF files", "written: BPE"
             )
+        self.tokenizer = self._checked()
         self.model = model
         self.added = {token["id"]: token for token in self.given.get("added_tokens") or []}
         self.tokens = {index: token for token, index in model["vocab"].items()}
@@ -58,12 +57,30 @@ class Vocabulary:
                     "use format compressed-tensors or gptq, or llama.cpp's own conversion for this model",
                 )
 
-    def _object(self, files: Mapping[str, Any], name: str) -> dict[str, Any]:
+    def _text(self, files: Mapping[str, Any], name: str) -> str:
         try:
-            found = json.loads(files[name].read().decode("utf-8"))
+            return str(files[name].read().decode("utf-8"))
+        except ValueError as error:
+            raise QkitError(f"{self.label}/{name} is not UTF-8 text: {error}", "fetch it again") from error
+
+    def _object(self, files: Mapping[str, Any], name: str) -> dict[str, Any]:
+        return self._parsed(name, self._text(files, name))
+
+    def _parsed(self, name: str, text: str) -> dict[str, Any]:
+        try:
+            found = parse_json(text)
         except ValueError as error:
             raise QkitError(f"{self.label}/{name} is not valid JSON: {error}", "fetch it again") from error
         return found if isinstance(found, dict) else {}
+
+    def _checked(self) -> Any:
+        """The tokenizer. Its own library reads tokenizer.json, so that every field of it is what it should be."""
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_str(self.text)
+        except Exception as error:  # the library raises bare ones
+            raise QkitError(f"{self.label}: its tokenizer.json cannot be read: {error}", "fetch it again") from error
 
     def metadata(self, rows: int) -> dict[str, str | Typed]:
         """rows: of the embedding. Raises QkitError where there are fewer than tokens."""
@@ -118,7 +135,7 @@ class Vocabulary:
             token = self.settings.get(f"{ours}_token")
             if isinstance(token, Mapping):
                 token = token.get("content")
-            if token in ids:
+            if isinstance(token, str) and token in ids:
                 found[f"tokenizer.ggml.{key}_token_id"] = Typed("u32", ids[token])
         first, last = self._wrapped()
         bos, eos = (found.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos"))
@@ -131,10 +148,7 @@ class Vocabulary:
 
     def _wrapped(self) -> tuple[int | None, int | None]:
         """The ids that the tokenizer puts before and after a text."""
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(self.text)
-        plain, wrapped = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+        plain, wrapped = (self.tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         at = next((i for i in range(len(wrapped)) if wrapped[i : i + len(plain)] == plain), 0)
         before, after = wrapped[:at], wrapped[at + len(plain) :]
         return (before[0] if before else None), (after[-1] if after else None)
@@ -144,9 +158,10 @@ class Vocabulary:
             return self.templates["chat_template.jinja"]
         given: Any = self.settings.get("chat_template")
         if given is None and "chat_template.json" in self.templates:
-            given = json.loads(self.templates["chat_template.json"]).get("chat_template")
+            given = self._object(self._files, "chat_template.json").get("chat_template")
         if isinstance(given, list):  # several by name
-            given = next((t.get("template") for t in given if t.get("name") == "default"), None)
+            named = (each for each in given if isinstance(each, Mapping))
+            given = next((each.get("template") for each in named if each.get("name") == "default"), None)
         return given if isinstance(given, str) else None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import http.client
-import json
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import QkitError
+from ...untrusted import parse_json
 
+_MOST_BYTES = 8 << 20  # of an answer: gateways list some thousands of models
 _EXAMPLE = "write it like http://localhost:8000/v1"
 
 
@@ -62,7 +63,7 @@ def ask(address: Address, path: str, timeout: float) -> tuple[int, Any]:
         try:
             connection.request("GET", address.path + path, headers=address.headers())
             response = connection.getresponse()
-            body = response.read()
+            body = response.read(_MOST_BYTES)
         finally:
             connection.close()
     except (OSError, http.client.HTTPException) as error:
@@ -70,6 +71,6 @@ def ask(address: Address, path: str, timeout: float) -> tuple[int, Any]:
         hint = "is the server running, and is this its address? " + _EXAMPLE
         raise QkitError(f"the endpoint {address.url} does not answer: {words}", hint) from None
     try:
-        return response.status, json.loads(body)
+        return response.status, parse_json(body)
     except ValueError:
         return response.status, None

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...untrusted import parse_json
 from .address import Address
 from .stream import DONE, Broken, Events, Reply, count, message_of
 
@@ -138,7 +139,7 @@ def prompt_length(address: Address, ask: Ask, prompt: str, timeout: float) -> in
         try:
             headers = {**address.headers(), "Content-Type": "application/json"}
             connection.request("POST", address.path + ask.route, json.dumps(body).encode(), headers)
-            found = json.loads(connection.getresponse().read())
+            found = parse_json(connection.getresponse().read(_BODY))
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError):
@@ -204,7 +205,7 @@ def _same(answered: str, asked: str) -> bool:
 def _message(response: http.client.HTTPResponse) -> str:
     body = response.read(_BODY)
     try:
-        found = message_of(json.loads(body))
+        found = message_of(parse_json(body))
     except ValueError:
         found = ""
     return (found or body.decode("utf-8", "replace").strip() or response.reason)[:300]
@@ -212,6 +213,6 @@ def _message(response: http.client.HTTPResponse) -> str:
 
 def _json(response: http.client.HTTPResponse) -> Any:
     try:
-        return json.loads(response.read(_BODY))
+        return parse_json(response.read(_BODY))
     except ValueError:
         return None

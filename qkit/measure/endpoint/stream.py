@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...untrusted import parse_json
+
 DONE = "[DONE]"
-_LONGEST = 16 << 20  # bytes of a line: a chunk has a few hundred
+_LONGEST = 16 << 20  # bytes of an event: a chunk has a few hundred
+_MOST_TOKENS = 1 << 40  # that a server is believed to count
 
 
 class Broken(Exception):
@@ -37,8 +39,8 @@ class Events:
                 found.append(self._take())
             elif line and b":" not in line:  # a field of the format has a colon after its name
                 raise Broken("malformed stream", f"a line that is no event: {line[:100]!r}")
-        if len(self._rest) > _LONGEST:
-            raise Broken("malformed stream", f"a line of more than {_LONGEST} bytes")
+        if len(self._rest) + sum(map(len, self._data)) > _LONGEST:
+            raise Broken("malformed stream", f"an event of more than {_LONGEST} bytes")
         return found
 
     def end(self) -> list[str]:
@@ -69,7 +71,7 @@ class Reply:
             self.done = True
             return
         try:
-            event = json.loads(data)
+            event = parse_json(data)
         except ValueError:
             raise Broken("malformed stream", f"an event that is no JSON: {data[:100]!r}") from None
         if not isinstance(event, dict):
@@ -89,7 +91,7 @@ class Reply:
             finish = choice.get("finish_reason")
             if _carries(choice, finish):
                 self.arrivals.append(now)
-            self.finish = finish or self.finish
+            self.finish = finish if finish and isinstance(finish, str) else self.finish
 
 
 def _carries(choice: dict[str, Any], finish: Any) -> bool:
@@ -103,7 +105,7 @@ def _carries(choice: dict[str, Any], finish: Any) -> bool:
 
 def count(value: Any) -> int | None:
     """A number of tokens as a server says it; None where that is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS else None
 
 
 def message_of(body: Any) -> str:

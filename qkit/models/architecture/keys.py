@@ -103,7 +103,7 @@ class Keys:
         value = self.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MOST:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 / MOST < value < MOST:
             raise QkitError(f"{self._called(name)} in config.json is {_short(value)}, not a number above 0", _HINT)
         return float(value)
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 # No real header comes near these; they bound what a damaged one can make us allocate or loop over.
-MAX_HEADER_BYTES = 1 << 29
+MAX_HEADER_BYTES = 1 << 27  # a vocabulary of 262k tokens takes a tenth
+MAX_PAIRS, MAX_TENSORS = 1 << 16, 1 << 18
 MAX_STRING_BYTES = 1 << 26
 MAX_ARRAY = 1 << 24
 MAX_NAME_BYTES = 1 << 10
@@ -161,7 +162,7 @@ class _Part:
         self._check_version(cursor)
         tensor_count, pair_count = cursor.unpack("QQ", "the counts")
         # The least a pair and a tensor can take; a bogus count is refused before anything is looped over.
-        if pair_count * 13 + tensor_count * 33 > size:
+        if pair_count > MAX_PAIRS or tensor_count > MAX_TENSORS or pair_count * 13 + tensor_count * 33 > size:
             raise ValueError(f"it claims {pair_count} metadata pairs and {tensor_count} tensors in {size} bytes")
         metadata: dict[str, Any] = {}
         for i in range(pair_count):

@@ -122,6 +122,10 @@ class GgufSource:
         if embedding is None or len(embedding.shape) != 2:
             raise QkitError(f"{file.path}: there is no token embedding (token_embd.weight)")
         config = build_config(keys, arch, file.tensors, embedding.shape[0], self._dtype or "BF16")
+        count = config.get("num_experts", config.get("num_local_experts"))
+        router = file.tensors.get("blk.0.ffn_gate_inp.weight")
+        if count is not None and router is not None and router.shape[0] != count:  # before as many are listed
+            raise QkitError(f"{file.path}: {count} experts in the metadata, a router of {router.shape[0]}")
         factors = None
         if ROPE_FREQS in file.tensors:
             require_readable(file.tensors[ROPE_FREQS].type, ROPE_FREQS)
