@@ -112,7 +112,8 @@ class BucketObjects:
         try:
             result = self._obstore.get(self._once, self._key(found.name), options=options)
             now = self._found(result.meta)
-            if (now.tag, now.nbytes) != (found.tag, found.nbytes):
+            # A listing may quote a tag in another way than an answer does.
+            if (now.tag.strip('"'), now.nbytes) != (found.tag.strip('"'), found.nbytes):
                 raise changed(label)
             return result.bytes()
         except FileNotFoundError as error:
