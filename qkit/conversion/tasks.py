@@ -81,6 +81,8 @@ class Shard:
 def slab_ranges(meta: TensorMeta) -> list[tuple[int, int]]:
     """(first, end) of the rows of a tensor that are handled at a time."""
     rows = meta.shape[0]
+    if meta.nbytes <= SLAB_BYTES:
+        return [(0, rows)]
     step = max(ROWS, SLAB_BYTES // max(1, meta.nbytes // max(1, rows)) // ROWS * ROWS)
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 

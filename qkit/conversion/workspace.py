@@ -20,6 +20,7 @@ from ..storage.journal import JOURNAL
 from ..storage.local import TEMPORARY_SUFFIX, LocalStore, fsync_folder, remove_temporaries, write_all
 from ..storage.manifest import MANIFEST, Manifest
 from ..storage.store import FileDigest, hash_file
+from ..untrusted import parse_json
 
 # Held by the system's lock while a run writes, and moved with the folder: only after the last rename is it removed.
 # Empty, but while an earlier result is being replaced: then it says where that is (`Workspace.publish`).
@@ -145,8 +146,8 @@ def settle(out: Path) -> None:
 
 def _moved(lock: IO[str], out: Path) -> tuple[Path, Seen] | None:
     """The earlier result that a lock tells of, where it still is, and what it consists of."""
-    with suppress(ValueError):
-        told = json.loads(lock.read())
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        told = parse_json(lock.read())
         aside = out.with_name(told["aside"])
         return (aside, {name: tuple(stamp) for name, stamp in told["seen"].items()}) if aside.is_dir() else None
     return None

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..untrusted import parse_json
 from .files import os_error
 from .local import fsync_folder, write_all
 from .store import Store, read_file
@@ -42,8 +43,8 @@ def entries(store: Store) -> list[dict[str, Any]]:
         *lines, _torn = read_file(store, JOURNAL).split(b"\n")
         for line in lines:
             try:
-                entry = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError):
+                entry = parse_json(line)
+            except ValueError:
                 break
             if not isinstance(entry, dict):
                 break

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import QkitError
+from ..untrusted import parse_json
 from .remote import Objects, RemoteStore, persist
 from .store import read_file
 
@@ -95,7 +96,7 @@ class Lease:
     def _held(self) -> QkitError:
         who = ""
         with suppress(ValueError, KeyError, TypeError):
-            holder = json.loads(self._content())
+            holder = parse_json(self._content())
             who = f" (process {holder['process']} on {holder['host']})"
         return QkitError(
             f"another qkit convert is writing {self._objects.label}{who}",
