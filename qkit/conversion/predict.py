@@ -88,6 +88,17 @@ def predict(
     return Prediction(workers, peak, seconds)
 
 
+# What a worker of a cluster holds before it reads a tensor: Python with Ray, torch and what conversion loads. Measured
+# (resident, demo model and a small Llama, Ray 2.60, torch 2.13).
+WORKER_MEMORY = 450 << 20
+
+
+def worker_memory(source: Source, shards: Sequence[Shard], workers: int) -> int:
+    """Resident bytes, margin included, of a process that does nothing but write one of `shards` at a time, `workers`
+    tasks at once."""
+    return int(MARGIN * (WORKER_MEMORY + _in_flight(source, shards, workers)))
+
+
 def _in_flight(source: Source, shards: Sequence[Shard], workers: int) -> int:
     """Most bytes alive at once while, file by file, `workers` tasks run in order, the first of them being written.
 

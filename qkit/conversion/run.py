@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..sources.types import Source
     from ..storage.manifest import Manifest
     from ..text.windows import CalibrationSet
+    from .executor import Executor
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,6 @@ def convert(
     from ..sources import open_source
     from . import finish
     from .execute import STATISTICS, write_weights
-    from .executor import Threads
     from .verify import verify_result
     from .workspace import finished, open_workspace, resolve_out
 
@@ -84,10 +86,13 @@ def convert(
 
     tokens = None if calibration is None else calibration.tokens
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened), STATISTICS]
-    with open_workspace(plan.out, made_of, expected, options.restart) as work:
+    with (
+        _executor(plan, source, options) as executor,
+        open_workspace(plan.out, made_of, expected, options.restart) as work,
+    ):
         if work.resumed:
             notify(f"resuming in {work.folder}")
-        write_weights(plan, opened, work, Threads(plan.predicted.workers), tokens)
+        write_weights(plan, opened, work, executor, tokens)
         finish.write_companions(plan, opened, work)
         if options.verify:
             verify_result(plan, work)
@@ -96,6 +101,23 @@ def convert(
     return ConvertResult(
         plan, plan.out, time.perf_counter() - started, memory.peak_resident(), _fallbacks(work.manifest), work.resumed
     )  # fmt: skip
+
+
+@contextmanager
+def _executor(plan: Plan, source: str, options: Options) -> Iterator[Executor]:
+    """What computes: threads here, or the workers of a cluster."""
+    if options.ray is None:
+        from .executor import Threads
+
+        yield Threads(plan.predicted.workers)
+        return
+    from .cluster import Cluster, job_of
+    from .ray_pool import connected
+
+    with connected(options.ray) as pool:
+        nodes = [node for node in pool.nodes() if node.cpus]
+        notify(f"on {len(nodes)} machines of a Ray cluster, {sum(node.cpus for node in nodes)} cores")
+        yield Cluster(pool, job_of(source, options, plan))
 
 
 def _calibration(plan: Plan, source: Source) -> CalibrationSet:

@@ -1,0 +1,151 @@
+"""`cluster.Pool` on a Ray cluster: the one place that knows Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from ..errors import QkitError
+from ..hardware.detect import cores
+from ..progress import notify
+from .cluster import Node
+
+# How often what a process was doing when it died, or its machine went away, is done again. Preemptible machines go all
+# the time; a task that takes its process down does so every time.
+RETRIES = 5
+_REACH = 5.0  # seconds in which the address has to answer
+_LOOK = 10.0  # seconds between looks at the cluster while nothing gets done
+_START = "start Ray with `ray start --head`, on further machines with `ray start --address HOST:6379`"
+
+
+class RayPool:
+    """Tasks of the Ray session that this process is connected to."""
+
+    def __init__(self) -> None:
+        self._functions: dict[Callable[..., Any], Any] = {}
+        self._warned = False
+
+    def nodes(self) -> list[Node]:
+        import ray
+
+        offers = (node["Resources"] for node in ray.nodes() if node["Alive"])
+        return [Node(int(offer.get("CPU", 0)), int(offer.get("memory", 0))) for offer in offers]
+
+    def submit(self, function: Callable[..., Any], *args: Any, cpus: int, memory: int) -> Any:
+        import ray
+
+        if function not in self._functions:
+            self._functions[function] = ray.remote(function)
+        options = {"num_cpus": cpus, "memory": memory, "max_retries": RETRIES, "retry_exceptions": False}
+        return self._functions[function].options(**options).remote(*args)
+
+    def wait(self, tickets: Collection[Any]) -> Any:
+        import ray
+
+        while True:
+            done, _ = ray.wait(list(tickets), timeout=_LOOK)
+            if done:
+                return done[0]
+            if not self._warned and not any(node.cpus for node in self.nodes()):
+                self._warned = True
+                notify("WARNING: no machine of the cluster is left; waiting for one to join")
+
+    def result(self, ticket: Any) -> Any:
+        import ray
+        from ray import exceptions
+
+        self.wait([ticket])
+        try:
+            return ray.get(ticket)
+        except exceptions.RuntimeEnvSetupError as error:
+            raise QkitError(f"the cluster cannot start a worker: {_first_line(error)}") from error
+        except exceptions.OutOfMemoryError as error:
+            raise QkitError(
+                "a worker ran out of memory again and again", "give machines of the cluster fewer cores, or more memory"
+            ) from error
+        except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.ObjectLostError) as error:
+            raise QkitError(
+                f"a worker, or its machine, died {RETRIES + 1} times over one task: {_first_line(error)}",
+                "look into Ray's logs there; the same command continues where this one stopped",
+            ) from error
+        except exceptions.RayTaskError as error:
+            if "ModuleNotFoundError: No module named 'qkit" in str(error):
+                raise QkitError(
+                    "qkit is not installed where the workers run",
+                    "pip install 'qkit-llm[ray]' on every machine, into the Python that its `ray start` runs in",
+                ) from error
+            raise
+
+    def cancel(self, tickets: Collection[Any]) -> None:
+        import ray
+
+        for ticket in tickets:
+            with contextlib.suppress(Exception):  # a connection that is lost: its workers end by themselves
+                ray.cancel(ticket, force=False)
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[RayPool]:
+    """A pool on the cluster at `address` ("auto", "local", "HOST:6379", "ray://HOST:10001"), or on the one that this
+    process is connected to already. Raises QkitError, soon, where there is none."""
+    try:
+        import ray
+    except ImportError as error:
+        raise QkitError(f"Ray does not start: {error}", "pip install 'qkit-llm[ray]'") from error
+    if ray.is_initialized():
+        yield RayPool()
+        return
+    _connect(address)
+    try:
+        yield RayPool()
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    # Nothing of a worker's is printed here; what it has to say it answers.
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that others started they decide
+        given: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False}
+    else:
+        given = {"address": address}
+        if address != "auto":
+            _reach(address)
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if main else None
+    try:
+        ray.init(**given, **quiet)
+    except Exception as error:  # whatever another program's protocol makes of it
+        hint = _START
+        if isinstance(error, ImportError):
+            hint = "pip install 'qkit-llm[ray]'"
+        elif "ersion mismatch" in str(error):
+            hint = "use one version of Ray and of Python everywhere"
+        elif address not in ("auto", "local"):
+            hint = f"{_START}; from a machine that is no part of the cluster name ray://HOST:10001"
+        raise QkitError(f"no Ray cluster at {address}: {_first_line(error)}", hint) from error
+    finally:
+        if main:  # Ray puts its own there, with which a terminated run would not say that it can be continued
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _reach(address: str) -> None:
+    """Raises QkitError where nothing answers: Ray itself tries for much longer."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+    except OSError as error:
+        raise QkitError(f"no Ray cluster at {address}: {error.strerror or error}", _START) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
