@@ -20,6 +20,7 @@ from .cluster import Node
 RETRIES = 5
 _REACH = 5.0  # seconds in which the address has to answer
 _LOOK = 10.0  # seconds between looks at the cluster while nothing gets done
+_SETTINGS = b"\0\0\0\x04\0\0\0\0\0"  # an empty frame: length (3 bytes), type 4, flags, stream (4 bytes)
 _START = "start Ray with `ray start --head`, on further machines with `ray start --address HOST:6379`"
 
 
@@ -138,12 +139,21 @@ def _connect(address: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raises QkitError where nothing answers: Ray itself tries for much longer."""
+    """Raises QkitError where nothing answers as Ray's servers do: Ray itself tries for minutes.
+
+    They speak gRPC, which is HTTP/2 (RFC 9113, section 3.4): a server answers the greeting with a frame of settings."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _REACH) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":  # Ray's own setting: there is no greeting in the clear
+                return
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
+            found = connection.recv(len(_SETTINGS))
     except OSError as error:
         raise QkitError(f"no Ray cluster at {address}: {error.strerror or error}", _START) from error
+    if found[3:4] != _SETTINGS[3:4]:
+        hint = f"{_START}; its port is 6379 where none was named, and 10001 behind ray://"
+        raise QkitError(f"no Ray cluster at {address}: something else answers there", hint)
 
 
 def _first_line(error: Exception) -> str:
