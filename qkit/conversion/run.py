@@ -116,7 +116,7 @@ def _executor(plan: Plan, source: str, options: Options) -> Iterator[Executor]:
 
     with connected(options.ray) as pool:
         nodes = [node for node in pool.nodes() if node.cpus]
-        notify(f"on {len(nodes)} machines of a Ray cluster, {sum(node.cpus for node in nodes)} cores")
+        notify(f"Ray cluster: {len(nodes)} machine(s), {sum(node.cpus for node in nodes)} core(s)")
         yield Cluster(pool, job_of(source, options, plan))
 
 
