@@ -119,8 +119,8 @@ def job_of(source: str, options: Options, plan: Plan) -> Job:
     from .. import __version__
 
     places: dict[str, Any] = {name: _absolute(getattr(options, name)) for name in ("recipe", "fit", "calib", "lora")}
-    # Where a model runs is the driver's business: nothing runs it on a worker.
-    there = replace(options, **places, ray=None, device="cpu", restart=False)
+    # The driver runs the model where it has to run: a worker counts on no device and on next to no memory for that.
+    there = replace(options, **places, ray=None, device="cpu", restart=False, calib_samples=1, calib_len=16)
     spec = source if source == DEMO else _absolute(source) or source
     return Job(spec, str(plan.out), there, __version__, plan.original.fingerprint, digest_of(plan))
 
