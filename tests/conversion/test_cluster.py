@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +211,39 @@ def test_without_ray(llama: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(QkitError, match="not installed") as error:
         convert(str(llama), tmp_path / "out", ray="auto", method="rtn", dry_run=True)
     assert error.value.hint == "pip install 'qkit-llm[ray]'"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (None, "timed out"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "something else answers there"),
+        (b"", "something else answers there"),
+        (b"\0\0\x12\x04\0\0\0\0\0" + bytes(18), None),
+    ],
+)
+def test_what_answers_at_an_address(monkeypatch, said: bytes | None, message: str | None) -> None:
+    """Of Ray's servers the first frame of HTTP/2; of what is silent, or another server, an error before Ray tries."""
+    monkeypatch.setattr(ray_pool, "_REACH", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                if said is None:
+                    connection.recv(1024)  # until the other side gives up
+                else:
+                    connection.sendall(said)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(QkitError, match=message) if message else contextlib.nullcontext():
+            ray_pool._reach(f"ray://{address}")
+        thread.join()
+    with pytest.raises(QkitError, match=r"no Ray cluster at 127\.0\.0\.1:.*refused"):
+        ray_pool._reach(address)
 
 
 def test_smaller_files(llama: Path, tmp_path: Path) -> None:
