@@ -26,7 +26,6 @@ class Here:
         self.sent: list[bytes] = []
         self.asked: list[tuple[int, int]] = []
         self.done: dict[int, Any] = {}
-        self.cancelled: list[int] = []
 
     def nodes(self) -> list[Node]:
         return self.offered
@@ -43,9 +42,6 @@ class Here:
         if ticket not in self.done:
             self.done[ticket] = self.call(self.sent[ticket])
         return pickle.loads(self.done[ticket])
-
-    def cancel(self, tickets: Collection[int]) -> None:
-        self.cancelled += [ticket for ticket in tickets if ticket not in self.done]
 
     def call(self, sent: bytes) -> bytes:
         threads = torch.get_num_threads()

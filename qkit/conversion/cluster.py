@@ -57,7 +57,8 @@ class Node:
 class Pool(Protocol):
     """Processes on any machines, to which functions are sent by name and what they take and give pickled.
 
-    What a process was doing when it died is done again by another one, a few times."""
+    What a process was doing when it died is done again by another one, a few times. What nobody waits for any more when
+    the pool is given up may end unfinished."""
 
     def nodes(self) -> list[Node]:
         """The machines that take tasks now."""
@@ -73,10 +74,6 @@ class Pool(Protocol):
 
     def result(self, ticket: Any) -> Any:
         """Raises QkitError where whoever computes it keeps dying."""
-        ...
-
-    def cancel(self, tickets: Collection[Any]) -> None:
-        """Stop what is not done yet."""
         ...
 
 
@@ -160,16 +157,13 @@ class Cluster:
                 self.pool.submit(write_file, job, store, shard.file, cpus, cpus=cpus, memory=memory): shard
                 for shard in shards
             }
-            try:
-                while tickets:
-                    ticket = self.pool.wait(tickets)
-                    written = _accepted(self.pool.result(ticket))
-                    shard = tickets.pop(ticket)
-                    _await(store, shard.file)
-                    yield shard, written
-                    make.advance(shard.bytes_in)
-            finally:
-                self.pool.cancel(tickets)
+            while tickets:
+                ticket = self.pool.wait(tickets)
+                written = _accepted(self.pool.result(ticket))
+                shard = tickets.pop(ticket)
+                _await(store, shard.file)
+                yield shard, written
+                make.advance(shard.bytes_in)
 
     def run(self, work: Callable[[Any], Any], tasks: Iterable[Task]) -> Iterator[Produced]:
         """Quantized tensors by workers, a bounded number ahead; what passes through by the driver, as it is written."""
@@ -179,25 +173,20 @@ class Cluster:
         pending: deque[tuple[Task, Any]] = deque()
 
         def first() -> Produced:
-            task, ticket = pending[0]
-            made = work(task) if ticket is None else _received(_accepted(self.pool.result(ticket)))
-            pending.popleft()
-            return made
+            task, ticket = pending.popleft()
+            return work(task) if ticket is None else _received(_accepted(self.pool.result(ticket)))
 
-        try:
-            for task in tasks:
-                if len(pending) >= ahead:
-                    yield first()
-                ticket = None
-                if task.scheme is not None:
-                    memory = self._fits(work, [Shard("", (task,))], 1, nodes)
-                    seen = {name: work.statistics[name] for name in task.sources if name in work.statistics}
-                    ticket = self.pool.submit(make_tensors, job, task, seen, cpus=1, memory=memory)
-                pending.append((task, ticket))
-            while pending:
+        for task in tasks:
+            if len(pending) >= ahead:
                 yield first()
-        finally:
-            self.pool.cancel([ticket for _, ticket in pending if ticket is not None])
+            ticket = None
+            if task.scheme is not None:
+                memory = self._fits(work, [Shard("", (task,))], 1, nodes)
+                seen = {name: work.statistics[name] for name in task.sources if name in work.statistics}
+                ticket = self.pool.submit(make_tensors, job, task, seen, cpus=1, memory=memory)
+            pending.append((task, ticket))
+        while pending:
+            yield first()
 
     def _nodes(self) -> list[Node]:
         nodes = [node for node in self.pool.nodes() if node.cpus]
@@ -224,8 +213,8 @@ class Cluster:
 
 
 class _marked:
-    """While entered there is a file in a local store's folder by which workers know that it is the driver's; what
-    killed workers left there goes in the end."""
+    """While entered there is a file in a local store's folder by which workers know that it is the driver's, and that
+    the driver is still at it; what killed workers left there goes in the end."""
 
     def __init__(self, store: Store):
         self.folder = store.folder if isinstance(store, LocalStore) else None  # what is no folder is one for all

@@ -25,7 +25,10 @@ _START = "start Ray with `ray start --head`, on further machines with `ray start
 
 
 class RayPool:
-    """Tasks of the Ray session that this process is connected to."""
+    """Tasks of the Ray session that this process is connected to.
+
+    None is ever cancelled: the end of the session ends its tasks, and `ray.cancel` of a task that is just then done
+    takes the whole driver down (Ray 2.60: a failed check in task_manager.cc)."""
 
     def __init__(self) -> None:
         self._functions: dict[Callable[..., Any], Any] = {}
@@ -64,14 +67,14 @@ class RayPool:
         try:
             return ray.get(ticket)
         except exceptions.RuntimeEnvSetupError as error:
-            raise QkitError(f"the cluster cannot start a worker: {_first_line(error)}") from error
+            raise QkitError(f"the cluster cannot start a worker: {_in_short(error)}") from error
         except exceptions.OutOfMemoryError as error:
             raise QkitError(
                 "a worker ran out of memory again and again", "give machines of the cluster fewer cores, or more memory"
             ) from error
         except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.ObjectLostError) as error:
             raise QkitError(
-                f"a worker, or its machine, died {RETRIES + 1} times over one task: {_first_line(error)}",
+                f"a worker, or its machine, died {RETRIES + 1} times over one task: {_in_short(error)}",
                 "look into Ray's logs there; the same command continues where this one stopped",
             ) from error
         except exceptions.RayTaskError as error:
@@ -82,18 +85,11 @@ class RayPool:
                 ) from error
             raise
 
-    def cancel(self, tickets: Collection[Any]) -> None:
-        import ray
-
-        for ticket in tickets:
-            with contextlib.suppress(Exception):  # a connection that is lost: its workers end by themselves
-                ray.cancel(ticket, force=False)
-
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[RayPool]:
     """A pool on the cluster at `address` ("auto", "local", "HOST:6379", "ray://HOST:10001"), or on the one that this
-    process is connected to already. Raises QkitError, soon, where there is none."""
+    process is connected to already, which stays connected. Raises QkitError, soon, where there is none."""
     try:
         import ray
     except ImportError as error:
@@ -132,7 +128,7 @@ def _connect(address: str) -> None:
             hint = "use one version of Ray and of Python everywhere"
         elif address not in ("auto", "local"):
             hint = f"{_START}; from a machine that is no part of the cluster name ray://HOST:10001"
-        raise QkitError(f"no Ray cluster at {address}: {_first_line(error)}", hint) from error
+        raise QkitError(f"no Ray cluster at {address}: {_in_short(error)}", hint) from error
     finally:
         if main:  # Ray puts its own there, with which a terminated run would not say that it can be continued
             signal.signal(signal.SIGTERM, handler)
@@ -156,6 +152,7 @@ def _reach(address: str) -> None:
         raise QkitError(f"no Ray cluster at {address}: something else answers there", hint)
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+def _in_short(error: Exception) -> str:
+    """What an exception says, without the traceback of another process in the middle."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -79,7 +79,8 @@ def test_a_run_that_is_cut_off_goes_on_without_ray(
 ) -> None:
     said, out = ran
     interrupted, killed, here = said["cut by Ctrl-C"], said["cut by a kill"], said["cut, then here"]
-    assert interrupted["code"] == 130 and "the same command continues" in interrupted["stderr"]
+    assert interrupted["code"] == 130, interrupted["stderr"]
+    assert "the same command continues" in interrupted["stderr"]
     assert killed["code"] == -9 and not interrupted["out"] and not killed["out"]
     assert "Traceback" not in interrupted["stderr"] + killed["stderr"]
     assert 0 < interrupted["finished"] <= killed["finished"] < here["files"] and here["resumed"]
@@ -88,7 +89,8 @@ def test_a_run_that_is_cut_off_goes_on_without_ray(
 
 def test_a_driver_outside_the_cluster(model: Path, ran: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     said, out = ran
-    assert said["client"]["code"] == 0 and "Ray cluster: 3 machine(s), 3 core(s)" in said["client"]["stderr"]
+    assert said["client"]["code"] == 0, said["client"]["stderr"]
+    assert "Ray cluster: 3 machine(s), 3 core(s)" in said["client"]["stderr"]
     same(model, out / "client", tmp_path / "out", FORMATS["gptq"])
 
 
