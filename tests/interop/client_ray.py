@@ -56,6 +56,14 @@ def writer(part: Path) -> int | None:
     return None
 
 
+def noted(part: Path) -> int:
+    """How many files the driver has noted as finished."""
+    try:
+        return len(json.loads((part / "qkit_manifest.json").read_text())["files"])
+    except OSError:
+        return 0
+
+
 def raylet_of(machine: Any) -> int:
     pid: int = machine.all_processes["raylet"][0].process.pid
     return pid
@@ -68,9 +76,10 @@ def while_writing(out: Path, act: Callable[[int], None]) -> tuple[threading.Thre
     def watch() -> None:
         until = time.monotonic() + 120
         while time.monotonic() < until:
-            pid = writer(part) if list(part.glob("model-*.safetensors")) else None
+            done = noted(part)
+            pid = writer(part) if done else None
             if pid is not None:
-                seen.update(pid=pid, finished=len(list(part.glob("model-*.safetensors"))))
+                seen.update(pid=pid, finished=done)
                 act(pid)
                 return
             time.sleep(0.01)
