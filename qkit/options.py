@@ -90,7 +90,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Parse:
         except (ValueError, AttributeError):
             number = None
         if number is None or isinstance(value, bool):
-            raise QkitError(f"{name}: {value!r} is not a whole number", f"write it like {max(least, 64)}")
+            raise QkitError(f"{name}: {str(value)[:60]!r} is not a whole number", f"write it like {max(least, 64)}")
         if number < least:
             raise QkitError(f"{name} must be at least {least}, not {number}")
         if number > most:

@@ -33,8 +33,9 @@ class Tensors(Protocol):
 
 
 class Container(Protocol):
-    def shards(self, tasks: Sequence[Task], by_block: bool, name: str) -> tuple[Shard, ...]:
-        """The files, whose names and sizes are fixed before anything is written. name: what the result is called."""
+    def shards(self, tasks: Sequence[Task], by_block: bool, name: str, limit: int) -> tuple[Shard, ...]:
+        """The files, whose names and sizes are fixed before anything is written. name: what the result is called;
+        limit: bytes of one file, where there may be several."""
         ...
 
     def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor | Pieces]) -> FileDigest:
@@ -57,8 +58,8 @@ class Container(Protocol):
 class Safetensors:
     """A folder as `save_pretrained` lays it out."""
 
-    def shards(self, tasks: Sequence[Task], by_block: bool, name: str) -> tuple[Shard, ...]:
-        return make_shards(tasks, by_block=by_block)
+    def shards(self, tasks: Sequence[Task], by_block: bool, name: str, limit: int) -> tuple[Shard, ...]:
+        return make_shards(tasks, limit, by_block)
 
     def write(self, plan: Plan, store: Store, shard: Shard, tensors: Iterable[torch.Tensor | Pieces]) -> FileDigest:
         from ..storage.writer import write_safetensors
@@ -94,7 +95,7 @@ def _json(value: Any) -> bytes:
 class OneGguf:
     """Everything in one file, in llama.cpp's order: what the model needs first comes first."""
 
-    def shards(self, tasks: Sequence[Task], by_block: bool, name: str) -> tuple[Shard, ...]:
+    def shards(self, tasks: Sequence[Task], by_block: bool, name: str, limit: int) -> tuple[Shard, ...]:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
         return (Shard(f"{plain}.gguf", tuple(tasks)),)
 

@@ -43,8 +43,7 @@ def write_weights(plan: Plan, source: Source, work: Work, executor: Executor, to
         plan.cache.largest = _observed_cache(plan, source, work, tokens)
     if plan.method.needs is None:
         tokens = None
-    options = {name: getattr(plan.options, name) for name in plan.method.options}
-    produce = Produce(plan, plan.view, plan.fmt, plan.method, options)
+    produce = produce_of(plan)
     if tokens is not None and plan.method.observes:
         produce = replace(produce, statistics=_observed(plan, source, work, tokens))
         tokens = None
@@ -53,6 +52,12 @@ def write_weights(plan: Plan, source: Source, work: Work, executor: Executor, to
     if tokens is not None:
         _write_blocks(plan, produce, work, executor, tokens)
         _write_shards(plan.shards, produce, work, executor)  # blocks of which nothing is quantized
+
+
+def produce_of(plan: Plan) -> Produce:
+    """What makes the outputs of a plan's tasks, from the source alone."""
+    options = {name: getattr(plan.options, name) for name in plan.method.options}
+    return Produce(plan, plan.view, plan.fmt, plan.method, options)
 
 
 def _observed(plan: Plan, source: Source, work: Work, tokens: torch.Tensor) -> dict[str, Moments]:
@@ -90,9 +95,9 @@ def _observed_cache(plan: Plan, source: Source, work: Work, tokens: torch.Tensor
 def _write_shards(shards: Sequence[Shard], produce: Produce, work: Work, executor: Executor) -> None:
     left = [shard for shard in shards if not work.has(shard.file)]
     if left:
-        with track("writing", sum(t.bytes_in for shard in left for t in shard.tasks), "bytes") as advance:
-            for shard in left:
-                _write_shard(shard, produce, work, executor, advance)
+        with track("writing", sum(shard.bytes_in for shard in left), "bytes") as advance:
+            for shard, written in executor.files(Make(produce, work.store, executor, advance), left):
+                commit(shard, written, work)
 
 
 def _write_blocks(plan: Plan, produce: Produce, work: Work, executor: Executor, tokens: torch.Tensor) -> None:
@@ -198,6 +203,19 @@ def make_shard(
 
     written.file = CONTAINERS[produce.fmt.container].write(produce.plan, store, shard, stream())
     return written
+
+
+@dataclass(frozen=True)
+class Make:
+    """`make_shard` of one file after another: what an executor gets to call, or to have called elsewhere."""
+
+    produce: Produce
+    store: Store
+    executor: Executor
+    advance: Callable[[int], None]
+
+    def __call__(self, shard: Shard) -> Written:
+        return make_shard(shard, self.produce, self.store, self.executor, self.advance)
 
 
 def _write_shard(

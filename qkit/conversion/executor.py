@@ -1,9 +1,16 @@
-"""How tasks are run: here threads; the data path only sees the protocol."""
+"""How tasks are run: here threads, on a cluster `cluster.Cluster`; the data path only sees the protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import QkitError
+
+if TYPE_CHECKING:
+    from ..methods import Method
+    from .options import Options
 
 
 class Executor(Protocol):
@@ -14,6 +21,10 @@ class Executor(Protocol):
 
     def run(self, work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         """work(task) for each task, in order. What `work` raises is raised when its turn comes."""
+        ...
+
+    def files(self, make: Callable[[Any], Any], shards: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """(shard, make(shard)) for each file, in whatever order they are finished. What `make` raises is raised."""
         ...
 
 
@@ -49,3 +60,23 @@ class Threads:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(before)
+
+    def files(self, make: Callable[[Any], Any], shards: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """One after another: the threads are busy with the tasks of each."""
+        for shard in shards:
+            yield shard, make(shard)
+
+
+def check_spread(options: Options, method: Method, container: str) -> None:
+    """Raises QkitError for what cannot be spread over files or machines."""
+    if options.shard_size is not None and container == "gguf":
+        raise QkitError("--shard-size does not apply to GGUF, where everything is in one file", "drop it")
+    if options.ray is None:
+        return
+    if method.needs and not method.observes:
+        raise QkitError(
+            f"--ray does not spread method {method.name}: its calibration runs on one machine",
+            "drop --ray, or use --method rtn or, of gguf, imatrix",
+        )
+    if find_spec("ray") is None:
+        raise QkitError("--ray needs Ray, which is not installed", "pip install 'qkit-llm[ray]'")

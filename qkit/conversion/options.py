@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import QkitError
-from ..options import option, size, whole
+from ..options import option, size, text, whole
 from ..spec import CHANNEL
 
 
@@ -27,18 +27,27 @@ AS_STORED = "as stored"  # what a plan puts in an option's place where the sourc
 
 def kv_cache(value: Any, name: str) -> str | None:
     """fp8; None for keep."""
-    text = str(value).strip().lower()
-    if text not in ("keep", "fp8"):
+    found = str(value).strip().lower()
+    if found not in ("keep", "fp8"):
         raise QkitError(f"{name}: {value!r} is not a way to store the KV cache", "use keep or fp8")
-    return None if text == "keep" else text
+    return None if found == "keep" else found
 
 
 def head(value: Any, name: str) -> str:
     """One of keep, 8bit, 4bit."""
-    text = str(value).strip().lower().replace("-", "")
-    if text not in ("keep", "8bit", "4bit"):
+    found = str(value).strip().lower().replace("-", "")
+    if found not in ("keep", "8bit", "4bit"):
         raise QkitError(f"{name}: {value!r} is not a way to store the head", "use keep, 8bit or 4bit")
-    return text
+    return found
+
+
+def ray_address(value: Any, name: str) -> str:
+    """auto, local, HOST:PORT or ray://HOST:PORT."""
+    found = text(value, name)
+    host, _, port = found.removeprefix("ray://").rpartition(":")
+    if found not in ("auto", "local") and not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise QkitError(f"{name}: {found!r} is not a Ray cluster", "use auto, HOST:6379, ray://HOST:10001 or local")
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,19 @@ class Options:
     calib_len: int = option(512, "tokens per window", parse=whole(16), metavar="N")
     device: str = option("auto", "where calibration computes: auto, cpu, cuda or cuda:<index>", metavar="NAME")
     max_memory: int | None = option(None, "memory to stay within, such as 8GiB", parse=size, metavar="SIZE")
+    shard_size: int | None = option(
+        None,
+        "the largest a file of weights gets (one tensor may exceed it), such as 500MB; default: 2GB",
+        parse=size,
+        metavar="SIZE",
+        identity=True,
+    )
+    ray: str | None = option(
+        None,
+        "spread the work over a Ray cluster: auto, HOST:6379, ray://HOST:10001, or local for workers here alone",
+        parse=ray_address,
+        metavar="ADDRESS",
+    )
     lora: str | None = option(None, "PEFT adapter to merge first", metavar="DIR")
     skip: tuple[str, ...] = option((), "leave modules alone, such as '*.down_proj'", metavar="PATTERN")
     trust_remote_code: bool = option(False, "run Python code that comes with the checkpoint (its tokenizer's)")

@@ -97,6 +97,15 @@ def open_work(plan: Plan, identity: Mapping[str, Any], expected: Iterable[str]) 
     return open_remote_workspace(plan.out, identity, expected, plan.options.restart, part_bytes(plan.shards))
 
 
+def remote_store(plan: Plan) -> Store:
+    """Where a worker puts files of a run that holds the lock; config and index are the run's own affair."""
+    from ..storage.remote import RemoteStore
+    from .remote_workspace import open_objects
+
+    assert not isinstance(plan.out, Path)
+    return RemoteStore(open_objects(plan.out), part_bytes=part_bytes(plan.shards))
+
+
 def part_bytes(shards: Sequence[Shard]) -> int:
     """Of an upload, for the largest file."""
     from ..storage.remote import part_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ..storage.files import natural_key
 from ..text.read import check_spec
 from . import experts, fitting
 from .containers import CONTAINERS
+from .executor import check_spread
 from .head import choose_head, with_head
 from .kv_cache import CacheScales, with_cache
 from .options import AS_STORED, Options
@@ -31,7 +33,7 @@ from .output import Out, is_remote, transfers
 from .predict import Prediction, predict
 from .recipe import make_recipe, settle
 from .stored import expand, notes_of, stored_recipe
-from .tasks import Shard, Task, check_collisions, schemes_of
+from .tasks import SHARD_BYTES, Shard, Task, check_collisions, schemes_of
 from .workspace import partial_dir
 
 if TYPE_CHECKING:
@@ -216,6 +218,7 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
     original, fmt = source, fmt.bound(source)
     source = fmt.view(source)
     method, notes = _choose_method(recipe, options, original, fmt.calibrated, cache is not None)
+    check_spread(options, method, fmt.container)
     notes = [*of_fit, *notes, *of_cache]
     if source.stored.quantized and expanded is None:
         notes.append(
@@ -247,7 +250,7 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
     container = CONTAINERS[fmt.container]
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
-    shards = container.shards(tasks, by_block, name)
+    shards = container.shards(tasks, by_block, name, options.shard_size or SHARD_BYTES)
     moved = transfers(original, out, shards)
     predicted = predict(source, shards, fmt, method, options, device, cache is not None, moved)
     modules = [module_of(n) for n in source.names() if n.endswith(".weight")]
@@ -439,13 +442,20 @@ def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], scratch: int, out:
     needed += scratch
     free = _free_disk(out)
     partial = partial_dir(out)
-    reusable = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
+    reusable = sum(map(_bytes, partial.rglob("*"))) if partial.is_dir() else 0
     if needed > free + reusable:
         raise QkitError(
             f"{out} needs {units.size(needed)}, and {units.size(free + reusable)} are free there",
             "free some space or choose another disk with -o",
         )
     return needed, free
+
+
+def _bytes(path: Path) -> int:
+    """Of a file; 0 where it is none, or is gone by now: other machines may write there."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0
 
 
 def _free_disk(out: Path) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..sources.types import Source
     from ..storage.manifest import Manifest
     from ..text.windows import CalibrationSet
+    from .executor import Executor
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ def convert(
     from ..sources import open_source
     from . import finish
     from .execute import STATISTICS, write_weights
-    from .executor import Threads
     from .output import finished, open_work, resolve_out
     from .verify import check_inherited, verify_result
 
@@ -83,10 +85,9 @@ def convert(
     if done is not None:
         return ConvertResult(plan, plan.out, fallbacks=_fallbacks(done), already_done=True)
 
-    executor = Threads(plan.predicted.workers)
     tokens = None if calibration is None else calibration.tokens
     expected = [*(s.file for s in plan.shards), *finish.companion_names(plan, opened), STATISTICS]
-    with open_work(plan, made_of, expected) as work:
+    with _executor(plan, source, options) as executor, open_work(plan, made_of, expected) as work:
         if work.inherited:
             notify(f"resuming in {work.label}")
             check_inherited(plan, work, executor)
@@ -98,6 +99,23 @@ def convert(
         work.publish()
     seconds, resumed = time.perf_counter() - started, bool(work.inherited)
     return ConvertResult(plan, plan.out, seconds, memory.peak_resident(), _fallbacks(work.manifest), resumed)
+
+
+@contextmanager
+def _executor(plan: Plan, source: str, options: Options) -> Iterator[Executor]:
+    """What computes: threads here, or the workers of a cluster."""
+    if options.ray is None:
+        from .executor import Threads
+
+        yield Threads(plan.predicted.workers)
+        return
+    from .cluster import Cluster, job_of
+    from .ray_pool import connected
+
+    with connected(options.ray) as pool:
+        nodes = [node for node in pool.nodes() if node.cpus]
+        notify(f"Ray cluster: {len(nodes)} machine(s), {sum(node.cpus for node in nodes)} core(s)")
+        yield Cluster(pool, job_of(source, options, plan), plan.predicted.workers)
 
 
 def _calibration(plan: Plan, source: Source) -> CalibrationSet:

@@ -74,6 +74,10 @@ class Shard:
     block: int | None = None
 
     @property
+    def bytes_in(self) -> int:
+        return sum(t.bytes_in for t in self.tasks)
+
+    @property
     def bytes_out(self) -> int:
         return sum(t.bytes_out for t in self.tasks)
 

@@ -123,7 +123,7 @@ def test_what_appears_at_the_output_meanwhile_stays_and_so_does_the_work(llama, 
         assert (out / "mine").read_text() == "mine"
         shutil.rmtree(out)
     monkeypatch.setattr(workspace.Workspace, "publish", complete)
-    monkeypatch.setattr(execute, "_write_shard", lambda *a: work.append(a))
+    monkeypatch.setattr(execute, "make_shard", lambda *a: work.append(a))
     assert convert(str(llama), out, method="rtn").resumed
     assert not work and Manifest.load(out).complete
 

@@ -85,6 +85,16 @@ CLIENTS = {
         ("triton",),
         {"BUILD_CUDA_EXT": "0"},
     ),
+    # A cluster on this machine; its workers are qkit, whose requirements are those of constraints.txt.
+    "ray": Client(
+        "client_ray.py",
+        (
+            TORCH,
+            ("ray[client]==2.60.0", "transformers==5.24.0", "tokenizers==0.23.3", "numpy==2.4.6", "psutil==7.2.2"),
+            ("huggingface_hub==2.4.0", "jinja2==3.1.6", "pyyaml==6.0.3", "greenlet==3.5.6", "rich==15.0.0"),
+        ),
+        env={"RAY_USAGE_STATS_ENABLED": "0"},
+    ),
     # Compiled from source (minutes on two cores), without the part that reads pictures; then what its server needs.
     "llamacpp": Client(
         "client_llamacpp.py",
