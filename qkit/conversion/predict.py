@@ -124,34 +124,41 @@ def worker_memory(source: Source, shards: Sequence[Shard], fmt: Format, method: 
     return int(MARGIN * (WORKER_MEMORY + _in_flight(sizes, workers)))
 
 
-def _in_flight(sizes: Sequence[Sequence[tuple[int, int]]], workers: int) -> int:
-    """Most bytes alive at once while, file by file, parts of tasks are computed in order, some ahead of their turn.
+@dataclass(frozen=True)
+class _Size:
+    """Of a part of a task, in bytes: what computing it takes, what is left of it then, and what of its task is put
+    together while it is written."""
 
-    sizes: of each file, for each part: what it takes, and what is put together of its task while it is written."""
+    computed: int
+    left: int
+    joined: int
+
+
+def _in_flight(sizes: Sequence[Sequence[_Size]], workers: int) -> int:
+    """Most bytes alive at once while, file by file, parts of tasks are computed in order, some ahead of their turn."""
     most = 0
     for parts in sizes:
-        ahead = 0
-        window = AHEAD * workers
-        for i, (own, joined) in enumerate(parts):
-            ahead += own - (parts[i - window][0] if i >= window else 0)
-            most = max(most, ahead + max(joined, parts[max(0, i - window)][1]))
+        for i, part in enumerate(parts):
+            ahead = parts[i + 1 : i + 1 + AHEAD * workers]
+            computing = sorted((each.computed - each.left for each in ahead), reverse=True)[:workers]
+            held = part.left + part.joined + sum(each.left for each in ahead) + sum(computing)
+            most = max(most, held, part.computed)
     return most
 
 
-def _sizes(shard: Shard, source: Source, fmt: Format, method: Method) -> list[tuple[int, int]]:
+def _sizes(shard: Shard, source: Source, fmt: Format, method: Method) -> list[_Size]:
     """A quantized weight has its source, its codes (a byte each) and its packed form alive for a moment."""
-    found = []
+    found: list[_Size] = []
     for task in shard.tasks:
         ranges = row_ranges(task, source, fmt, method)
-        count = len(task.sources) if ranges is None else len(ranges)
-        own = task.bytes_in + (task.numel + task.bytes_out if task.scheme else 0)
-        joined = 0 if count == 1 else task.bytes_out
-        if ranges is not None:
-            own = own * (ranges[0][1] - ranges[0][0]) // task.meta.shape[0]
-            # The first output goes to the file as its parts come, where they follow each other there.
-            streamed = task.scheme is None or fmt.rows_follow
-            joined -= task.outputs[0][1].nbytes if streamed else 0
-        found += [(own // (count if ranges is None else 1), joined)] * count
+        parts = len(task.sources) if ranges is None else len(ranges)
+        # The first output goes to the file as its parts come, where they follow each other there.
+        streamed = task.scheme is None or fmt.rows_follow or len(task.sources) > 1
+        joined = 0 if parts == 1 else task.bytes_out - (task.outputs[0][1].nbytes if streamed else 0)
+        share = 1 / parts if ranges is None else (ranges[0][1] - ranges[0][0]) / task.meta.shape[0]
+        left = int(task.bytes_out * share)
+        computed = int((task.bytes_in + task.numel) * share) + left if task.scheme else left
+        found += [_Size(computed, left, joined)] * parts
     return found
 
 

@@ -113,11 +113,11 @@ def test_the_same_bytes_whoever_runs_it_and_however_often_it_is_stopped(method, 
 
     quantized, stopped = execute.Produce.__call__, []
 
-    def stop(self, task):
-        if len(stopped) < 3 and task.name.endswith(f"layers.{len(stopped)}.mlp.up_proj.weight"):
-            stopped.append(task.name)
+    def stop(self, job):
+        if len(stopped) < 3 and job.source.endswith(f"layers.{len(stopped)}.mlp.up_proj.weight"):
+            stopped.append(job.source)
             raise KeyboardInterrupt
-        return quantized(self, task)
+        return quantized(self, job)
 
     monkeypatch.setattr(execute.Produce, "__call__", stop)
     if method == "imatrix":  # what was observed is observed once
