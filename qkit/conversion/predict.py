@@ -90,7 +90,7 @@ def predict(
             return [predict_cost(source, names, samples, length, each, waiting) for each, names in passes]
 
         def resident(costs: Sequence[Calibration]) -> int:
-            return max(base + cost.nbytes + min(3 * cost.nbytes // 2, RETAINED) for cost in costs)
+            return max(base + cost.nbytes + min(3 * cost.nbytes // 10, RETAINED) for cost in costs)
 
         waiting = WAITING_BYTES
         costs = cost_of(waiting)
