@@ -38,6 +38,11 @@ class Options:
     markdown: bool = option(False, "print a summary for a pull request")
 
 
+def _finite(value: float) -> float | None:
+    """None for what no report could hold: of numbers at the ends of what a float can be."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Change:
     """One figure before and after. None where a report does not have it.
@@ -56,12 +61,12 @@ class Change:
 
     @property
     def difference(self) -> float | None:
-        return None if self.before is None or self.after is None else self.after - self.before
+        return None if self.before is None or self.after is None else _finite(self.after - self.before)
 
     @property
     def relative(self) -> float | None:
         difference = self.difference
-        return None if difference is None or not self.before else difference / self.before
+        return None if difference is None or not self.before else _finite(difference / self.before)
 
     @property
     def verdict(self) -> str:
@@ -205,7 +210,7 @@ def _pair(before: Document, after: Document, names: tuple[str, str]) -> Pair:
         error = None
         if old_error is not None and new_error is not None:
             # Of two measurements on the same tokens; as if they were independent, which is on the safe side.
-            error = math.hypot(old_error, new_error)
+            error = _finite(math.hypot(old_error, new_error))
         changes.append(Change(figure.name, figure.unit, old, new, error, note))
     return Pair(ours["name"], theirs["name"], tuple(changes))
 

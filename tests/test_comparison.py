@@ -172,6 +172,24 @@ def test_a_number_that_no_float_holds_is_damage(tmp_path):
         compare(good, tmp_path / "bad.json")
 
 
+def test_numbers_at_the_ends_of_what_a_float_can_be(tmp_path, capsys):
+    (good,) = save(tmp_path, good=make())
+    document = json.loads(Path(good).read_text())
+    for name, value in (("a", 5e-324), ("b", 1.7e308), ("c", -1.7e308)):
+        document["models"][0]["speed"][0]["generate_tps"] = value
+        document["models"][0]["quality"]["protocols"]["llama.cpp"]["against"]["kld"] = {
+            "value": value,
+            "error": 1.7e308,
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    for first, second in (("a", "b"), ("b", "c"), ("c", "b")):
+        assert main(["compare", str(tmp_path / f"{first}.json"), str(tmp_path / f"{second}.json"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kind"] == "comparison"
+    document["provenance"]["headline_protocol"] = "another"
+    (tmp_path / "d.json").write_text(json.dumps(document))
+    assert compare(tmp_path / "d.json", good).pairs[0][KLD].before is None
+
+
 def test_files_and_folders(tmp_path, capsys):
     (good,) = save(tmp_path, profile=make())
     assert compare(tmp_path, good).passed

@@ -15,6 +15,15 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) and nested else config
 
 
+def check_names(config: Mapping[str, Any]) -> None:
+    """Raises QkitError where what a config calls itself is no name: names are looked up in many tables."""
+    for part in (config, text_config(config)):
+        kind = part.get("model_type")
+        if kind is not None and not isinstance(kind, str):
+            raise QkitError(f"model_type in config.json is {str(kind)[:60]}, not a name", "check its origin")
+    architectures(config)
+
+
 def architectures(config: Mapping[str, Any]) -> list[str]:
     """The names of the classes that a config is for; [] where it names none. Raises QkitError for what are no names."""
     named = config.get("architectures")

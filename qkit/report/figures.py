@@ -55,7 +55,7 @@ def rows(document: Document) -> dict[str, Document]:
 def _estimate(name: str, against: bool = True) -> Callable[[Document, Document], Value]:
     def of(document: Document, model: Document) -> Value:
         quality = model["quality"]
-        found = quality["protocols"][document["provenance"]["headline_protocol"]] if quality else None
+        found = quality["protocols"].get(document["provenance"]["headline_protocol"]) if quality else None
         if found is not None and against:
             found = found["against"]
         return (None, None) if found is None else (found[name]["value"], found[name]["error"])

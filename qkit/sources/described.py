@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import QkitError
+from ..models.config import check_names
 from ..storage.files import read_json
 from ..storage.local import at
 from .headers import Headers
@@ -57,6 +58,7 @@ def _config_alone(folder: Path, name: str, label: str) -> Headers:
     config = read_json(at(folder), name, "it should be a model's config.json")
     if not isinstance(config, dict) or not ({"model_type", "architectures", "text_config"} & set(config)):
         raise QkitError(f"{label} is not a model's config", "name a config.json as the Hub has it, with model_type")
+    check_names(config)
     kind = config.get("model_type")
     named = config.get("_name_or_path")
     base = named if isinstance(named, str) and named and not named.startswith((".", os.sep)) else f"{kind} model"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import QkitError
-from ..models.config import architectures
+from ..models.config import architectures, check_names
 from ..spec.dtypes import TensorMeta
 from ..storage.files import first_few, is_plain_name, natural_key, read_json
 from ..storage.local import LocalStore, at
@@ -252,6 +252,7 @@ class FolderSource:
         if here is not None:
             _refuse_links_out(here, [*_READ, *(sidecar.name for sidecar in self.sidecars)])
         self.config = read_json(store, "config.json", "fetch config.json again")
+        check_names(self.config)
         _find_quantization(store, self.config, self._where)
         self.base_model = base_model or _base_model(here and here.absolute(), self.config)
         self._stored = _canonical_names(self._where, self.config)

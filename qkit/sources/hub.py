@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import QkitError
+from ..models.config import check_names
 from ..storage.files import os_error, read_json
 from ..storage.local import at
 from ..storage.safetensors import checked_meta
@@ -84,6 +85,7 @@ def describe_hub(spec: str) -> Source:
     except ValueError as error:
         raise QkitError(f"{repo}: a header on the Hub is none: {error}", "check the model's origin") from error
     config = read_json(at(Path(place).parent), "config.json", "fetch config.json again")
+    check_names(config)
     return Headers(spec, repo, config, metas)
 
 

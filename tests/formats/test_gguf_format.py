@@ -241,6 +241,29 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, mess
         qkit.convert(source, tmp_path / "out", format="gguf", dry_run=True)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
+def test_a_count_is_held_against_the_tensors(key, tmp_path):
+    source = make_model(tmp_path / "source", "mixtral")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: 10**9}))
+    with pytest.raises(QkitError, match=r"experts is 1000000000|1000000000 decoder blocks"):
+        qkit.convert(source, tmp_path / "out", format="gguf", dry_run=True)
+
+
+@pytest.mark.parametrize("shape", [(), (260,), (260, 64), (260, 128, 1)])
+def test_an_embedding_of_another_shape_is_refused(llama, tmp_path, shape):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(llama, tmp_path / "m"))
+    found = load_file(folder / "model.safetensors")
+    found["model.embed_tokens.weight"] = torch.ones(shape)
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QkitError, match="shape"):
+        qkit.convert(folder, tmp_path / "out", format="gguf", dry_run=True)
+
+
 def test_unknown_tokenizers_and_tensors_are_refused(llama, tmp_path):
     import shutil
 

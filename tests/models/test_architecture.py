@@ -180,6 +180,15 @@ def test_anything_may_be_given_in_place_of_a_config():
             architecture(given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["linear_attention", "mamba", "conv", "mlp", "moe", "hybrid", "cross_attention"])
+def test_a_kind_of_layer_that_a_family_does_not_have(kind):
+    """Of a family that is not known, too."""
+    for name in ("llama", "unheard_of"):
+        config = {**PUBLISHED["Llama-3.1-8B"][0], "model_type": name, "num_hidden_layers": 2}
+        with pytest.raises(QkitError, match="none that are known here"):
+            architecture({**config, "layer_types": ["full_attention", kind]})
+
+
 def test_mtp_layers_are_counted_apart():
     """DeepSeek-V3's files hold 684.5 G values, of them 671.0 G in the model proper."""
     found = architecture(PUBLISHED["DeepSeek-V3"][0])

@@ -117,6 +117,15 @@ def test_architectures_that_are_no_names(tmp_path: Path, named: object) -> None:
     refused(make_folder(tmp_path / "m", {"architectures": named}), "architectures in config.json")
 
 
+@pytest.mark.parametrize("kind", [["llama"], 5, {"a": 1}, True])
+def test_a_model_type_that_is_no_name(tmp_path: Path, kind: object) -> None:
+    refused(make_folder(tmp_path / "a", {"model_type": kind}), "model_type in config.json")
+    refused(make_folder(tmp_path / "b", {"text_config": {"model_type": kind}}), "model_type in config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(QkitError, match="model_type in config"):
+        describe_source(str(tmp_path / "config.json"))
+
+
 def test_a_name_too_long_for_a_path_is_no_base_model(tmp_path: Path) -> None:
     assert open_source(str(make_folder(tmp_path / "m", {"_name_or_path": "a/" + "b" * 5000}))).base_model
 

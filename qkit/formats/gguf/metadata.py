@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import QkitError
-from ...models.config import text_config
+from ...models.config import positive_int, text_config
 from ...sources.gguf.config import ARCHS, MISTRAL, MIXTRAL, Arch
 from ...sources.gguf.rope import llama3_factors
 from ...storage.gguf import Typed
@@ -59,8 +59,9 @@ def model_of(config: Mapping[str, Any]) -> Model:
         full = CONFIG_MAPPING[kind].from_dict(text).to_dict()
     except Exception as error:  # transformers' validators raise classes of their own
         raise QkitError(f"transcribing config.json failed: {error}", "check the values in config.json") from error
-    full["head_dim"] = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
-    full["num_key_value_heads"] = full.get("num_key_value_heads") or full["num_attention_heads"]
+    heads = positive_int(full, "num_attention_heads", 1)
+    full["head_dim"] = full.get("head_dim") or positive_int(full, "hidden_size", 1) // heads
+    full["num_key_value_heads"] = positive_int(full, "num_key_value_heads", heads)
     if arch.experts and "num_local_experts" in full:
         full.setdefault("num_experts", full["num_local_experts"])
     model = Model(name, arch, full)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...errors import QkitError
+from ...models.config import positive_int
 from ...models.families import TOWERS
 from ...sources.gguf.slots import ROPE_FREQS, Slot, slots
 from ...sources.types import ROWS, Rows, Source, Wrapped
@@ -40,6 +41,10 @@ class GgufView(Wrapped):
         config["tie_word_embeddings"] = self._find(_HEAD, names) is None
         self.tied: bool = config["tie_word_embeddings"]
         self._slots: dict[str, Slot] = {}
+        counts = ("num_hidden_layers", *(("num_experts", "num_local_experts") if self.model.arch.experts else ()))
+        for what in counts:  # before as many are listed
+            if positive_int(config, what, 1) > len(names):
+                raise QkitError(f"{self.label}: {what} is {config[what]}, and there are {len(names)} tensors")
         missing = []
         for name, slot in slots(self.model.arch, config, None):
             found = self._find(name, names)
@@ -78,7 +83,10 @@ class GgufView(Wrapped):
         if name == "rope_freqs.weight":
             return
         meta = self.source.meta(name)
-        if meta.shape != slot.shape and slot.gguf not in ("token_embd.weight", "output.weight"):
+        padded = (
+            slot.gguf in ("token_embd.weight", "output.weight") and len(meta.shape) == 2
+        )  # rows beyond the vocabulary
+        if meta.shape != slot.shape and not (padded and meta.shape[1] == slot.shape[1]):
             raise QkitError(
                 f"{self.label}: {name} has the shape {list(meta.shape)}, the config says {list(slot.shape)}"
             )

@@ -42,6 +42,10 @@ def kept(k: Keys, kind: str, values: int, kv_heads: int, dim: int, expanded: int
         window = k.size("sliding_window")
     elif name == "chunked":
         window = k.size("attention_chunk_size")
+    elif name not in ("full", "latent"):
+        raise QkitError(
+            f"config.json has a layer of {kind}, and {k.model_type!r} none that are known here", "check its layer_types"
+        )
     return Cache(name, values, expanded, window, kv_heads=kv_heads, head_dim=dim)
 
 
