@@ -30,8 +30,11 @@ _PARTIAL = 1.2
 
 @dataclass(frozen=True)
 class Calibration(Cost):
-    """scratch: bytes on disk while it runs, beside what is in memory."""
+    """nbytes: where everything is in one memory. Of a GPU: `device`, what its own holds, and `host`, what is left for
+    the machine's. scratch: bytes on disk while it runs."""
 
+    device: int = 0
+    host: int = 0
     scratch: int = 0
 
 
@@ -76,12 +79,17 @@ def predict_cost(
     embedding = max((source.meta(name).nbytes for name in weights if name not in schemes), default=0)
     batch = min(samples, size) * length
     passing = waiting_bytes(source, schemes, tokens, 2) if side_by_side else held
-    in_block = _block_bytes(source, schemes) + passing + _working_bytes(source, schemes, groups, costs, batch, method)
+    working = _working_bytes(source, schemes, groups, costs, batch, method)
+    in_block = _block_bytes(source, schemes) + passing + working
+    largest = max((source.meta(name).nbytes for name in weights), default=0)
     kept = any(".experts." in name for name in schemes) and not side_by_side and not one_pass
     return Calibration(
         forward + sum(cost.flops for cost in costs.values()),
         max(embedding + 2 * 2 * batch * hidden + held, in_block),
-        (states - held) * (2 if kept else 1),
+        # A tensor is read here and copied there; what was solved comes back, as codes and in a format's form.
+        device=max(embedding + 2 * 2 * batch * hidden, in_block - (0 if side_by_side else held)),
+        host=held + 2 * largest,
+        scratch=(states - held) * (2 if kept else 1),
     )
 
 

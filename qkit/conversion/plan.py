@@ -168,6 +168,7 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "bits_per_quantized_weight": self.bits_per_quantized_weight,
             "peak_memory_predicted_bytes": self.predicted.peak,
+            "device_memory_predicted_bytes": self.predicted.on_device or None,
             "seconds_predicted": self.predicted.seconds,
             "disk_needed_bytes": self.disk_needed,
             "disk_free_bytes": self.disk_free,

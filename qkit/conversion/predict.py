@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # whose table stands in the README.
 BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
 RETAINED = 290 << 20
+DEVICE_BASE = 1 << 30  # of a GPU's memory: the driver's context and what libraries take. An assumption, not measured
 MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
 # `benchmarks/convert_speed.py` on 2 Zen 5 cores and halved: a prediction had better be kept than beaten.
@@ -38,13 +39,14 @@ RTN_BYTES_PER_CORE_S = 0.4e9
 @dataclass(frozen=True)
 class Prediction:
     """workers: tasks at a time; peak: resident bytes of the process; seconds; waiting: bytes of activations that
-    calibration may hold to save passes; scratch: bytes of temporary files."""
+    calibration may hold to save passes; scratch: bytes of temporary files; on_device: bytes of a GPU's memory."""
 
     workers: int
     peak: int
     seconds: float
     waiting: int = 0
     scratch: int = 0
+    on_device: int = 0
 
 
 def predict(
@@ -81,7 +83,7 @@ def predict(
     if observed:
         matrices = [n for t in tasks for n in t.sources if BLOCK.search(n) and len(t.meta.shape) == 2]
         passes.append((METHODS["rtn"], matrices))
-    scratch = waiting = 0
+    scratch = waiting = on_device = 0
     if passes:
         from ..calibrate.cost import WAITING_BYTES, predict_cost
 
@@ -89,15 +91,21 @@ def predict(
             samples, length = options.calib_samples, options.calib_len
             return [predict_cost(source, names, samples, length, each, waiting) for each, names in passes]
 
+        apart = device.device_class == "gpu"
+
         def resident(costs: Sequence[Calibration]) -> int:
-            return max(base + cost.nbytes + min(3 * cost.nbytes // 10, RETAINED) for cost in costs)
+            taken = [cost.host if apart else cost.nbytes for cost in costs]
+            return max(base + nbytes + min(3 * nbytes // 10, RETAINED) for nbytes in taken)
+
+        def there(costs: Sequence[Calibration]) -> int:
+            return DEVICE_BASE + max(cost.device for cost in costs) if apart else 0
 
         waiting = WAITING_BYTES
         costs = cost_of(waiting)
-        if MARGIN * max(peak, resident(costs)) > limit:
+        if MARGIN * max(peak, resident(costs)) > limit or MARGIN * there(costs) > device.available_bytes:
             waiting = 0
             costs = cost_of(waiting)
-        peak = max(peak, resident(costs))
+        peak, on_device = max(peak, resident(costs)), there(costs)
         scratch = max(cost.scratch for cost in costs)
         seconds += sum(6.0 + cost.flops / _matmul_rate(device.id) for cost in costs)
     if MARGIN * peak > limit:
@@ -109,7 +117,13 @@ def predict(
             if passes
             else "raise --max-memory: the largest tensor has to fit",
         )
-    return Prediction(workers, peak, seconds, waiting, scratch)
+    if MARGIN * on_device > device.available_bytes:
+        raise QkitError(
+            f"about {units.size(on_device)} of the memory of {device.id} ({device.name}) are needed (predicted); "
+            f"{units.size(device.available_bytes)} are free there",
+            "use --device cpu, --method rtn, or a GPU with more memory",
+        )
+    return Prediction(workers, peak, seconds, waiting, scratch, on_device)
 
 
 # What a worker of a cluster holds before it reads a tensor: Python with Ray, torch and what conversion loads. Measured

@@ -37,6 +37,7 @@ def describe(plan: Plan) -> str:
     lines.append(
         f"predicted: peak memory {units.size(plan.predicted.peak)}, time {units.duration(plan.predicted.seconds)}"
         + (", and what the network takes" if plan.over_network else "")
+        + (f"; {units.size(plan.predicted.on_device)} on {plan.device}" if plan.predicted.on_device else "")
     )
     return "\n".join(lines)
 

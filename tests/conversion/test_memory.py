@@ -60,3 +60,32 @@ def test_max_memory_is_kept(wide: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qkit", "convert", str(wide), "-o", str(tmp_path / "no"), "--method", "rtn"]
     refused = subprocess.run([*command, "--max-memory", "300MiB"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--max-memory allows" in refused.stderr and not (tmp_path / "no").exists()
+
+
+def test_a_gpu_needs_room_for_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the plan alone. What does not fit is refused, and activations wait there only where they fit."""
+    from qkit.conversion import predict
+    from qkit.conversion.options import Options
+    from qkit.conversion.plan import make_plan
+    from qkit.errors import QkitError
+    from qkit.hardware.detect import LocalDevice
+    from qkit.sources import open_source
+
+    def planned(layers: int, gib: float, samples: int = 32) -> predict.Prediction:
+        gpu = LocalDevice("cuda:0", "Toy", 16 << 30, int(gib * 2**30), None, (), None)
+        monkeypatch.setattr("qkit.conversion.plan.resolve", lambda name: gpu)
+        folder = tmp_path / str(layers)
+        if not folder.exists():
+            make_model(folder, **{**SHAPE, "num_hidden_layers": layers})
+        options = Options(method="gptq", calib_samples=samples, calib_len=256)
+        return make_plan(open_source(str(folder)), tmp_path / "out", options).predicted
+
+    monkeypatch.setattr(predict, "_matmul_rate", lambda device: 1e12)
+    two, four = planned(2, 8), planned(4, 8)
+    assert two.on_device == four.on_device > 1 << 30 and two.waiting
+    long = planned(2, 8, samples=1500)
+    assert long.waiting and long.on_device > 4 << 30
+    less = planned(2, 2, samples=1500)
+    assert not less.waiting and less.on_device < 1.7 * 2**30 and less.scratch > 370 << 20
+    with pytest.raises(QkitError, match=r"of the memory of cuda:0 \(Toy\) are needed .*1\.1 GB are free"):
+        planned(2, 1)
