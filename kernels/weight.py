@@ -148,7 +148,7 @@ class Weight:
         outputs repeated."""
         scale = self.scale if self.nested is None else self.nested.expand(self.scale)
         if self.scale_rows != 1:
-            scale = scale.repeat_interleave(self.scale_rows, 0)[: self.out_features]
+            scale = scale.repeat_interleave(min(self.scale_rows, self.out_features), 0)[: self.out_features]
         return self if scale is self.scale else replace(self, scale=scale, scale_rows=1, nested=None)
 
     def to(self, device: torch.device | str) -> Weight:

@@ -191,7 +191,10 @@ def quantized_modules(reader: FormatReader, source: Source) -> dict[str, LayerSp
         for local in reader.required(scheme):
             if not _has(source, f"{module}.{local}"):
                 raise QkitError(f"the checkpoint lacks tensor '{module}.{local}'", "is it complete?")
-        schemes[module] = scheme.stored_with(source.meta(f"{module}.{reader.scale}").dtype)
+        scale = source.meta(f"{module}.{reader.scale}").dtype
+        schemes[module] = scheme.stored_with(scale)
+        if schemes[module].kind != scheme.kind:  # MXFP4 and NVFP4 differ in the type of their scales
+            raise QkitError(f"'{module}.{reader.scale}' is {scale}, which no scale of {scheme.kind} is")
     return schemes
 
 

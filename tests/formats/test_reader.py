@@ -284,6 +284,26 @@ def test_other_formats_codes_that_are_no_matrix():
         Expanded(FakeSource(tensors, {"quantization_config": int8})).read("a.b.weight")
 
 
+@pytest.mark.parametrize("rows", [64, 65, 1 << 31, 10**400])
+def test_a_block_of_more_rows_than_there_are(rows):
+    config = {"quant_method": "fp8", "weight_block_size": [rows, 32]}
+    weight = torch.arange(64 * 32).view(64, 32).float().to(torch.float8_e4m3fn)
+    tensors = {"a.b.weight": weight, "a.b.weight_scale_inv": torch.full((1, 1), 2.0)}
+    found = Expanded(FakeSource(tensors, {"quantization_config": config, "dtype": "float32"})).read("a.b.weight")
+    assert torch.equal(found, weight.float() * 2)
+
+
+def test_scales_of_another_kind_of_weight():
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights, "format": "mxfp4-pack-quantized"}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    packed, scale = torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2)
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        tensors = {"a.b.weight_packed": packed, "a.b.weight_scale": scale.to(dtype)}
+        with pytest.raises(QkitError, match=r"which no scale of mxfp4 is|scale dtype"):
+            Expanded(FakeSource(tensors, {"quantization_config": config}))
+
+
 @pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
 def test_a_group_that_is_none_is_not_counted_up_to(group):
     g_idx = torch.arange(96) // 32
