@@ -46,9 +46,9 @@ def make_model_folder(name: str, folder: Path) -> None:
 
 def small_files() -> None:
     """Shards and slabs of a size that tiny models have several of."""
-    from qkit.conversion import tasks
+    from qkit.conversion import plan, tasks
 
-    tasks.make_shards.__defaults__ = (150_000, False)
+    plan.SHARD_BYTES = 150_000
     tasks.SLAB_BYTES = 20_000
 
 

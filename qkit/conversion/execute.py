@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+from ..hardware import memory
 from ..models.config import positive_int, text_config
 from ..models.families import is_kv_scale, module_of
 from ..progress import notify, track
@@ -16,7 +17,7 @@ from .containers import CONTAINERS
 from .executor import Executor
 from .produce import Part, Produce, outputs, parts_of
 from .record import computed_on, digest_of, record
-from .tasks import block_schemes
+from .tasks import SLAB_BYTES, block_schemes
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +201,8 @@ def make_shard(
         for task in shard.tasks:
             yield from outputs(task, islice(parts, produce.count(task)), written.note)
             advance(task.bytes_in)
+            if task.bytes_in > SLAB_BYTES:
+                memory.give_back()  # codes and values of rows, which are too small for malloc to do that
 
     written.file = CONTAINERS[produce.fmt.container].write(produce.plan, store, shard, stream())
     return written

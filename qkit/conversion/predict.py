@@ -15,7 +15,7 @@ from ..models.families import BLOCK
 from ..text.tokenizer import held
 from .executor import AHEAD
 from .options import Options
-from .tasks import Shard, block_schemes, row_ranges
+from .tasks import SLAB_BYTES, Shard, Task, block_schemes, row_ranges
 
 if TYPE_CHECKING:
     from ..calibrate.cost import Calibration
@@ -77,7 +77,7 @@ def predict(
     while workers > 1 and MARGIN * (base + transfers(workers) + _in_flight(sizes, workers)) > limit:
         workers -= 1
     base += transfers(workers)
-    peak = base + _in_flight(sizes, workers)
+    peak = base + max(_in_flight(sizes, workers), _verifying(tasks, fmt) if options.verify else 0)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
     if observed:
@@ -157,6 +157,16 @@ def _in_flight(sizes: Sequence[Sequence[_Size]], workers: int) -> int:
             computing = sorted((each.computed - each.left for each in ahead), reverse=True)[:workers]
             held = part.left + part.joined + sum(each.left for each in ahead) + sum(computing)
             most = max(most, held, part.computed)
+    return most
+
+
+def _verifying(tasks: Sequence[Task], fmt: Format) -> int:
+    """A weight that is read back whole, unpacked where its format lays it out in another way, and compared in rows."""
+    most = 0
+    for task in tasks:
+        if task.scheme is not None:
+            read = task.bytes_out if fmt.rows_follow else 2 * task.bytes_out + task.numel
+            most = max(most, read + 3 * min(SLAB_BYTES, task.bytes_in))
     return most
 
 

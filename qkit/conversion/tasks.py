@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..sources.types import Source
 
 SHARD_BYTES = 2 * 10**9
-SLAB_BYTES = 32 << 20  # of a tensor, handled at a time
+SLAB_BYTES = 16 << 20  # of a tensor, handled at a time
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
 from ..models.families import is_kv_scale, module_of
 from ..progress import track
-from .containers import CONTAINERS
+from .containers import CONTAINERS, Tensors
 from .execute import read_weights
 from .produce import compared, digests
 from .record import digest_of
@@ -42,16 +43,21 @@ def verify_result(plan: Plan, work: Work) -> None:
                 work.drop([files[name]])
                 raise QkitError(f"verification failed: {name} is {written.meta(name)}, planned was {meta}", _HINT)
     for task in sample([t for t in plan.tasks if t.scheme is not None]):
-        for name, weight in read_weights(task, plan.fmt, written.read).items():
-            crc, error = compared(plan.view, name, weight)
-            if digest_of(crc) != work.manifest.sources[name]:
-                raise _changed(name)
-            expected = work.manifest.tensors[name]["weight_error"]
-            if abs(error - expected) > 1e-4 * max(expected, 1e-3):
-                work.drop({files[output] for output, _ in task.outputs})
-                raise QkitError(
-                    f"verification failed: {name} reads back with error {error:.6g}, noted was {expected:.6g}", _HINT
-                )
+        _compare(plan, work, task, written, files)
+
+
+def _compare(plan: Plan, work: Work, task: Task, written: Tensors, files: Mapping[str, str]) -> None:
+    """A task's weights against the source. By itself, so that nothing of one is held while the next is read."""
+    for name, weight in read_weights(task, plan.fmt, written.read).items():
+        crc, error = compared(plan.view, name, weight)
+        if digest_of(crc) != work.manifest.sources[name]:
+            raise _changed(name)
+        expected = work.manifest.tensors[name]["weight_error"]
+        if abs(error - expected) > 1e-4 * max(expected, 1e-3):
+            work.drop({files[output] for output, _ in task.outputs})
+            raise QkitError(
+                f"verification failed: {name} reads back with error {error:.6g}, noted was {expected:.6g}", _HINT
+            )
 
 
 def check_inherited(plan: Plan, work: Work, executor: Executor) -> None:

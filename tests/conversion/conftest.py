@@ -10,20 +10,17 @@ from results import contents
 @pytest.fixture
 def several_files(monkeypatch):
     """Shards of a size that a tiny model has three of."""
-    from qkit.conversion import tasks
-
-    monkeypatch.setattr(tasks.make_shards, "__defaults__", (150_000, False))
+    monkeypatch.setattr("qkit.conversion.plan.SHARD_BYTES", 150_000)
 
 
 @pytest.fixture(scope="session")
 def expected(llama, tmp_path_factory):
     """What an undisturbed conversion writes: three files of weights among it."""
-    from qkit.conversion import tasks
     from qkit.conversion.run import convert
 
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.make_shards, "__defaults__", (150_000, False))
+        patch.setattr("qkit.conversion.plan.SHARD_BYTES", 150_000)
         convert(str(llama), out, **OPTIONS)
     found = contents(out)
     assert sum(name.startswith("model-") for name in found) == 3

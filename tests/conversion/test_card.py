@@ -168,7 +168,7 @@ def test_what_was_read_of_the_source_is_noted_and_compared(
     for name in source.names():
         values = source.read(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         assert noted[name] == f"crc32:{zlib.crc32(values):08x}"
-    monkeypatch.setattr("qkit.conversion.verify.digest", lambda tensor: "crc32:00000000")
+    monkeypatch.setattr("qkit.conversion.verify.digest_of", lambda crc: "crc32:00000000")
     with pytest.raises(QkitError, match="is not what it was when it was converted"):
         convert(str(llama), tmp_path / "changed", **options)
     assert not (tmp_path / "changed").exists()
