@@ -134,8 +134,9 @@ def test_llama_cpp_s_server_and_then_its_death(tmp_path, monkeypatch) -> None:
     whole, half, none = dying.levels
     assert whole.succeeded == 8 and whole.failed == ()
     reasons = {f.reason for f in half.failed}
-    assert 1 <= half.succeeded <= 3 and half.requests == 8 and "connection refused" in reasons
-    assert reasons <= {"connection refused", "stream cut short", "connection closed without an answer"}
+    assert 1 <= half.succeeded < 8 and half.requests == 8 and "connection refused" in reasons
+    # What was under way ends in one of three ways, by where the kill met it; what follows is refused.
+    assert reasons <= {"connection refused", "no connection", "stream cut short", "connection closed without an answer"}
     assert none.succeeded == 0 and [(f.reason, f.count) for f in none.failed] == [("connection refused", 8)]
     assert dying.unmeasured == (8,) and not dying.passed
 
