@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster
 from qkit.conversion.run import convert
 from qkit.conversion.workspace import partial_dir
 from qkit.errors import QkitError
+from qkit.storage.manifest import Manifest
 
 MACHINES = 3  # that take tasks, beside the head, which takes none
 
@@ -59,9 +60,10 @@ def writer(part: Path) -> int | None:
 def noted(part: Path) -> int:
     """How many files the driver has noted as finished."""
     try:
-        return len(json.loads((part / "qkit_manifest.json").read_text())["files"])
-    except OSError:
+        found = Manifest.find(part)
+    except (OSError, QkitError):  # it is just being replaced
         return 0
+    return 0 if found is None else len(found.files)
 
 
 def raylet_of(machine: Any) -> int:
