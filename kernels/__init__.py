@@ -72,6 +72,14 @@ def crc32(t: torch.Tensor) -> int:
     return zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) if found is None else found
 
 
+def all_finite(t: torch.Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; makes no copy, as isfinite does."""
+    if not t.numel():
+        return True
+    low, high = torch.aminmax(t)  # NaN wins both, infinity one
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def _check_bits(bits: int) -> None:
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, not {bits}")

@@ -51,12 +51,6 @@ def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tenso
     return reference.dequantize_weight(weight, dtype)
 
 
-def weight_error(weight: torch.Tensor, q: Weight) -> float:
-    """||W - Wq|| / ||W||, Frobenius."""
-    lost, total = squared_error(weight, q)
-    return float((lost / total) ** 0.5) if total else 0.0
-
-
 def squared_error(weight: torch.Tensor, q: Weight) -> tuple[float, float]:
     """(||W - Wq||^2, ||W||^2), accumulated in float64, a slab of rows at a time: no whole copy is made."""
     lost = total = 0.0

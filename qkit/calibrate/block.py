@@ -159,7 +159,7 @@ class Block:
         self._solve(self.groups)  # what is never called
 
     def _stage_by_stage(self, hidden: States) -> None:
-        apart = [group for group in self.groups if self._experts_of(group) is not None]
+        apart = {group: name for group in self.groups if (name := self._experts_of(group)) is not None}
         for stage in range(len(self.stages)):
             own = [group for group in self.groups if group[1] == stage and group not in apart]
             if not own:
@@ -167,9 +167,8 @@ class Block:
             with self._hooks(partial(self._observe_stage, stage, frozenset(own))):
                 self._pass(hidden)
             self._solve(own)
-        for name in dict.fromkeys(self._experts_of(group) for group in apart):
-            assert name is not None
-            self._by_expert(name, hidden, [group for group in apart if self._experts_of(group) == name])
+        for name in dict.fromkeys(apart.values()):
+            self._by_expert(name, hidden, [group for group, inside in apart.items() if inside == name])
         self.runner.advance(hidden)
 
     def _pass(self, hidden: States) -> None:
@@ -215,8 +214,10 @@ class Block:
         """The groups of as many experts as have room for their statistics at once."""
         members: list[Group] = []
         nbytes = 0
-        for parent in dict.fromkeys(parent for parent, _ in groups):
-            own = [group for group in groups if group[0] == parent]
+        of_expert: dict[str, list[Group]] = {}
+        for group in groups:
+            of_expert.setdefault(group[0], []).append(group)
+        for own in of_expert.values():
             more = max(self._statistic_bytes(group) for group in own)
             if members and nbytes + more > EXPERTS_BYTES:
                 yield members

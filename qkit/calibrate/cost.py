@@ -65,7 +65,8 @@ def predict_cost(
 
     forward = sum(2.0 * reached(name) * weights[name][0] * weights[name][1] for name in schemes)
     one_pass = method.needs is None or method.observes
-    side_by_side = not one_pass and waiting_bytes(source, schemes, tokens, 2) <= waiting
+    waits = waiting_bytes(source, schemes, tokens, 2)
+    side_by_side = not one_pass and waits <= waiting
     if not one_pass and not side_by_side:
         forward *= 1 + _PARTIAL
     costs = {
@@ -76,18 +77,19 @@ def predict_cost(
     hidden = positive_int(config, "hidden_size", max((in_ for _, in_ in groups), default=1))
     states = 2 * tokens * hidden
     held = states if states <= IN_MEMORY else 0
-    embedding = max((source.meta(name).nbytes for name in weights if name not in schemes), default=0)
     batch = min(samples, size) * length
-    passing = waiting_bytes(source, schemes, tokens, 2) if side_by_side else held
+    embedding = max((source.meta(name).nbytes for name in weights if name not in schemes), default=0)
+    embedding += 2 * 2 * batch * hidden
+    passing = waits if side_by_side else held
     working = _working_bytes(source, schemes, groups, costs, batch, method)
     in_block = _block_bytes(source, schemes) + passing + working
     largest = max((source.meta(name).nbytes for name in weights), default=0)
     kept = any(".experts." in name for name in schemes) and not side_by_side and not one_pass
     return Calibration(
         forward + sum(cost.flops for cost in costs.values()),
-        max(embedding + 2 * 2 * batch * hidden + held, in_block),
+        max(embedding + held, in_block),
         # A tensor is read here and copied there; what was solved comes back, as codes and in a format's form.
-        device=max(embedding + 2 * 2 * batch * hidden, in_block - (0 if side_by_side else held)),
+        device=max(embedding, in_block - (0 if side_by_side else held)),
         host=held + 2 * largest,
         scratch=(states - held) * (2 if kept else 1),
     )
@@ -114,7 +116,7 @@ def _working_bytes(
     """Of one batch of tokens in a block, or of what is solved there, whichever takes more."""
     gated = 3 * 2 * batch * max((source.meta(name).shape[0] for name in schemes), default=0)
     most = gated
-    for (_, in_), cost in ((key, costs[key]) for key in groups):
+    for (_, in_), cost in costs.items():
         most = max(most, cost.nbytes + 2 * batch * in_)
     if method.needs is not None:
         # The statistics of several experts, while a batch is run.

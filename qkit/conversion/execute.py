@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..formats.base import Format
     from ..kernels.weight import Weight
     from ..sources.types import Source
-    from ..storage.store import FileDigest, Store
+    from ..storage.store import Store
     from ..storage.writer import Pieces
     from .output import Work
     from .plan import Plan
@@ -70,7 +70,7 @@ def _observed(plan: Plan, source: Source, work: Work, tokens: torch.Tensor) -> d
         with track("observing", positive_int(text_config(source.config), "num_hidden_layers", 1), "blocks") as advance:
             schemes, place = block_schemes(plan.tasks), work.scratch
             found = observe(source, schemes, tokens, device=plan.device, folder=place, advance=lambda: advance(1))
-        work.note({STATISTICS: file_entry(write_moments(work.store, STATISTICS, found))})
+        work.note(files={STATISTICS: file_entry(write_moments(work.store, STATISTICS, found))})
     return read_moments(work.store, STATISTICS)
 
 
@@ -197,7 +197,7 @@ def make_shard(
     written = Written(FileDigest("", 0))
 
     def stream() -> Iterator[torch.Tensor | Pieces]:
-        parts = iter(executor.run(produce, (job for task in shard.tasks for job in produce.jobs(task))))
+        parts = executor.run(produce, (job for task in shard.tasks for job in produce.jobs(task)))
         for task in shard.tasks:
             yield from outputs(task, islice(parts, produce.count(task)), written.note)
             advance(task.bytes_in)
@@ -231,4 +231,4 @@ def commit(shard: Shard, written: Written, work: Work) -> None:
     """Note a file in the manifest: it is finished."""
     from ..storage.manifest import file_entry
 
-    work.note({shard.file: file_entry(written.file)}, written.entries, written.digests)
+    work.note(files={shard.file: file_entry(written.file)}, tensors=written.entries, sources=written.digests)

@@ -33,7 +33,7 @@ def write_companions(plan: Plan, source: Source, work: Work) -> None:
     for sidecar in container.sidecars(source):
         if sidecar.name not in files:
             files[sidecar.name] = sidecar.read()
-    work.note({name: file_entry(write_file(work.store, name, data)) for name, data in sorted(files.items())})
+    work.note(files={name: file_entry(write_file(work.store, name, data)) for name, data in sorted(files.items())})
 
 
 def complete(work: Work) -> None:

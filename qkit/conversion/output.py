@@ -40,13 +40,8 @@ class Work(Protocol):
         """Whether `file` is finished."""
         ...
 
-    def note(
-        self,
-        files: Mapping[str, dict[str, Any]] | None = None,
-        tensors: Mapping[str, dict[str, Any]] | None = None,
-        sources: Mapping[str, str] | None = None,
-    ) -> None:
-        """Add entries to the manifest, for good: files that are finished, and what was made of what."""
+    def note(self, **new: Mapping[str, Any]) -> None:
+        """Add to the manifest (`Manifest.add`) what is finished; it stays so whatever happens next."""
         ...
 
     def save(self) -> None:

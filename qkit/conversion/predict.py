@@ -74,10 +74,12 @@ def predict(
     usable = cores()
     workers = usable
     sizes = [_sizes(shard, source, fmt, method) for shard in shards]
-    while workers > 1 and MARGIN * (base + transfers(workers) + _in_flight(sizes, workers)) > limit:
+    in_flight = _in_flight(sizes, workers)
+    while workers > 1 and MARGIN * (base + transfers(workers) + in_flight) > limit:
         workers -= 1
+        in_flight = _in_flight(sizes, workers)
     base += transfers(workers)
-    peak = base + max(_in_flight(sizes, workers), _verifying(tasks, fmt) if options.verify else 0)
+    peak = base + max(in_flight, _verifying(tasks, fmt) if options.verify else 0)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
     if observed:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QkitError
 from ..methods import METHODS
-from ..sources.types import found_in
 from ..storage.crc import combine
 from ..storage.writer import Pieces
-from .record import check_finite, digest_of
-from .tasks import row_ranges, slab_ranges
+from .record import check_finite, digest_of, relative_error
+from .tasks import keeps_codes, row_ranges, slab_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -86,12 +85,13 @@ class Produce:
         return len(task.sources) if ranges is None else len(ranges)
 
     def _ranges(self, task: Task) -> Sequence[tuple[int, int]] | None:
-        if self.block is not None and task.name in {*self.block.layers, *self.block.replaced}:
+        if self.block is not None and (task.name in self.block.layers or task.name in self.block.replaced):
             return None
         return row_ranges(task, self.source, self.fmt, self.method)
 
     def __call__(self, job: Job) -> Part:
         from ..kernels import crc32
+        from ..kernels.codes import squared_error
 
         task, name = job.task, job.source
         if self.block is not None and name in self.block.layers:
@@ -144,18 +144,12 @@ class Produce:
         return done
 
 
-def squared_error(tensor: torch.Tensor, weight: Weight) -> tuple[float, float]:
-    from ..kernels import codes
-
-    return codes.squared_error(tensor, weight)
-
-
 def _repacked(source: Source, name: str, scheme: LayerSpec) -> Weight | None:
     """The codes that the source stores, where they are on the grid that is wanted."""
-    from ..formats.expanded import Expanded, repacked, same_grid
+    from ..formats.expanded import repacked
 
-    found = found_in(source, Expanded)
-    if found is None or name not in found.schemes or not same_grid(found.schemes[name], scheme):
+    found = keeps_codes(source, name, scheme)
+    if found is None:
         return None
     try:
         return repacked(found.weight(name), scheme)
@@ -165,18 +159,19 @@ def _repacked(source: Source, name: str, scheme: LayerSpec) -> Weight | None:
 
 def compared(source: Source, name: str, weight: Weight) -> tuple[int, float]:
     """(CRC-32 of a source tensor, ||W - Wq|| / ||W|| against `weight`), read in parts where that can be."""
-    crc, _, (lost, total) = _compared(source, name, weight)
-    return crc, (lost / total) ** 0.5 if total else 0.0
+    crc, _, squared = _compared(source, name, weight)
+    return crc, relative_error(squared)
 
 
 def digests(source: Source, task: Task) -> dict[str, str]:
-    """`record.digest` of the source tensors of a task, by name, read in parts where that can be."""
+    """`record.digest_of` the source tensors of a task, by name, read in parts where that can be."""
     return {name: digest_of(_compared(source, name)[0]) for name in task.sources}
 
 
 def _compared(source: Source, name: str, weight: Weight | None = None) -> tuple[int, int, tuple[float, float]]:
     """(CRC-32 of a source tensor, its bytes, `squared_error` against `weight`), read in parts where that can be."""
     from ..kernels import crc32
+    from ..kernels.codes import squared_error
 
     meta, rows = source.meta(name), source.rows(name)
     ranges = slab_ranges(meta) if rows is not None and meta.shape else [None]
@@ -221,8 +216,8 @@ def outputs(
     else:
         for piece in each():
             whole.put(0, piece)
-        yield whole.tensors[0]
-    yield from whole.tensors[1:]
+        yield whole.tensors.pop(0)
+    yield from (whole.tensors[index] for index in range(1, len(metas)))
     note(task, seen)
 
 
@@ -241,7 +236,7 @@ class _Joined:
     def __init__(self, task: Task, metas: Sequence[TensorMeta], axes: Sequence[int | None]):
         self._stacked, self._metas, self._axes = len(task.sources) > 1, metas, axes
         self._filled = [0] * len(metas)
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: dict[int, torch.Tensor] = {}  # by the place of the output
 
     def take(self, part: Part) -> torch.Tensor:
         """Put a part in its place but for its first output, which is returned."""
@@ -255,14 +250,12 @@ class _Joined:
 
         from ..spec.dtypes import torch_dtype
 
-        if not self.tensors:
-            self.tensors = [torch.empty(0)] * len(self._metas)
         axis = self._axes[index]
         if axis is None:
             self.tensors[index] = part
             return
         at = self._filled[index]
-        if not at:
+        if index not in self.tensors:
             meta = self._metas[index]
             self.tensors[index] = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
         self.tensors[index].narrow(axis, at, part.shape[axis]).copy_(part)

@@ -138,16 +138,9 @@ class RemoteWorkspace:
         """Whether `file` is finished. What an earlier run wrote was hashed before it is counted on."""
         return file in self.manifest.files
 
-    def note(
-        self,
-        files: Mapping[str, dict[str, Any]] | None = None,
-        tensors: Mapping[str, dict[str, Any]] | None = None,
-        sources: Mapping[str, str] | None = None,
-    ) -> None:
+    def note(self, **new: Mapping[str, Any]) -> None:
         """Add to the manifest what is finished, and write it whole: objects do not grow."""
-        self.manifest.files.update(files or {})
-        self.manifest.tensors.update(tensors or {})
-        self.manifest.sources.update(sources or {})
+        self.manifest.add(**new)
         self.save()
 
     def save(self) -> None:
@@ -156,9 +149,7 @@ class RemoteWorkspace:
 
     def drop(self, files: Iterable[str]) -> None:
         """Forget finished files that turned out to be damaged: the same command writes them again."""
-        for file in files:
-            self.manifest.files.pop(file, None)
-        self.manifest.complete = False
+        self.manifest.forget(files)
         self.save()
 
     def reveal(self) -> None:

@@ -16,6 +16,7 @@ from ..spec.dtypes import TensorMeta
 
 if TYPE_CHECKING:
     from ..formats.base import Format
+    from ..formats.expanded import Expanded
     from ..methods import Method
     from ..sources.types import Source
 
@@ -100,18 +101,18 @@ def row_ranges(task: Task, source: Source, fmt: Format, method: Method) -> list[
         apart = task.outputs[0][1] == task.meta
     else:
         method = method if method.by_rows else METHODS["rtn"]  # what a calibrated method leaves: the head
-        apart = fmt.by_rows and not method.whole(task.scheme) and not keeps_codes(source, task)
+        apart = fmt.by_rows and not method.whole(task.scheme)
+        apart = apart and keeps_codes(source, task.name, task.scheme) is None
     return slab_ranges(task.meta) if apart and source.rows(task.name) is not None else None
 
 
-def keeps_codes(source: Source, task: Task) -> bool:
-    """Whether a quantized source holds codes on the very grid that is wanted."""
+def keeps_codes(source: Source, name: str, scheme: LayerSpec) -> Expanded | None:
+    """The quantized checkpoint behind `source`, where it holds a weight's codes on the very grid that is wanted."""
     from ..formats.expanded import Expanded, same_grid
 
     found = found_in(source, Expanded)
-    if found is None or task.scheme is None or task.name not in found.schemes:
-        return False
-    return same_grid(found.schemes[task.name], task.scheme)
+    kept = found is not None and name in found.schemes and same_grid(found.schemes[name], scheme)
+    return found if kept else None
 
 
 def schemes_of(tasks: Iterable[Task]) -> dict[str, LayerSpec]:

@@ -18,7 +18,7 @@ from ..storage import journal
 from ..storage.files import os_error
 from ..storage.journal import JOURNAL
 from ..storage.local import TEMPORARY_SUFFIX, LocalStore, fsync_folder, remove_temporaries, write_all
-from ..storage.manifest import MANIFEST, Manifest
+from ..storage.manifest import MANIFEST, NOTED, Manifest
 from ..storage.store import FileDigest, hash_file
 from ..untrusted import parse_json
 
@@ -190,18 +190,11 @@ class Workspace:
         entry = self.manifest.files.get(file)
         return entry is not None and (self.folder / file).is_file()
 
-    def note(
-        self,
-        files: Mapping[str, dict[str, Any]] | None = None,
-        tensors: Mapping[str, dict[str, Any]] | None = None,
-        sources: Mapping[str, str] | None = None,
-    ) -> None:
-        """Add to the manifest what is finished; it stays so whatever happens next. Arguments as fields of Manifest."""
-        new = {"files": dict(files or {}), "tensors": dict(tensors or {}), "sources": dict(sources or {})}
+    def note(self, **new: Mapping[str, Any]) -> None:
+        """Add to the manifest what is finished; it stays so whatever happens next."""
         self.store.check()
-        for key, entries in new.items():
-            getattr(self.manifest, key).update(entries)
-        journal.append(self.folder, new)
+        self.manifest.add(**new)
+        journal.append(self.folder, {**{key: {} for key in NOTED}, **new})
 
     def save(self) -> None:
         """Write the manifest whole, and drop the journal. Stopped in between, the journal repeats what is there."""
@@ -211,9 +204,7 @@ class Workspace:
 
     def drop(self, files: Iterable[str]) -> None:
         """Forget finished files that turned out to be damaged: the same command writes them again."""
-        for file in files:
-            self.manifest.files.pop(file, None)
-        self.manifest.complete = False
+        self.manifest.forget(files)
         self.save()
 
     def reveal(self) -> None:

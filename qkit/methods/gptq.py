@@ -97,14 +97,16 @@ def quantize_all(
     """
     import torch
 
+    from ..kernels import all_finite
+
     n = hessian.shape[0]
     for w, scheme in zip(weights, schemes, strict=True):
         if w.ndim != 2 or w.shape[1] != n or hessian.shape != (n, n):
             raise ValueError(f"weight {list(w.shape)} and hessian {list(hessian.shape)} do not match")
         scheme.groups(n)
-        if not _finite(w):
+        if not all_finite(w):
             raise QkitError("the weight contains NaN or infinite values", "the checkpoint is damaged")
-    if not _finite(hessian):
+    if not all_finite(hessian):
         raise QkitError(
             "the calibration statistics contain NaN or infinite values",
             "the model overflows on this text: check the checkpoint, or use --method rtn",
@@ -372,11 +374,3 @@ def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -
         )
         parts.append((q, lost, total))
     return replace(_joined(parts), method="rtn", fallback=reason)
-
-
-def _finite(x: torch.Tensor) -> bool:
-    """Whether x [rows, columns] holds neither NaN nor infinity; makes no copy."""
-    import torch
-
-    low, high = torch.aminmax(x)  # NaN wins both, infinity one
-    return bool(torch.isfinite(low) & torch.isfinite(high))

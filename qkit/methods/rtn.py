@@ -47,13 +47,15 @@ class Rtn(Method):
         return [self._one(w, spec, options) for w, spec in zip(weights, specs, strict=True)]
 
     def _one(self, w: torch.Tensor, spec: LayerSpec, options: dict[str, Any]) -> Quantized:
+        from .. import kernels
+
         if spec.kind == "int" and spec.grid.low is None:
             weight, squared = quantize_squared(w, spec, **options)
             return Quantized(weight, self.name, squared)
         if spec.kind == "ggml":
             packed, squared = blocks(w, spec)
             return Quantized(packed, self.name, squared)
-        if not bool(w.isfinite().all()):
+        if not kernels.all_finite(w):
             raise _non_finite(w)
         return Quantized(self._rounded(w, spec), self.name)
 

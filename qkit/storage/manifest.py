@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,17 @@ class Manifest:
     sources: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
+    def add(self, **new: Mapping[str, Any]) -> None:
+        """Add to the tables `NOTED`, by their names."""
+        for key, entries in new.items():
+            getattr(self, key).update(entries)
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Files that turned out to be damaged are not there any more, and nothing is complete."""
+        for file in files:
+            self.files.pop(file, None)
+        self.complete = False
+
     def save(self, place: str | Path | Store) -> FileDigest:
         """Write it to a folder. Raises QkitError if the system refuses, ValueError for values JSON lacks (NaN)."""
         table = {
@@ -86,12 +97,13 @@ class Manifest:
         problem = _problem(table)
         if problem:
             raise QkitError(f"{path} is not a valid manifest: {problem}", _HINT)
+        found = cls(**{key: table[key] for key in ("identity", *NOTED, "complete")})
         for entry in journal.entries(store):
-            if _problem({"identity": {}, "complete": False, **{key: entry.get(key) for key in NOTED}}):
+            new: dict[str, Any] = {key: entry.get(key) for key in NOTED}
+            if _problem({"identity": {}, "complete": False, **new}):
                 break
-            for key in NOTED:
-                table[key].update(entry[key])
-        return cls(**{key: table[key] for key in ("identity", *NOTED, "complete")})
+            found.add(**new)
+        return found
 
     def verify(self, place: str | Path | Store, progress: Callable[[int], None] | None = None) -> list[str]:
         """Compare a folder with the manifest, byte for byte; returns the problems, in a fixed order.

@@ -156,14 +156,9 @@ class SafetensorsFile:
         """dtype and shape; KeyError for an unknown name."""
         return self.entries[name].meta
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The tensor in memory of its own, or one part of it along its first dimension; KeyError for an unknown name,
-        QkitError if the file changed."""
-        meta, offset = self.entries[name]
-        if index is not None:
-            meta = TensorMeta(meta.dtype, meta.shape[1:])
-            offset += index * meta.nbytes
-        return self._at(meta, offset)
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in memory of its own; KeyError for an unknown name, QkitError if the file changed."""
+        return self._at(*self.entries[name])
 
     def _at(self, meta: TensorMeta, offset: int) -> torch.Tensor:
         import torch
