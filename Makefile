@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# processes of `make test`
+JOBS ?= 2
 
 .PHONY: demo test interop reports bench bench-gpu triton-static arm-tools lint clean
 
@@ -25,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/qkit profile demo-out/SmolLM2-135M-W4A16 --baseline demo -o demo-out/report
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 interop: $(STAMP)
 	$(BIN)/python -m pytest tests/interop

@@ -12,6 +12,7 @@ from ..hardware import memory
 from ..hardware.detect import LocalDevice, cores
 from ..methods import METHODS
 from ..models.families import BLOCK
+from ..models.skeleton import import_code
 from ..text.tokenizer import held
 from .executor import AHEAD
 from .options import Options
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
     from ..methods import Method
     from ..sources.types import Source
 
-# What is resident before a tensor is read, beside Python and torch, of which each installation maps another part of its
-# libraries: what conversion loads; for calibrated methods transformers and a tokenizer as well. And what malloc keeps
-# of freed tensors that are too small (32 MiB) to be given back at once. Measured by `benchmarks/convert_memory.py`,
-# whose table stands in the README.
-BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 214 << 20
+# What becomes resident before a tensor is read, beside what already is: the code that works on tensors and, for
+# calibrated methods, tokenizer and model. And what malloc keeps of freed tensors that are too small (32 MiB) to be
+# given back at once. Measured by `benchmarks/convert_memory.py`, whose table stands in the README.
+BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 40 << 20
 RETAINED = 290 << 20
 DEVICE_BASE = 1 << 30  # of a GPU's memory: the driver's context and what libraries take. An assumption, not measured
 MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
@@ -63,8 +63,11 @@ def predict(
     transfers: (workers) -> bytes that are on their way over a network at once.
 
     Raises QkitError where --max-memory or the machine cannot hold it."""
-    import torch  # noqa: F401  for its share of what is resident
+    # Imported for their share of what is resident: of the same libraries each machine maps another part.
+    import torch  # noqa: F401
 
+    if method.needs or observed:
+        import_code(source.config)
     here = memory.limit()
     limit = min(options.max_memory or here, here)
     base = memory.resident() + (BASE_MEMORY_CALIBRATED if method.needs or observed else BASE_MEMORY)

@@ -32,6 +32,13 @@ def check_architecture(config: Mapping[str, Any]) -> str:
     )
 
 
+def import_code(config: Mapping[str, Any]) -> None:
+    """Import now what `build` of a parsed config.json imports. Raises QkitError for an unknown architecture."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[check_architecture(config)]]
+
+
 def build(config: Mapping[str, Any] | PreTrainedConfig) -> nn.Module:
     """The transformers causal LM for `config`: parameters on meta, buffers real, eval mode, attention as
     transformers prefers (sdpa; eager for Gemma 2, whose soft-capped scores it has no other way to compute).
