@@ -16,6 +16,12 @@ from qkit.conversion.cluster import Node
 
 GIB = 1 << 30
 
+Use = Callable[[Any], Any]
+
+
+class Ticket(int):
+    """Of a call, or of a value."""
+
 
 class Here:
     """Runs what it is given in this process, when it is waited for."""
@@ -26,21 +32,31 @@ class Here:
         self.sent: list[bytes] = []
         self.asked: list[tuple[int, int]] = []
         self.done: dict[int, Any] = {}
+        self.put_there: list[bytes] = []
 
     def nodes(self) -> list[Node]:
         return self.offered
 
-    def submit(self, function: Callable[..., Any], *args: Any, cpus: int, memory: int) -> int:
-        self.sent.append(pickle.dumps((function, args)))
+    def submit(self, function: Callable[..., Any], *args: Any, cpus: int, memory: int) -> Ticket:
+        self.sent.append(pickle.dumps((function, args), 5))
         self.asked.append((cpus, memory))
-        return len(self.sent) - 1
+        return Ticket(len(self.sent) - 1)
 
-    def wait(self, tickets: Collection[int]) -> int:
+    def put(self, value: Any) -> Ticket:
+        ticket = Ticket(-len(self.put_there) - 1)
+        self.put_there.append(pickle.dumps(value, 5))
+        return ticket
+
+    def wait(self, tickets: Collection[Ticket]) -> Ticket:
         return self.random.choice(sorted(tickets))
 
-    def result(self, ticket: int) -> Any:
+    def result(self, ticket: Ticket) -> Any:
+        if ticket < 0:
+            return pickle.loads(self.put_there[-ticket - 1])
         if ticket not in self.done:
-            self.done[ticket] = self.call(self.sent[ticket])
+            function, args = pickle.loads(self.sent[ticket])
+            resolved = tuple(self.result(arg) if isinstance(arg, Ticket) else arg for arg in args)
+            self.done[ticket] = self.call(pickle.dumps((function, resolved), 5))
         return pickle.loads(self.done[ticket])
 
     def call(self, sent: bytes) -> bytes:
@@ -86,4 +102,4 @@ def answer(connection: Any, sent: bytes, die: bool) -> None:
 
 def called(sent: bytes) -> bytes:
     function, args = pickle.loads(sent)
-    return pickle.dumps(function(*args))
+    return pickle.dumps(function(*args), 5)

@@ -46,6 +46,20 @@ class BlockResult:
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Of a block, how its linears are called.
+
+    stages  leaf names that share an input, in the order of their calls
+    clean   whether a pass that is for a stage can be left where a later one begins: nothing of it is called then
+    groups  the names of linears of each group
+    """
+
+    stages: list[set[str]]
+    clean: list[bool]
+    groups: dict[Group, list[str]]
+
+
 _SLAB = 8 << 20  # weights dequantized at a time: bounds what is held beside the block
 # Bytes of statistics of experts that are taken in one pass over what they are given; of at least one expert.
 EXPERTS_BYTES = 1 << 30
@@ -106,9 +120,10 @@ class Block:
         method: Method,
         options: Mapping[str, Any],
         folder: Path | None = None,
+        kind: Callable[[int, torch.device | str], Statistic] | None = None,
     ):
         """prefix: what the names of the block's tensors begin with; schemes: weight name -> LayerSpec; options: of
-        the method; folder: for temporary files."""
+        the method; folder: for temporary files; kind: of statistic, by default the one that the method needs."""
         self.runner, self.index, self.prefix = runner, index, prefix
         self.source, self.schemes, self.method, self.options = source, schemes, method, options
         self.folder = folder
@@ -119,6 +134,7 @@ class Block:
         self.checksums: dict[str, int] = {}
         self.replaced: dict[str, torch.Tensor] = {}
         self.statistics: dict[Group, Statistic] = {}
+        self.kind = kind or STATISTICS[method.needs or ""]
 
     def quantize(self, hidden: States, side_by_side: bool) -> BlockResult:
         """Quantize every linear and replace `hidden`, a tensor per batch, by the quantized block's output, in place.
@@ -126,7 +142,7 @@ class Block:
         side_by_side: one pass, whose activations are alive for all batches; or one (partial) pass per stage, and in one
         of them what the experts are given is kept, who are then quantized a few at a time. The result is the same, bit
         for bit."""
-        self._discover(hidden[0][:1])
+        self.take(self.layout(hidden[0][:1]))
         if self.method.prepares:
             self._prepare(hidden)
         if side_by_side:
@@ -164,14 +180,13 @@ class Block:
             own = [group for group in self.groups if group[1] == stage and group not in apart]
             if not own:
                 continue
-            with self._hooks(partial(self._observe_stage, stage, frozenset(own))):
-                self._pass(hidden)
+            self.see(stage, own, hidden)
             self._solve(own)
         for name in dict.fromkeys(apart.values()):
             self._by_expert(name, hidden, [group for group, inside in apart.items() if inside == name])
         self.runner.advance(hidden)
 
-    def _pass(self, hidden: States) -> None:
+    def _pass(self, hidden: Iterable[torch.Tensor]) -> None:
         """Run the block until something has seen enough."""
         for states in hidden:
             with suppress(_Stop):
@@ -254,7 +269,7 @@ class Block:
             return held.detach()
         return self.source.read(name).to(self.runner.device)
 
-    def _discover(self, sample: torch.Tensor) -> None:
+    def layout(self, sample: torch.Tensor) -> Layout:
         """Find stages and groups: which leaf names share an input, and in which order they are called."""
         order: list[str] = []
         last: list[tuple[str, torch.Tensor]] = []
@@ -273,18 +288,27 @@ class Block:
             self.runner(sample)
         called = {leaf for stage in merged for leaf in stage}
         merged += [{leaf} for leaf in sorted({_leaf(local) for local in self.names} - called)]
-        self.stages = merged
-        stages = [self._stage(leaf) for leaf in order]
-        # A stage can be left early where nothing of it is called after something later.
-        self.clean = [
+        of = {leaf: index for index, stage in enumerate(merged) for leaf in stage}
+        stages = [of[leaf] for leaf in order]
+        clean = [
             not any(s <= stage for s in stages[stages.index(later) :])
             if (later := next((s for s in stages if s > stage), None)) is not None
             else False
             for stage in range(len(merged))
         ]
-        self.groups: dict[Group, list[str]] = {}
+        groups: dict[Group, list[str]] = {}
         for local in self.names:
-            self.groups.setdefault(self._group(local), []).append(local)
+            groups.setdefault((local.rpartition(".")[0], of[_leaf(local)]), []).append(local)
+        return Layout(merged, clean, groups)
+
+    def take(self, layout: Layout) -> None:
+        """Work with what this, or the same block elsewhere, was found to be."""
+        self.stages, self.clean, self.groups = layout.stages, layout.clean, layout.groups
+
+    def see(self, stage: int, own: Collection[Group], hidden: Iterable[torch.Tensor]) -> None:
+        """Run the block until the statistics of the groups `own` of a stage have seen all there is."""
+        with self._hooks(partial(self._observe_stage, stage, frozenset(own))):
+            self._pass(hidden)
 
     def _stage(self, leaf: str) -> int:
         return next(i for i, stage in enumerate(self.stages) if leaf in stage)
@@ -297,8 +321,7 @@ class Block:
 
     def _statistic(self, group: Group) -> Statistic:
         if group not in self.statistics:
-            assert self.method.needs is not None
-            self.statistics[group] = STATISTICS[self.method.needs](self._inputs(group), self.runner.device)
+            self.statistics[group] = self.kind(self._inputs(group), self.runner.device)
         return self.statistics[group]
 
     def _inputs(self, group: Group) -> int:

@@ -6,9 +6,9 @@ to layer, through what is already quantized: o_proj is fitted to what the quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import QkitError
 from ..models import skeleton
@@ -37,6 +37,7 @@ def quantize_blocks(
     done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None] = lambda index: None,
     waiting: int = WAITING_BYTES,
     folder: Path | None = None,
+    elsewhere: Elsewhere | None = None,
     **options: Any,
 ) -> Iterator[BlockResult]:
     """Quantize the weights in `schemes` with `method`; yields one BlockResult per decoder block, in order.
@@ -48,6 +49,7 @@ def quantize_blocks(
               bit-identical to an uninterrupted run
     waiting   bytes of activations that may be held to save passes; decides no bit
     folder    for temporary files: the hidden states of a long text
+    elsewhere  does a block's work in the place of this process, with the same result
     options   passed to `method.quantize`
 
     Deterministic on one device and thread count. Raises QkitError, before any work, for an architecture that cannot
@@ -57,69 +59,109 @@ def quantize_blocks(
 
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens must be [samples, length], not {list(tokens.shape)}")
-    dtype = dtype or torch.bfloat16
-    model = skeleton.build(source.config)
-    prefix, blocks = decoder_blocks(model)
-    _check_names(prefix, blocks, schemes, method)
+    decoder = Decoder(source, schemes, tokens.shape[1], device, dtype or torch.bfloat16)
+    _check_names(decoder.prefix, decoder.blocks, schemes, method)
     # As a decorator no_grad covers the generator's own code and not, between two blocks, its consumer's.
-    return torch.no_grad()(_run)(model, source, schemes, tokens, method, device, dtype, done, waiting, folder, options)
+    return torch.no_grad()(_run)(decoder, schemes, tokens, method, done, waiting, folder, elsewhere, options)
+
+
+class Decoder:
+    """A model whose blocks are filled, one at a time, with what a source has: what they are called with besides hidden
+    states, and how much of a text at once.
+
+    size    windows of a batch
+    calls   for each block: batch size -> the other arguments it is called with. Once `embed` was called"""
+
+    def __init__(self, source: Source, schemes: Mapping[str, LayerSpec], length: int, device: str, dtype: torch.dtype):
+        """schemes: weight name -> LayerSpec, of whatever is quantized; length: tokens of a window."""
+        from ..models.experts import Experts
+
+        self.source, self.schemes, self.device, self.dtype = source, schemes, device, dtype
+        self.model = skeleton.build(source.config)
+        self.prefix, self.blocks = decoder_blocks(self.model)
+        self.size = batch_size(source, schemes, length, dtype.itemsize)
+        self.fill = filler(self.model, source, device, dtype)
+        for module in self.model.modules():
+            if isinstance(module, Experts):
+                module.call_all = True  # so that every batch's pass meets the same linears in the same order
+
+    def embed(self, tokens: torch.Tensor, folder: Path | None = None) -> States:
+        """The hidden states that the first block is given, a tensor for each batch."""
+        hidden = States(-(-len(tokens) // self.size), folder)
+        self.calls = embed(self.model, self.blocks, tokens, self.size, self.device, self.fill, hidden)
+        return hidden
+
+    def at(self, index: int) -> str:
+        """What the names of a block's tensors begin with."""
+        return f"{self.prefix}{index}."
+
+    def own(self, index: int) -> dict[str, LayerSpec]:
+        """The schemes of a block's weights."""
+        at = self.at(index)
+        return {name: scheme for name, scheme in self.schemes.items() if name.startswith(at)}
+
+    def runner(self, index: int) -> Runner:
+        return Runner(self.blocks[index], self.calls[index], self.device)
+
+    def put_back(self, index: int, ready: Mapping[str, Weight | torch.Tensor]) -> None:
+        """Give a filled block what was made of it."""
+        import torch
+
+        block, at = self.blocks[index], self.at(index)
+        for name, value in ready.items():
+            local = name.removeprefix(at)
+            if isinstance(value, torch.Tensor):
+                set_tensor(block, local, value)
+            else:
+                install(block.get_submodule(local.removesuffix(".weight")), value)
+
+
+class Elsewhere(Protocol):
+    def quantize(self, index: int, at: str, hidden: States) -> BlockResult:
+        """Quantize a block, whose tensors' names begin with `at`, and replace `hidden` by its output, in place."""
+        ...
+
+    def advance(self, index: int, ready: Mapping[str, Weight | torch.Tensor], hidden: States) -> None:
+        """Replace `hidden` by the output of a block that was finished before, of which `ready` was made."""
+        ...
 
 
 def _run(
-    model: nn.Module,
-    source: Source,
+    decoder: Decoder,
     schemes: Mapping[str, LayerSpec],
     tokens: torch.Tensor,
     method: Method,
-    device: str,
-    dtype: torch.dtype,
     done: Callable[[int], Mapping[str, Weight | torch.Tensor] | None],
     waiting: int,
     folder: Path | None,
+    elsewhere: Elsewhere | None,
     options: dict[str, Any],
 ) -> Iterator[BlockResult]:
-    from ..models.experts import Experts
-
-    prefix, blocks = decoder_blocks(model)
-    size = batch_size(source, schemes, tokens.shape[1], dtype.itemsize)
-    side_by_side = waiting_bytes(source, schemes, tokens.numel(), dtype.itemsize) <= waiting
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.call_all = True  # so that every batch's pass meets the same linears in the same order
-    hidden = States(-(-len(tokens) // size), folder)
-    fill = filler(model, source, device, dtype)
-    calls = embed(model, blocks, tokens, size, device, fill, hidden)
-    for index, block in enumerate(blocks):
-        at = f"{prefix}{index}."
-        fill(at[:-1])
-        own = {name: scheme for name, scheme in schemes.items() if name.startswith(at)}
-        runner = Runner(block, calls[index], device)
-        ready = done(index)
+    source = decoder.source
+    side_by_side = waiting_bytes(source, schemes, tokens.numel(), decoder.dtype.itemsize) <= waiting
+    hidden = decoder.embed(tokens, folder)
+    for index, block in enumerate(decoder.blocks):
+        at, own, ready = decoder.at(index), decoder.own(index), done(index)
+        for name in own:
+            if ready is not None and name not in ready:
+                raise QkitError(f"the finished part of block {index} lacks {name}", "use --restart")
         result = BlockResult(index)
+        if elsewhere is not None:
+            if own and ready is None:
+                result = elsewhere.quantize(index, at, hidden)
+            else:
+                elsewhere.advance(index, ready or {}, hidden)
+            yield result
+            continue
+        decoder.fill(at[:-1])
+        runner = decoder.runner(index)
         if own and ready is None:
             result = Block(runner, index, at, source, own, method, options, folder).quantize(hidden, side_by_side)
         else:
-            _put_back(block, index, at, own, ready or {})
+            decoder.put_back(index, ready or {})
             runner.advance(hidden)
         skeleton.dematerialize(block)
         yield result
-
-
-def _put_back(
-    block: nn.Module, index: int, at: str, names: Iterable[str], ready: Mapping[str, Weight | torch.Tensor]
-) -> None:
-    """Give a block what an earlier run made of it."""
-    import torch
-
-    for name in names:
-        if name not in ready:
-            raise QkitError(f"the finished part of block {index} lacks {name}", "use --restart")
-    for name, value in ready.items():
-        local = name.removeprefix(at)
-        if isinstance(value, torch.Tensor):
-            set_tensor(block, local, value)
-        else:
-            install(block.get_submodule(local.removesuffix(".weight")), value)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, Any]:

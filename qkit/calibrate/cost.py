@@ -31,10 +31,11 @@ _PARTIAL = 1.2
 @dataclass(frozen=True)
 class Calibration(Cost):
     """nbytes: where everything is in one memory. Of a GPU: `device`, what its own holds, and `host`, what is left for
-    the machine's. scratch: bytes on disk while it runs."""
+    the machine's; `spread`, what is left of it where other machines calibrate. scratch: bytes on disk while it runs."""
 
     device: int = 0
     host: int = 0
+    spread: int = 0
     scratch: int = 0
 
 
@@ -91,6 +92,7 @@ def predict_cost(
         # A tensor is read here and copied there; what was solved comes back, as codes and in a format's form.
         device=max(embedding, in_block - (0 if side_by_side else held)),
         host=held + 2 * largest,
+        spread=max(embedding + held, held + 2 * largest + _block_bytes(source, schemes) // 2),
         scratch=(states - held) * (2 if kept else 1),
     )
 

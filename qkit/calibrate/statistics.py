@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,18 +28,34 @@ class Statistic(Protocol):
 
 
 class Hessian:
-    """X^T X, float32 [in, in], on `device`; zero where no token came.
+    """X^T X, float32 [in, in], on `device`; zero where no token came. Or rows of it, first .. last, from their diagonal
+    on: float32 [last - first, in - first].
 
     Tokens are added in slabs of a fixed number, whatever the batches are in which they come: these decide no bit."""
 
-    def __init__(self, in_features: int, device: torch.device | str):
+    def __init__(self, in_features: int, device: torch.device | str, first: int = 0, last: int | None = None):
         import torch
 
-        self.value = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        last = in_features if last is None else last
+        self.first = first
+        self.value = torch.zeros(last - first, in_features - first, dtype=torch.float32, device=device)
         self.tokens = 0
         self._slab = slab_tokens(in_features)
         self._waiting: torch.Tensor | None = None  # the beginning of a slab, [slab, in]
         self._waits = 0
+
+    def copy(self) -> Hessian:
+        """One that can be added to in the place of this one."""
+        made = copy(self)
+        made.value = self.value.clone()
+        if self._waiting is not None:
+            made._waiting = self._waiting.new_empty(self._slab, self._waiting.shape[1])
+            made._waiting[: self._waits] = self._waiting[: self._waits]
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        waiting = self._waiting[: self._waits] if self._waiting is not None and self._waits else None
+        return {**self.__dict__, "_waiting": waiting}
 
     def add(self, x: torch.Tensor) -> None:
         import torch
@@ -47,7 +64,7 @@ class Hessian:
         self.tokens += len(x)
         while len(x):
             if not self._waits and len(x) >= self._slab:
-                accumulate(self.value, x[: self._slab])
+                accumulate(self.value, x[: self._slab], self.first)
                 x = x[self._slab :]
                 continue
             if self._waiting is None:
@@ -56,15 +73,36 @@ class Hessian:
             self._waiting[self._waits : self._waits + len(part)] = part
             self._waits += len(part)
             if self._waits == self._slab:
-                accumulate(self.value, self._waiting)
+                accumulate(self.value, self._waiting, self.first)
                 self._waits = 0
 
-    def result(self) -> torch.Tensor:
+    def rows(self) -> torch.Tensor:
+        """All tokens in; to be called last."""
         if self._waits:
             assert self._waiting is not None
-            accumulate(self.value, self._waiting[: self._waits])
+            accumulate(self.value, self._waiting[: self._waits], self.first)
         self._waiting, self._waits = None, 0
-        return mirror(self.value)
+        return self.value
+
+    def result(self) -> torch.Tensor:
+        return mirror(self.rows())
+
+
+class Inputs:
+    """The inputs themselves, [tokens, in]."""
+
+    def __init__(self, in_features: int, device: torch.device | str):
+        self.tokens = 0
+        self._seen: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        self._seen.append(x.reshape(-1, x.shape[-1]))
+        self.tokens += len(self._seen[-1])
+
+    def result(self) -> torch.Tensor:
+        import torch
+
+        return torch.cat(self._seen)
 
 
 @dataclass(frozen=True)
@@ -105,18 +143,24 @@ def slab_tokens(in_features: int) -> int:
     return max(512, (16 << 20) // (4 * in_features))
 
 
-def accumulate(hessian: torch.Tensor, x: torch.Tensor) -> None:
-    """hessian [in, in] (float32) += x^T x, in place. x [tokens, in], any float type.
+def row_panels(in_features: int) -> list[tuple[int, int]]:
+    """(first, end) of rows of a Hessian that are one product of matrices."""
+    step = max(128, in_features // 16)
+    return [(a, min(a + step, in_features)) for a in range(0, in_features, step)]
+
+
+def accumulate(hessian: torch.Tensor, x: torch.Tensor, first: int = 0) -> None:
+    """hessian (float32, whole [in, in], or whole panels of its rows as `Hessian` has them) += x^T x, in place. x
+    [tokens, in], any float type.
 
     float32: the sum of n products carries a relative error of about sqrt(n) * 6e-8, 1e-5 at 32,768 tokens;
     damping at 1e-2 of the mean diagonal is three orders above it. Only blocks on and above the diagonal are
     computed, the rest is mirrored at the end: almost half the work of a full product.
     """
-    n = hessian.shape[0]
-    step = max(128, n // 16)
     part = x.to(hessian.dtype)
-    for a in range(0, n, step):
-        hessian[a : a + step, a:].addmm_(part[:, a : a + step].T, part[:, a:])
+    for a, b in row_panels(x.shape[1]):
+        if first <= a < first + len(hessian):
+            hessian[a - first : b - first, a - first :].addmm_(part[:, a:b].T, part[:, a:])
 
 
 STATISTICS: dict[str, Callable[[int, torch.device | str], Statistic]] = {"hessian": Hessian, "moments": InputMoments}

@@ -25,10 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .. import units
 from ..errors import QkitError
 from ..sources import DEMO, open_source
-from ..spec.dtypes import TensorMeta, dtype_name, torch_dtype
 from ..storage.local import TEMPORARY_SUFFIX, LocalStore, remove_temporaries
 from ..storage.places import parse_place, scheme_of
-from ..storage.writer import tensor_bytes
 from .execute import Make, Written, make_shard, produce_of
 from .executor import Threads
 from .options import Options
@@ -38,15 +36,15 @@ from .predict import worker_memory
 from .produce import Job as Piece
 from .produce import Part, Produce
 from .tasks import Shard
+from .wire import Wire
 
 if TYPE_CHECKING:
-    import numpy
-    import torch
-
+    from ..calibrate.blocks import Elsewhere
     from ..calibrate.statistics import Moments
     from ..storage.store import Store
 
 _SEEN = 5.0  # seconds until what one machine wrote has to be seen by another: network file systems remember for a while
+RESTARTS = 3  # of a block of which the cluster lost something for good
 _AHEAD = 2  # tensors on their way for each that can be computed at once
 
 
@@ -69,7 +67,12 @@ class Pool(Protocol):
         ...
 
     def submit(self, function: Callable[..., Any], *args: Any, cpus: int, memory: int) -> Any:
-        """A ticket for function(*args), which gets `cpus` cores and may hold `memory` bytes."""
+        """A ticket for function(*args), which gets `cpus` cores and may hold `memory` bytes. For a ticket among `args`
+        it gets what that stands for."""
+        ...
+
+    def put(self, value: Any) -> Any:
+        """A ticket for a value."""
         ...
 
     def wait(self, tickets: Collection[Any]) -> Any:
@@ -77,7 +80,7 @@ class Pool(Protocol):
         ...
 
     def result(self, ticket: Any) -> Any:
-        """Raises QkitError where whoever computes it keeps dying."""
+        """Raises QkitError where whoever computes it keeps dying, Lost where it, or what it is made of, is gone."""
         ...
 
 
@@ -86,7 +89,9 @@ class Job:
     """From what a worker makes the plan, and what has to agree with the driver's. Paths are absolute.
 
     token    a file that the driver put into the folder of the work in progress
-    largest  what the driver observed of the KV cache: name of a scale -> magnitude"""
+    largest  what the driver observed of the KV cache: name of a scale -> magnitude
+    shape    [samples, length] of the calibration text
+    threads  of the driver's operations where it calibrates: how they divide the work may decide bits"""
 
     source: str
     out: str
@@ -96,6 +101,8 @@ class Job:
     plan: str
     token: str = ""
     largest: tuple[tuple[str, float], ...] = ()
+    shape: tuple[int, int] = (0, 0)
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,8 @@ class Refused:
     hint: str | None
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A `Part` on its way to the driver: bytes of its outputs and what they are, and the rest of it."""
-
-    outputs: list[tuple[TensorMeta, numpy.ndarray[Any, Any]]]
-    part: Part
+class Lost(QkitError):
+    """What was there already is gone, with the machines that had it."""
 
 
 def job_of(source: str, options: Options, plan: Plan) -> Job:
@@ -153,7 +156,7 @@ class Cluster:
             return
         produce, store = make.produce, make.store
         sent = LocalStore(store.folder) if isinstance(store, LocalStore) else None
-        nodes = self._nodes()
+        nodes = self.nodes()
         cpus = max(1, min(min(node.cpus for node in nodes), sum(node.cpus for node in nodes) // len(shards)))
         memory = self._fits(produce, shards, cpus, nodes)
         with _marked(store) as token:
@@ -164,7 +167,7 @@ class Cluster:
             }
             while tickets:
                 ticket = self.pool.wait(tickets)
-                written = _accepted(self.pool.result(ticket))
+                written = accepted(self.pool.result(ticket))
                 shard = tickets.pop(ticket)
                 _await(store, shard.file)
                 yield shard, written
@@ -172,16 +175,16 @@ class Cluster:
 
     def run(self, work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         """Quantized parts by workers, a bounded number ahead; what passes through by the driver, as it is written."""
-        if not isinstance(work, Produce):
+        if not isinstance(work, Produce) or work.block is not None:  # of which all is here
             yield from Threads(self.workers).run(work, tasks)
             return
-        nodes, job = self._nodes(), self._told(work)
+        nodes, job = self.nodes(), self._told(work)
         ahead = _AHEAD * sum(node.cpus for node in nodes)
         pending: deque[tuple[Piece, Any]] = deque()
 
         def first() -> Part:
             piece, ticket = pending.popleft()
-            return work(piece) if ticket is None else _received(_accepted(self.pool.result(ticket)))
+            return work(piece) if ticket is None else accepted(self.pool.result(ticket)).value
 
         for piece in tasks:
             if len(pending) >= ahead:
@@ -196,15 +199,20 @@ class Cluster:
         while pending:
             yield first()
 
-    def _nodes(self) -> list[Node]:
+    def nodes(self) -> list[Node]:
         nodes = [node for node in self.pool.nodes() if node.cpus]
         if not nodes:
             raise QkitError("no machine of the cluster offers a core to tasks", "start workers, or drop --ray")
         return nodes
 
     def _fits(self, produce: Produce, shards: Sequence[Shard], workers: int, nodes: list[Node]) -> int:
-        """The bytes that a worker is granted. Raises QkitError where no machine has them: tasks would wait for ever."""
+        """The bytes that a worker is granted."""
         needed = worker_memory(produce.source, shards, produce.fmt, produce.method, workers)
+        self.check_fits(needed, nodes)
+        return needed
+
+    def check_fits(self, needed: int, nodes: list[Node]) -> None:
+        """Raises QkitError where no machine has so many bytes: tasks would wait for ever."""
         most = max(node.memory for node in nodes)
         if needed > most:
             raise QkitError(
@@ -212,7 +220,12 @@ class Cluster:
                 f"offers {units.size(most)} to tasks",
                 "start a larger one, or say what a machine has: ray start --memory BYTES",
             )
-        return needed
+
+    def apart(self, produce: Produce, shape: tuple[int, int]) -> Elsewhere:
+        """Calibration by workers."""
+        from .spread import Spread
+
+        return Spread(self, produce, shape)
 
     def _told(self, produce: Produce) -> Job:
         """The job with what the driver alone has seen."""
@@ -239,7 +252,7 @@ class _marked:
             remove_temporaries(self.folder)
 
 
-def _accepted(answer: Any) -> Any:
+def accepted(answer: Any) -> Any:
     if isinstance(answer, Refused):
         raise QkitError(answer.message, answer.hint)
     return answer
@@ -264,63 +277,45 @@ def _soon(true: Callable[[], bool]) -> bool:
     return True
 
 
-def _received(sent: Sent) -> Part:
-    import torch
-
-    outputs = []
-    for meta, data in sent.outputs:
-        # A copy: where the bytes lie, in the memory of an object store, they may not be written to.
-        outputs.append(torch.from_numpy(data.copy()).view(torch_dtype(meta.dtype)).view(meta.shape))
-    return replace(sent.part, outputs=outputs)
-
-
 # What follows runs in a worker.
 
 
 def write_file(job: Job, store: Store | None, file: str, cpus: int) -> Written | Refused:
     """Write one file of the plan on so many cores. store: None for an object store, of which OUT is the name."""
     try:
-        plan = _plan(job)
+        plan = plan_of(job)
         if job.token and not _soon(lambda: os.path.exists(job.token)):
             raise QkitError(
                 f"{socket.gethostname()} does not see {os.path.dirname(job.token)} of the machine that began",
                 "choose a folder with -o on a file system that all machines share",
             )
         workers = max(1, min(cpus, plan.predicted.workers))
-        _compute_on(cpus)  # which the threads share
+        compute_on(cpus)  # which the threads share
         shard = next(shard for shard in plan.shards if shard.file == file)
         return make_shard(shard, produce_of(plan), store or remote_store(plan), Threads(workers), lambda amount: None)
     except QkitError as error:
         return Refused(error.message, error.hint)
 
 
-def make_part(job: Job, piece: Piece, statistics: Mapping[str, Moments]) -> Sent | Refused:
+def make_part(job: Job, piece: Piece, statistics: Mapping[str, Moments]) -> Wire | Refused:
     """What comes of one part of a task that quantizes. statistics: what was seen of its source's inputs."""
     try:
-        plan = _plan(job)
-        _compute_on(1)
+        plan = plan_of(job)
+        compute_on(1)
         produce = replace(produce_of(plan), statistics=statistics)
-        made = produce(replace(piece, read=None if piece.rows is None else produce.source.rows(piece.source)))
-        return Sent([_sent(tensor) for tensor in made.outputs], replace(made, outputs=[]))
+        return Wire(produce(replace(piece, read=None if piece.rows is None else produce.source.rows(piece.source))))
     except QkitError as error:
         return Refused(error.message, error.hint)
 
 
-def _sent(tensor: torch.Tensor) -> tuple[TensorMeta, numpy.ndarray[Any, Any]]:
-    import numpy
-
-    meta = TensorMeta(dtype_name(tensor.dtype), tuple(tensor.shape))
-    return meta, numpy.frombuffer(tensor_bytes(tensor), dtype=numpy.uint8)
-
-
-def _compute_on(threads: int) -> None:
+def compute_on(threads: int) -> None:
     """Let each of torch's and the kernels' operations use so many threads: a task has the cores that it was given."""
     import torch
 
     torch.set_num_threads(threads)
 
 
-def _plan(job: Job) -> Plan:
+def plan_of(job: Job) -> Plan:
     """The driver's plan, made here. Raises QkitError where it is not."""
     try:
         plan = _made(replace(job, token="", largest=()))

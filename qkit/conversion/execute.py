@@ -128,6 +128,7 @@ def _write_blocks(plan: Plan, produce: Produce, work: Work, executor: Executor, 
             done=finished,
             waiting=plan.predicted.waiting,
             folder=work.scratch,
+            elsewhere=executor.apart(produce, (tokens.shape[0], tokens.shape[1])),
             **produce.options,
         ):
             for name, layer in result.layers.items():

@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import QkitError
+from ..methods.base import divided
 
 if TYPE_CHECKING:
+    from ..calibrate.blocks import Elsewhere
     from ..methods import Method
     from .options import Options
 
@@ -25,6 +27,10 @@ class Executor(Protocol):
 
     def files(self, make: Callable[[Any], Any], shards: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         """(shard, make(shard)) for each file, in whatever order they are finished. What `make` raises is raised."""
+        ...
+
+    def apart(self, produce: Any, shape: tuple[int, int]) -> Elsewhere | None:
+        """What calibrates in the place of this process, if anything does. shape: [samples, length] of the text."""
         ...
 
 
@@ -66,6 +72,9 @@ class Threads:
         for shard in shards:
             yield shard, make(shard)
 
+    def apart(self, produce: Any, shape: tuple[int, int]) -> None:
+        return None
+
 
 def check_spread(options: Options, method: Method, container: str) -> None:
     """Raises QkitError for what cannot be spread over files or machines."""
@@ -73,10 +82,10 @@ def check_spread(options: Options, method: Method, container: str) -> None:
         raise QkitError("--shard-size does not apply to GGUF, where everything is in one file", "drop it")
     if options.ray is None:
         return
-    if method.needs and not method.observes:
-        raise QkitError(
-            f"--ray does not spread method {method.name}: its calibration runs on one machine",
-            "drop --ray, or use --method rtn or, of gguf, imatrix",
-        )
+    by_block = method.needs is not None and not method.observes
+    if by_block and (method.needs != "hessian" or method.prepares or divided(method) is None):
+        raise QkitError(f"--ray does not spread method {method.name}", "drop --ray, or use another method")
+    if by_block and options.device not in ("auto", "cpu"):
+        raise QkitError(f"--ray calibrates on processors, not on {options.device}", "drop --device, or --ray")
     if find_spec("ray") is None:
         raise QkitError("--ray needs Ray, which is not installed", "pip install 'qkit-llm[ray]'")

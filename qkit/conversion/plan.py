@@ -196,7 +196,7 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
 
-    device = resolve(options.device)
+    device = resolve("cpu" if options.ray and options.device == "auto" else options.device)
     fmt = formats.get(options.format)
     slices = sliced(source, fmt.whole_experts)
     source = slices or source

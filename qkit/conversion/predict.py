@@ -98,8 +98,11 @@ def predict(
 
         apart = device.device_class == "gpu"
 
+        # Where a cluster calibrates, what is left for this process are hidden states and a block's results.
+        spread = options.ray is not None and method.needs is not None and not method.observes
+
         def resident(costs: Sequence[Calibration]) -> int:
-            taken = [cost.host if apart else cost.nbytes for cost in costs]
+            taken = [cost.spread if spread else cost.host if apart else cost.nbytes for cost in costs]
             return max(base + nbytes + min(3 * nbytes // 10, RETAINED) for nbytes in taken)
 
         def there(costs: Sequence[Calibration]) -> int:
@@ -141,6 +144,22 @@ def worker_memory(source: Source, shards: Sequence[Shard], fmt: Format, method: 
     tasks at once."""
     sizes = [_sizes(shard, source, fmt, method) for shard in shards]
     return int(MARGIN * (WORKER_MEMORY + _in_flight(sizes, workers)))
+
+
+PART_BATCHES = 32  # of what a worker of a cluster is given of a text: 256 MiB of its widest inputs
+_MODEL_CODE = 190 << 20  # what building a model makes resident: transformers, with the classes of one family
+
+
+def spread_memory(source: Source, schemes: Collection[str], shape: tuple[int, int], method: Method) -> int:
+    """Resident bytes, margin included, of a process that computes one piece of a calibration at a time. shape:
+    [samples, length] of the text."""
+    from ..calibrate.cost import batch_size, predict_cost
+
+    samples, length = shape
+    part = min(samples, PART_BATCHES * batch_size(source, schemes, length, 2))
+    inputs = 2 * part * length * max(source.meta(name).shape[1] for name in schemes)
+    cost = predict_cost(source, schemes, part, length, method, 0)
+    return int(MARGIN * (WORKER_MEMORY + _MODEL_CODE + cost.nbytes + 2 * inputs))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import QkitError
 from ..hardware.detect import cores
 from ..progress import notify
-from .cluster import Node
+from .cluster import Lost, Node
 
 # How often what a process was doing when it died, or its machine went away, is done again. Preemptible machines go all
 # the time; a task that takes its process down does so every time.
@@ -48,6 +48,11 @@ class RayPool:
         options = {"num_cpus": cpus, "memory": memory, "max_retries": RETRIES, "retry_exceptions": False}
         return self._functions[function].options(**options).remote(*args)
 
+    def put(self, value: Any) -> Any:
+        import ray
+
+        return ray.put(value)
+
     def wait(self, tickets: Collection[Any]) -> Any:
         import ray
 
@@ -72,7 +77,9 @@ class RayPool:
             raise QkitError(
                 "a worker ran out of memory again and again", "give machines of the cluster fewer cores, or more memory"
             ) from error
-        except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.ObjectLostError) as error:
+        except exceptions.ObjectLostError as error:
+            raise Lost(f"machines that are gone had what others need: {_in_short(error)}") from error
+        except (exceptions.WorkerCrashedError, exceptions.NodeDiedError) as error:
             raise QkitError(
                 f"a worker, or its machine, died {RETRIES + 1} times over one task: {_in_short(error)}",
                 "look into Ray's logs there; the same command continues where this one stopped",

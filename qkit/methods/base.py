@@ -104,3 +104,31 @@ class Method(Protocol):
         """Of quantizing weights that share an input, beside the weights themselves and the forward pass that brings
         the inputs. tokens: how many are observed."""
         return Cost()
+
+
+class Divided(Method, Protocol):
+    """A method that can be computed in parts, anywhere: `quantize` is `begin`, `solve` for each of `slabs`, and `join`
+    for each weight, with the same bits."""
+
+    def begin(self, statistic: Any, **options: Any) -> Any:
+        """What all weights that share an input are solved with. The statistic may be used up."""
+        ...
+
+    def slabs(self, shapes: Sequence[Shape], specs: Sequence[LayerSpec]) -> list[list[tuple[int, int, int]]]:
+        """Rows that are solved together, as (weight, first row, end); those of a weight in order."""
+        ...
+
+    def solve(self, rows: Sequence[torch.Tensor], begun: Any, spec: LayerSpec, **options: Any) -> list[Any]:
+        """The parts of weights that are the rows of one slab, float [rows, in] each. Changes nothing of `begun`. Raises
+        QkitError for what cannot be quantized."""
+        ...
+
+    def join(self, parts: Sequence[Any]) -> Quantized:
+        """A weight, from the parts that `solve` made of it, in order."""
+        ...
+
+
+def divided(method: Method) -> Divided | None:
+    """The method, where it can be computed in parts."""
+    found: Any = method
+    return found if all(hasattr(method, name) for name in ("begin", "slabs", "solve", "join")) else None

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import QkitError
 from ..kernels.weight import Weight, stack_rows
 from ..spec import LayerSpec
 from . import square
-from .base import Cost, Method, Quantized, Shape
+from .base import Cost, Divided, Quantized, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ _LEAST_ROWS = 256
 UNREACHED = "no calibration token reached it"
 
 
-class Gptq(Method):
+class Gptq(Divided):
     """Needs the Hessian of a layer's inputs. Options of `quantize_all`: damp, act_order, sweeps."""
 
     name: ClassVar[str] = "gptq"
@@ -48,6 +48,18 @@ class Gptq(Method):
         self, weights: Sequence[torch.Tensor], statistic: Any, specs: Sequence[LayerSpec], **options: Any
     ) -> list[Quantized]:
         return quantize_all(weights, statistic, specs, **options)
+
+    def begin(self, statistic: Any, **options: Any) -> Square:
+        return begin(statistic, **options)
+
+    def slabs(self, shapes: Sequence[Shape], specs: Sequence[LayerSpec]) -> list[list[tuple[int, int, int]]]:
+        return list(_slabs(shapes, specs))
+
+    def solve(self, rows: Sequence[torch.Tensor], begun: Square, spec: LayerSpec, **options: Any) -> list[Part]:
+        return solve(rows, begun, spec, **options)
+
+    def join(self, parts: Sequence[Part]) -> Quantized:
+        return _joined(parts)
 
     def cost(self, shapes: Sequence[Shape], tokens: float) -> Cost:
         in_ = shapes[0][1]
@@ -95,17 +107,49 @@ def quantize_all(
     sweeps   coordinate-descent passes over the codes after the loop
     Raises QkitError for NaN or infinity in a weight or in the Hessian, ValueError for shapes that do not match.
     """
-    import torch
-
-    from ..kernels import all_finite
-
     n = hessian.shape[0]
     for w, scheme in zip(weights, schemes, strict=True):
         if w.ndim != 2 or w.shape[1] != n or hessian.shape != (n, n):
             raise ValueError(f"weight {list(w.shape)} and hessian {list(hessian.shape)} do not match")
         scheme.groups(n)
-        if not all_finite(w):
-            raise QkitError("the weight contains NaN or infinite values", "the checkpoint is damaged")
+    begun = begin(hessian, damp=damp, act_order=act_order)
+    parts: list[list[Part]] = [[] for _ in weights]
+    for members in _slabs([(w.shape[0], n) for w in weights], schemes):
+        rows = [weights[i][a:b] for i, a, b in members]
+        for (i, _, _), part in zip(members, solve(rows, begun, schemes[members[0][0]], sweeps=sweeps), strict=True):
+            parts[i].append(part)
+    return [_joined(own) for own in parts]
+
+
+@dataclass(frozen=True)
+class Square:
+    """What weights that share an input are solved with: the square h [in, in] that holds their Hessian and its factor,
+    its columns in `order`; or, where there is no factor, the Hessian as it was and the `reason`."""
+
+    h: torch.Tensor
+    order: torch.Tensor
+    factored: _Factored | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a weight, done: lost and total, float64 [rows], squared output error and squared output; fallback: why
+    they were rounded, or None."""
+
+    weight: Weight
+    lost: torch.Tensor
+    total: torch.Tensor
+    fallback: str | None = None
+
+
+def begin(hessian: torch.Tensor, *, damp: float = 0.01, act_order: bool = True, sweeps: int = 1) -> Square:
+    """The first part of `quantize_all`: order and factor, in the memory of the Hessian."""
+    import torch
+
+    from ..kernels import all_finite
+
+    n = len(hessian)
     if not all_finite(hessian):
         raise QkitError(
             "the calibration statistics contain NaN or infinite values",
@@ -113,7 +157,7 @@ def quantize_all(
         )
     diagonal = hessian.diagonal()
     if not bool((diagonal > 0).any()):
-        return [_rounded(w, hessian, scheme, UNREACHED) for w, scheme in zip(weights, schemes, strict=True)]
+        return Square(hessian, torch.arange(n, device=hessian.device), None, UNREACHED)
     # The factor is used from its last column to its first, so columns lie in the order opposite to that of the visits.
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
@@ -123,29 +167,46 @@ def quantize_all(
     factored, reason = _factor(h, damp)
     if factored is None:
         square.permute(h, torch.argsort(order))
-        return [_rounded(w, h, s, reason) for w, s in zip(weights, schemes, strict=True)]
-    parts: list[list[tuple[Weight, torch.Tensor, torch.Tensor]]] = [[] for _ in weights]
-    for members in _slabs(weights, schemes):
-        # One loop over the columns for all rows of a scheme that fit a slab: its cost is in the number of steps.
-        rows = [weights[i][a:b] for i, a, b in members]
-        q, lost, total = _solve(torch.cat(rows), h, order, factored, schemes[members[0][0]], sweeps)
-        row = 0
-        for i, a, b in members:
-            part = slice(row, row := row + b - a)
-            parts[i].append((q.rows(part.start, part.stop), lost[part], total[part]))
-    return [_joined(own) for own in parts]
+    return Square(h, order, factored, reason)
 
 
-def _slabs(weights: Sequence[torch.Tensor], schemes: Sequence[LayerSpec]) -> Iterator[list[tuple[int, int, int]]]:
+def solve(
+    rows: Sequence[torch.Tensor],
+    begun: Square,
+    scheme: LayerSpec,
+    *,
+    damp: float = 0.01,
+    act_order: bool = True,
+    sweeps: int = 1,
+) -> list[Part]:
+    """The second part of `quantize_all`, for rows of weights: one loop over the columns for all of them, since its cost
+    is in the number of steps."""
+    import torch
+
+    from ..kernels import all_finite
+
+    if not all(all_finite(w) for w in rows):
+        raise QkitError("the weight contains NaN or infinite values", "the checkpoint is damaged")
+    if begun.factored is None:
+        return [_rounded(w, begun.h, scheme, begun.reason) for w in rows]
+    q, lost, total = _solve(torch.cat(list(rows)), begun.h, begun.order, begun.factored, scheme, sweeps)
+    parts, row = [], 0
+    for w in rows:
+        own = slice(row, row := row + len(w))
+        parts.append(Part(q.rows(own.start, own.stop), lost[own], total[own]))
+    return parts
+
+
+def _slabs(shapes: Sequence[Shape], schemes: Sequence[LayerSpec]) -> Iterator[list[tuple[int, int, int]]]:
     """Rows that are solved together, as (weight, first row, end): of one scheme, and no more than a slab holds."""
-    most = max(_LEAST_ROWS, _SLAB // weights[0].shape[1] // 16 * 16)
+    most = max(_LEAST_ROWS, _SLAB // shapes[0][1] // 16 * 16)
     for scheme in dict.fromkeys(schemes):
         members: list[tuple[int, int, int]] = []
         room = most
-        for i, w in enumerate(weights):
-            done = 0 if schemes[i] == scheme else len(w)
-            while done < len(w):
-                members.append((i, done, done + min(room, len(w) - done)))
+        for i, (out, _) in enumerate(shapes):
+            done = 0 if schemes[i] == scheme else out
+            while done < out:
+                members.append((i, done, done + min(room, out - done)))
                 done = members[-1][2]
                 room -= done - members[-1][1]
                 if not room:
@@ -155,12 +216,18 @@ def _slabs(weights: Sequence[torch.Tensor], schemes: Sequence[LayerSpec]) -> Ite
             yield members
 
 
-def _joined(parts: list[tuple[Weight, torch.Tensor, torch.Tensor]]) -> Quantized:
+def _joined(parts: Sequence[Part]) -> Quantized:
     """Rows of one weight, in order -> all of it."""
-    lost = sum(float(part.sum().clamp_min(0)) for _, part, _ in parts)
-    total = sum(float(part.sum().clamp_min(0)) for _, _, part in parts)
+    lost = sum(float(part.lost.sum().clamp_min(0)) for part in parts)
+    total = sum(float(part.total.sum().clamp_min(0)) for part in parts)
     error = lost / max(total, 1e-300)
-    return Quantized(stack_rows([q for q, _, _ in parts]), "gptq", output_error=error if math.isfinite(error) else None)
+    fallback = parts[0].fallback
+    return Quantized(
+        stack_rows([part.weight for part in parts]),
+        "gptq" if fallback is None else "rtn",
+        output_error=error if math.isfinite(error) else None,
+        fallback=fallback,
+    )
 
 
 @dataclass(frozen=True)
@@ -356,21 +423,18 @@ def search_grid(
         ) from error
 
 
-def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -> Quantized:
+def _rounded(w: torch.Tensor, h: torch.Tensor, scheme: LayerSpec, reason: str) -> Part:
     """Nearest codes on a searched grid; the Hessian counts only in the error that is reported."""
     import torch
 
     from ..kernels import reference
     from ..kernels.codes import values_of, weight_of
 
-    parts = []
-    for rows in w.split(max(_LEAST_ROWS, _SLAB // w.shape[1])):
-        scale, zero = search_grid(rows, torch.ones(w.shape[1], device=w.device), scheme)
-        q = weight_of(reference.quantize(rows, scale, zero, scheme.bits), scale, zero, scheme.bits)
-        x = rows.float()
-        delta = x - values_of(q)
-        lost, total = (
-            (t * (t if reason == UNREACHED else t @ h)).sum(1, dtype=torch.float64).clamp_min_(0) for t in (delta, x)
-        )
-        parts.append((q, lost, total))
-    return replace(_joined(parts), method="rtn", fallback=reason)
+    scale, zero = search_grid(w, torch.ones(w.shape[1], device=w.device), scheme)
+    q = weight_of(reference.quantize(w, scale, zero, scheme.bits), scale, zero, scheme.bits)
+    x = w.float()
+    delta = x - values_of(q)
+    lost, total = (
+        (t * (t if reason == UNREACHED else t @ h)).sum(1, dtype=torch.float64).clamp_min_(0) for t in (delta, x)
+    )
+    return Part(q, lost, total, reason)

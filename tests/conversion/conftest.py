@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from faulty import OPTIONS
+from pools import Use
 from results import contents
+
+from qkit.conversion import cluster, executor, ray_pool, spread
 
 
 @pytest.fixture
@@ -43,3 +50,17 @@ def midway(monkeypatch):
         monkeypatch.setattr(execute, "commit", step)
 
     return arrange
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
+    """use(pool): what `convert(ray="auto")` connects to."""
+
+    def with_pool(pool: Any) -> Any:
+        monkeypatch.setattr(ray_pool, "connected", lambda address: contextlib.nullcontext(pool))
+        monkeypatch.setattr(executor, "find_spec", lambda name: name)
+        return pool
+
+    yield with_pool
+    cluster._made.cache_clear()
+    spread._steps.cache_clear()

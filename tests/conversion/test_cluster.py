@@ -7,13 +7,11 @@ import pickle
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pools import GIB, Elsewhere, Here
+from pools import GIB, Elsewhere, Here, Use
 from results import QUICK, contents
 from safetensors.torch import load_file, save_file
 
@@ -25,25 +23,11 @@ from qkit.conversion.plan import make_plan
 from qkit.conversion.run import convert
 from qkit.conversion.workspace import partial_dir
 from qkit.errors import QkitError
+from qkit.hardware.detect import LocalDevice
 from qkit.sources import open_source
 from qkit.storage.local import LocalStore
 
 SMALL = {"method": "rtn", "shard_size": 100_000}
-
-Use = Callable[[Any], Any]
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
-    """use(pool): what `convert(ray="auto")` connects to."""
-
-    def with_pool(pool: Any) -> Any:
-        monkeypatch.setattr(ray_pool, "connected", lambda address: contextlib.nullcontext(pool))
-        monkeypatch.setattr(executor, "find_spec", lambda name: name)
-        return pool
-
-    yield with_pool
-    cluster._made.cache_clear()
 
 
 def test_files_in_any_order_by_processes_of_which_one_dies(llama: Path, tmp_path: Path, use: Use) -> None:
@@ -163,7 +147,7 @@ def test_a_worker_sees_the_files_that_the_user_named_from_here(llama: Path, tmp_
     )
     assert sent.source == str(tmp_path / "model") and sent.options.recipe == str(tmp_path / "rules.yaml")
     monkeypatch.chdir("/")
-    assert cluster.digest_of(cluster._plan(sent)) == sent.plan
+    assert cluster.digest_of(cluster.plan_of(sent)) == sent.plan
 
 
 def test_a_file_that_only_the_worker_sees(llama: Path, tmp_path: Path, use: Use, monkeypatch) -> None:
@@ -196,7 +180,6 @@ def test_what_a_task_asks_for(llama: Path, tmp_path: Path, use: Use) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ray": "auto", "method": "gptq"}, "--ray does not spread method gptq"),
         ({"ray": "somewhere", "method": "rtn"}, "'somewhere' is not a Ray cluster"),
         ({"ray": "ray://host:port", "method": "rtn"}, "is not a Ray cluster"),
         ({"ray": ":6379", "method": "rtn"}, "is not a Ray cluster"),
@@ -207,6 +190,13 @@ def test_refused_before_work(llama: Path, tmp_path: Path, options: dict, message
     with pytest.raises(QkitError, match=message):
         convert(str(llama), tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_calibrates_on_processors(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    gpu = LocalDevice("cuda:0", "Toy", 16 << 30, 16 << 30, None, (), None)
+    monkeypatch.setattr("qkit.conversion.plan.resolve", lambda name: gpu)
+    with pytest.raises(QkitError, match="--ray calibrates on processors, not on cuda"):
+        convert(str(llama), tmp_path / "out", ray="auto", method="gptq", device="cuda")
 
 
 def test_without_ray(llama: Path, tmp_path: Path, monkeypatch) -> None:

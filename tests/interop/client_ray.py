@@ -1,8 +1,8 @@
 """Runs inside an environment with Ray and qkit: a cluster of several machines' worth of raylets on this one.
 
 Usage: client_ray.py JOB.json, where the job is {"source": folder, "out": dir, "formats": {name: options}, "slow":
-options, "gguf": options}. Converts with --ray while machines, workers and drivers die; each scenario's folder is
-out/<scenario>. Prints one JSON document: scenario -> what happened.
+options, "gguf": options, "calibrated": options}. Converts with --ray while machines, workers and drivers die; each
+scenario's folder is out/<scenario>. Prints one JSON document: scenario -> what happened.
 """
 
 import json
@@ -91,6 +91,35 @@ def while_writing(out: Path, act: Callable[[int], None]) -> tuple[threading.Thre
     return thread, seen
 
 
+def while_calibrating(out: Path, act: Callable[[], None]) -> tuple[threading.Thread, dict[str, Any]]:
+    """Call act() in the middle of a decoder block, once another is finished."""
+    part, seen = partial_dir(out), {}
+
+    def watch() -> None:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and noted(part) < 2:  # what belongs to no block, and a block
+            time.sleep(0.01)
+        seen["finished"] = noted(part)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread, seen
+
+
+def worker_of(raylets: list[int]) -> int:
+    """A process that a raylet which is still there has started, and that computes."""
+    alive = [pid for pid in raylets if Path(f"/proc/{pid}").exists()]
+    while True:
+        for process in Path("/proc").iterdir():
+            try:
+                mine = process.name.isdigit() and b"ray::run_step" in (process / "cmdline").read_bytes()
+                if mine and parent_of(int(process.name)) in alive:
+                    return int(process.name)
+            except OSError:
+                continue
+
+
 def converted(source: str, out: Path, address: str | None, options: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     result = convert(source, out, ray=address, **options)
@@ -159,10 +188,17 @@ def main(job_path: str) -> None:
             os.kill(gone, signal.SIGKILL)
         cluster.remove_node(machines[raylets.index(raylet)], allow_graceful=False)
 
+    said["calibrated"] = converted(source, out / "calibrated", cluster.address, job["calibrated"])
+
     thread, seen = while_writing(out / "machine", lose)
     said["machine"] = {**converted(source, out / "machine", cluster.address, slow), **seen}
     thread.join()
     said["machine"]["left"] = sum(Path(f"/proc/{pid}").exists() for pid in raylets)
+
+    thread, seen = while_calibrating(out / "block", lambda: lose(worker_of(raylets)))
+    said["block"] = {**converted(source, out / "block", cluster.address, job["calibrated"]), **seen}
+    thread.join()
+    said["block"]["left"] = sum(Path(f"/proc/{pid}").exists() for pid in raylets)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(said))

@@ -22,6 +22,7 @@ FORMATS = {
     "bnb": {"format": "bnb", "shard_size": 3_000_000},
 }
 GGUF = {"format": "gguf", "method": "rtn"}
+CALIBRATED = {"method": "gptq", "calib_samples": 40, "calib_len": 128}
 SLOW = {"method": "rtn", "clip_search": True, "shard_size": 1_000_000}  # seconds, so that there is a middle
 
 
@@ -40,7 +41,14 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str
 @clients.once
 def _run(model: Path, folder: Path, out: Path) -> tuple[dict[str, Any], Path]:
     installed = clients.install_qkit(folder / "qkit")
-    job = {"source": str(model), "out": str(out), "formats": FORMATS, "slow": SLOW, "gguf": GGUF}
+    job = {
+        "source": str(model),
+        "out": str(out),
+        "formats": FORMATS,
+        "slow": SLOW,
+        "gguf": GGUF,
+        "calibrated": CALIBRATED,
+    }
     printed = clients.run("ray", job, folder, extra={"PYTHONPATH": str(installed)})
     return json.loads(printed.splitlines()[-1]), out
 
@@ -72,6 +80,15 @@ def test_what_dies_midway_changes_nothing(
     assert said[died]["pid"] and 0 < said[died]["finished"] < said[died]["files"] and not said[died]["resumed"]
     assert died == "worker" or said[died]["left"] == 2  # of the three that were there
     same(model, out / died, tmp_path / "out", SLOW)
+
+
+def test_calibration_is_spread(model: Path, ran: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    said, out = ran
+    same(model, out / "calibrated", tmp_path / "out", CALIBRATED)
+    # A machine that dies in the middle of a block had inputs, sums and factors that others wait for.
+    assert 2 <= said["block"]["finished"] < said["block"]["files"] and not said["block"]["resumed"]
+    assert said["block"]["left"] == 1
+    same(model, out / "block", tmp_path / "again" / "out", CALIBRATED)
 
 
 def test_a_run_that_is_cut_off_goes_on_without_ray(

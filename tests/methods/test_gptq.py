@@ -131,7 +131,8 @@ def test_singular_hessian_climbs_the_ladder():
     w, h = case(in_=128, tokens=16)  # rank 16
     result = gptq.quantize(w, h, integer(group_size=32), damp=0.0)
     assert result.fallback is None and result.method == "gptq"
-    assert result.output_error < gptq._rounded(w, h, integer(group_size=32), "for comparison").output_error
+    rounded = gptq._joined([gptq._rounded(w, h, integer(group_size=32), "for comparison")])
+    assert result.output_error < rounded.output_error
 
 
 def test_indefinite_hessian_falls_back_and_says_so():
