@@ -122,29 +122,44 @@ class Shards:
 
 
 def convert(shape: str, blocks: int | None, pool: Path, out: Path) -> None:
-    """In a process of its own: what `qkit convert NAME -o OUT --method rtn --json` does, of this source."""
+    """In a process of its own: what `qkit convert NAME -o OUT --method rtn --max-memory 1GiB` does, of this source."""
     from qkit import cli, sources
     from qkit.sources.folder import FolderSource
 
     sources.open_source = lambda *given, **options: FolderSource(Shards(shape, blocks, pool), label=shape)  # type: ignore[assignment,arg-type,return-value]
-    sys.exit(cli.main(["convert", shape, "-o", str(out), "--method", "rtn", "--json"]))
+    sys.exit(cli.main(["convert", shape, "-o", str(out), "--method", "rtn", "--max-memory", "1GiB", "--json"]))
+
+
+def resident(process: subprocess.Popen[Any]) -> list[tuple[float, int]]:
+    """(seconds, resident bytes) four times a second, until the process ends."""
+    seen: list[tuple[float, int]] = []
+    started = time.perf_counter()
+    while process.poll() is None:
+        try:
+            fields = Path(f"/proc/{process.pid}/statm").read_text().split()
+            seen.append((time.perf_counter() - started, int(fields[1]) * os.sysconf("SC_PAGE_SIZE")))
+        except (OSError, IndexError):
+            pass
+        time.sleep(0.25)
+    return seen
+
+
+def write_pool(folder: Path) -> Path:
+    """A file of random weights."""
+    import torch
+
+    pool = folder / "pool"
+    noise = torch.randn(_POOL // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    pool.write_bytes(noise.view(torch.uint8).numpy().data)
+    return pool
 
 
 def watched(shape: str, blocks: int | None, pool: Path, out: Path) -> tuple[dict[str, Any], list[tuple[float, int]]]:
     """(the answer, (seconds, resident bytes) over time)."""
     command = [sys.executable, __file__, "--child", shape, "--work", str(out), "--pool", str(pool)]
     command += ["--blocks", str(blocks)] if blocks else []
-    seen: list[tuple[float, int]] = []
     with tempfile.TemporaryFile("w+") as answer:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=answer, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            try:
-                fields = Path(f"/proc/{process.pid}/statm").read_text().split()
-                seen.append((time.perf_counter() - started, int(fields[1]) * os.sysconf("SC_PAGE_SIZE")))
-            except (OSError, IndexError):
-                pass
-            time.sleep(0.25)
+        seen = resident(subprocess.Popen(command, stdout=answer, stderr=subprocess.DEVNULL))
         answer.seek(0)
         found = json.loads(answer.read())
     shutil.rmtree(out)
@@ -178,7 +193,7 @@ def plot(runs: list[dict[str, Any]]) -> str:
         xy = [(left + t / last * (width - left - 10), bottom - b / 2**30 * 230) for t, b in run["seen"]]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)
         out.append(f'<polyline fill="none" stroke="{colour}" points="{line}"/>')
-        at = f'x="{xy[-1][0] - 4:.0f}" y="{xy[-1][1] - 8:.0f}" text-anchor="end"'
+        at = f'x="{xy[-1][0]:.0f}" y="{min(y for _, y in xy) - 8:.0f}" text-anchor="end"'
         out.append(f'<text {at} fill="{colour}">{run["shape"]}</text>')
     out.append(f'<text x="{(left + width) / 2}" y="{height - 10}" text-anchor="middle">seconds, to {last:.0f}</text>')
     out.append('<text x="4" y="14">resident memory, MiB</text>')
@@ -204,14 +219,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         convert(args.child, args.blocks, args.pool, args.work)
-    import torch
-
     runs = []
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
-        pool = Path(scratch, "pool")
-        noise = torch.randn(_POOL // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-        pool.write_bytes(noise.view(torch.uint8).numpy().data)
-        del noise
+        pool = write_pool(Path(scratch))
         for shape in args.shapes:
             nbytes, seconds = copied(shape, args.blocks, pool, Path(scratch, "copy"))
             answer, seen = watched(shape, args.blocks, pool, Path(scratch, "out"))

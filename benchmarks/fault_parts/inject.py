@@ -138,6 +138,7 @@ def start(argv: list[str], root: Path, fault: Fault | None, place: Path) -> int:
     counts, the note that the fault happened, the traceback of an internal error."""
     for name in ("stdout", "stderr", "counts", "happened"):
         (place / name).unlink(missing_ok=True)
+    (place / "stderr").touch()  # of a process that is killed before its first step too
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import QkitError
@@ -44,15 +45,15 @@ class Task:
     def name(self) -> str:
         return self.sources[0]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return self.meta.numel * len(self.sources)
 
-    @property
+    @cached_property
     def bytes_in(self) -> int:
         return self.meta.nbytes * len(self.sources)
 
-    @property
+    @cached_property
     def bytes_out(self) -> int:
         return sum(meta.nbytes for _, meta in self.outputs)
 
