@@ -31,6 +31,10 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Of the first dimension of `read(name)`."""
+        ...
+
 
 class Container(Protocol):
     def shards(self, tasks: Sequence[Task], by_block: bool, name: str, limit: int) -> tuple[Shard, ...]:
@@ -69,7 +73,7 @@ class Safetensors:
     def open(self, store: Store, shards: Sequence[Shard]) -> Tensors:
         from ..sources.folder import FolderSource
 
-        return FolderSource(store)
+        return _Folder(FolderSource(store))
 
     def companions(self, plan: Plan, source: Source, calibration: dict[str, Any] | None) -> dict[str, bytes]:
         config = dict(source.config)
@@ -126,6 +130,15 @@ class OneGguf:
         return tuple(s for s in source.sidecars if s.name.upper().startswith(_LICENCES))
 
 
+class _Folder:
+    def __init__(self, source: Source):
+        self.meta, self.read, self._rows = source.meta, source.read, source.rows
+
+    def part(self, name: str, first: int, last: int) -> torch.Tensor:
+        read = self._rows(name)
+        return self.read(name)[first:last] if read is None else read(first, last)
+
+
 class _Blocks:
     def __init__(self, file: Any):
         self.file = file
@@ -137,8 +150,11 @@ class _Blocks:
         return TensorMeta("U8", (*info.shape[:-1], info.type.row_bytes(info.shape[-1])))
 
     def read(self, name: str) -> torch.Tensor:
-        found: torch.Tensor = self.file.raw(name)
-        return found.view(self.meta(name).shape) if found.element_size() == 1 else found
+        return self.part(name, 0, self.meta(name).shape[0])
+
+    def part(self, name: str, first: int, last: int) -> torch.Tensor:
+        found: torch.Tensor = self.file.raw(name, first, last)
+        return found.view(last - first, *self.meta(name).shape[1:]) if found.element_size() == 1 else found
 
 
 CONTAINERS: dict[str, Container] = {"safetensors": Safetensors(), "gguf": OneGguf()}

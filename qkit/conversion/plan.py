@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +12,16 @@ from ..errors import QkitError
 from ..hardware.detect import resolve
 from ..models.client_names import ClientNames, client_names
 from ..models.client_names import needed as names_needed
-from ..models.config import max_positions, model_dtype
-from ..models.families import EXPECTED, FUSED_EXPERTS, TOWERS, check_blocks, module_of, why_kept
-from ..models.skeleton import check_architecture
+from ..models.config import model_dtype
+from ..models.families import module_of
 from ..sources.sliced import sliced
-from ..spec import CHANNEL, PRESETS, Keep, LayerSpec, Recipe
+from ..spec import CHANNEL, Keep, LayerSpec, Recipe
 from ..spec.dtypes import TensorMeta
 from ..storage.files import natural_key
-from ..text.read import check_spec
 from . import experts, fitting
+from .choice import check_recipe, check_source, choose_method, of_what_stays
 from .containers import CONTAINERS
+from .disk import room
 from .executor import check_spread
 from .head import choose_head, with_head
 from .kv_cache import CacheScales, with_cache
@@ -34,12 +31,11 @@ from .predict import Prediction, predict
 from .recipe import make_recipe, settle
 from .stored import expand, notes_of, stored_recipe
 from .tasks import SHARD_BYTES, Shard, Task, check_collisions, schemes_of
-from .workspace import partial_dir
 
 if TYPE_CHECKING:
     from ..formats.base import Format
     from ..methods import Method
-    from ..sources.types import Sidecar, Source, Stored
+    from ..sources.types import Source, Stored
 
 
 @dataclass(frozen=True)
@@ -189,9 +185,6 @@ class Plan:
         }
 
 
-_MUCH = 0.05  # of a model's weights
-
-
 def make_plan(source: Source, out: Out, options: Options) -> Plan:
     """Decide everything, or raise QkitError. Reads no tensor and writes nothing."""
     from .. import formats
@@ -211,14 +204,14 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
         if options.scheme is None:
             options = replace(options, scheme=fmt.default_scheme)
         recipe = make_recipe(options)
-    recipe = _check_recipe(recipe, options, fmt)
+    recipe = check_recipe(recipe, options, fmt)
     check_source(source)
     source, options, of_cache = with_cache(source, expanded, fmt, options)
     cache = source if isinstance(source, CacheScales) and source.scales else None
     source = with_head(source, fmt, options)
     original, fmt = source, fmt.bound(source)
     source = fmt.view(source)
-    method, notes = _choose_method(recipe, options, original, fmt.calibrated, cache is not None)
+    method, notes = choose_method(recipe, options, original, fmt.calibrated, cache is not None)
     check_spread(options, method, fmt.container)
     notes = [*of_fit, *notes, *of_cache]
     if source.stored.quantized and expanded is None:
@@ -247,7 +240,7 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
         raise QkitError("no tensor of this checkpoint would be quantized", "check --skip, or use --scheme none")
     check_collisions(tasks)
 
-    notes += _of_what_stays(tasks)
+    notes += of_what_stays(tasks)
     container = CONTAINERS[fmt.container]
     by_block = method.needs is not None and not method.observes
     name = title(source.base_model, [t.scheme for t in tasks if t.scheme], method.name, options)
@@ -258,7 +251,7 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
     clients = None
     if fmt.container == "safetensors" and recipe.schemes and names_needed(source.config, modules):
         clients = client_names(source.config, modules)
-    needed, free = _disk(container.sidecars(original), tasks, predicted.scratch, out)
+    needed, free = room(container.sidecars(original), tasks, predicted.scratch, out)
     plan = Plan(
         source=source.label,
         out=out,
@@ -282,35 +275,6 @@ def make_plan(source: Source, out: Out, options: Options) -> Plan:
     if clients is not None:
         check_names(plan, clients)
     return plan
-
-
-def _of_what_stays(tasks: Sequence[Task]) -> list[str]:
-    """What to say where much of a model stays as it is, and neither the user nor the format asked for that."""
-    if not any(t.scheme for t in tasks):
-        return []
-    total = max(1, sum(t.numel for t in tasks))
-    kept = [t for t in tasks if t.scheme is None and why_kept(t.name, t.meta) == t.reason and len(t.meta.shape) > 1]
-    kept = [t for t in kept if not TOWERS.search(t.name)]
-    fused = [t for t in kept if t.reason == FUSED_EXPERTS]
-    others = [t for t in kept if t.reason not in (FUSED_EXPERTS, *EXPECTED)]
-    notes = []
-    if fused:
-        notes.append(
-            f"WARNING: {len(fused)} tensors hold all experts of a layer at once, in a way that is not known here, and "
-            f"are not quantized: {_share(fused, total)}"
-        )
-    if sum(t.numel for t in others) > _MUCH * total:
-        most = max(others, key=lambda t: t.numel)
-        notes.append(
-            f"WARNING: {len(others)} matrices are not known as linears of a decoder block ({most.name}: {most.reason}) "
-            f"and are not quantized: {_share(others, total)}"
-        )
-    return notes
-
-
-def _share(tasks: Sequence[Task], total: int) -> str:
-    share = sum(t.numel for t in tasks) / total
-    return f"{share:.0%} of the model stays at 16 bits ({units.size(sum(t.bytes_out for t in tasks))})"
 
 
 def check_names(plan: Plan, clients: ClientNames) -> None:
@@ -365,105 +329,3 @@ def title(base_model: str, schemes: Sequence[LayerSpec], method: str, options: O
     group = "channel" if most.group_size == CHANNEL else f"g{most.group_size}"
     mixed = "" if len(set(schemes)) == 1 else " mixed"
     return f"{base} W{most.bits}A16 {group}{mixed} {method.upper()}"
-
-
-def _check_recipe(recipe: Recipe, options: Options, fmt: Format) -> Recipe:
-    for scheme in recipe.schemes if fmt.kinds else ():
-        if scheme.kind not in fmt.kinds:
-            known = [name for name, found in PRESETS.items() if found is not None and found.kind in fmt.kinds]
-            raise QkitError(
-                f"format {fmt.name} does not hold {scheme.describe()}", f"schemes that it holds: {', '.join(known)}"
-            )
-    if options.format != "gguf" and (not recipe.schemes) != (options.format == "safetensors"):
-        what = "--recipe" if options.recipe else f"--scheme {options.scheme}"
-        raise QkitError(
-            f"--format {options.format} and {what} do not go together",
-            "--format safetensors and --format gguf export without quantizing (--scheme none)",
-        )
-    return recipe
-
-
-def _choose_method(
-    recipe: Recipe, options: Options, source: Source, calibrated: str, observed: bool
-) -> tuple[Method, list[str]]:
-    """The method, with the default said, and its options checked. calibrated: the format's, for less than 8 bits;
-    observed: the model runs on the calibration text for any method."""
-    from .. import methods
-
-    notes: list[str] = []
-    name = options.method
-    if not recipe.schemes or (name is None and options.scheme == AS_STORED):
-        name = "rtn"
-    elif name is None:
-        bits = min(scheme.bits for scheme in recipe.schemes)
-        able = all(methods.get(calibrated).check(scheme) is None for scheme in recipe.schemes)
-        name = calibrated if bits < 8 and able else "rtn"
-        notes.append(f"method {name} (the default at {bits} bits)")
-    method = methods.get(name)
-    for scheme in recipe.schemes:
-        problem = method.check(scheme)
-        if problem:
-            raise QkitError(problem, "choose another --scheme or --method")
-    if method.needs or observed:
-        check_architecture(source.config)
-        check_spec(options.calib)
-        longest = max_positions(source.config)
-        if longest is not None and options.calib_len > longest:
-            raise QkitError(
-                f"--calib-len {options.calib_len} is longer than the {longest} tokens the model takes",
-                f"use --calib-len {longest} or less",
-            )
-    elif options.calib is not None:
-        raise QkitError(f"--calib is not used by method {name}", "drop it, or use --method gptq")
-    if options.clip_search and any(scheme.kind == "ggml" for scheme in recipe.schemes):
-        raise QkitError("--clip-search does not apply to GGUF", "its scales are always searched: drop it")
-    for own in {option for other in methods.METHODS.values() for option in other.options} - set(method.options):
-        if getattr(options, own):
-            owners = ", ".join(other.name for other in methods.METHODS.values() if own in other.options)
-            raise QkitError(f"--{own.replace('_', '-')} belongs to --method {owners}, not to {name}", "drop it")
-    return method, notes
-
-
-def check_source(source: Source) -> None:
-    """Refuse a checkpoint of a family that qkit does not quantize, or not all there."""
-    if source.config.get("model_type") in ("gpt2", "gptj", "codegen"):
-        raise QkitError(
-            f"{source.config['model_type']} checkpoints store transposed or fused linears that qkit does not quantize",
-            "use a llama, mistral, qwen or gemma family model",
-        )
-    check_blocks(source.config, source.names(), source.label)
-
-
-def _disk(sidecars: Iterable[Sidecar], tasks: Iterable[Task], scratch: int, out: Out) -> tuple[int, int | None]:
-    """(bytes needed, bytes free) where `out` will lie; None where nothing counts them. Raises QkitError where they do
-    not suffice."""
-    needed = sum(t.bytes_out for t in tasks) + sum(sidecar.nbytes for sidecar in sidecars) + (16 << 20)
-    if not isinstance(out, Path):
-        return needed, None
-    needed += scratch
-    free = _free_disk(out)
-    partial = partial_dir(out)
-    reusable = sum(map(_bytes, partial.rglob("*"))) if partial.is_dir() else 0
-    if needed > free + reusable:
-        raise QkitError(
-            f"{out} needs {units.size(needed)}, and {units.size(free + reusable)} are free there",
-            "free some space or choose another disk with -o",
-        )
-    return needed, free
-
-
-def _bytes(path: Path) -> int:
-    """Of a file; 0 where it is none, or is gone by now: other machines may write there."""
-    with suppress(FileNotFoundError):
-        return path.stat().st_size if path.is_file() else 0
-    return 0
-
-
-def _free_disk(out: Path) -> int:
-    """Free bytes where `out` will lie. Raises QkitError where nothing can be written there."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise QkitError(f"cannot write into {parent}", "choose another output folder with -o")
-    return shutil.disk_usage(parent).free

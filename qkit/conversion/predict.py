@@ -82,7 +82,7 @@ def predict(
         workers -= 1
         in_flight = _in_flight(sizes, workers)
     base += transfers(workers)
-    peak = base + max(in_flight, _verifying(tasks, fmt) if options.verify else 0)
+    peak = base + max(in_flight, _verifying(tasks, source, fmt, method) if options.verify else 0)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
     if observed:
@@ -184,12 +184,15 @@ def _in_flight(sizes: Sequence[Sequence[_Size]], workers: int) -> int:
     return most
 
 
-def _verifying(tasks: Sequence[Task], fmt: Format) -> int:
-    """A weight that is read back whole, unpacked where its format lays it out in another way, and compared in rows."""
+def _verifying(tasks: Sequence[Task], source: Source, fmt: Format, method: Method) -> int:
+    """A weight that is read back, by rows where they follow each other in the file, unpacked where its format lays it
+    out in another way, and compared in rows."""
     most = 0
     for task in tasks:
         if task.scheme is not None:
             read = task.bytes_out if fmt.rows_follow else 2 * task.bytes_out + task.numel
+            if fmt.rows_follow and row_ranges(task, source, fmt, method) is not None:
+                read = min(read, SLAB_BYTES)
             most = max(most, read + 3 * min(SLAB_BYTES, task.bytes_in))
     return most
 

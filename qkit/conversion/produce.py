@@ -98,7 +98,7 @@ class Produce:
             return self._calibrated(task, name, self.block)
         kept = None if task.scheme is None else _repacked(self.source, name, task.scheme)
         if kept is not None:
-            crc, nbytes, squared = _compared(self.source, name, kept)
+            crc, nbytes, squared = _compared(self.source, name, kept.plain().rows)
             return Part(name, self._packed(task, kept), crc, nbytes, squared, {"method": "repacked"})
         tensor = self.source.read(name) if job.rows is None or job.read is None else job.read(*job.rows)
         part = Part(name, [], crc32(tensor), tensor.nbytes)
@@ -157,8 +157,9 @@ def _repacked(source: Source, name: str, scheme: LayerSpec) -> Weight | None:
         raise QkitError(f"{name}: {error.message}", error.hint) from error
 
 
-def compared(source: Source, name: str, weight: Weight) -> tuple[int, float]:
-    """(CRC-32 of a source tensor, ||W - Wq|| / ||W|| against `weight`), read in parts where that can be."""
+def compared(source: Source, name: str, weight: Callable[[int, int], Weight]) -> tuple[int, float]:
+    """(CRC-32 of a source tensor, ||W - Wq|| / ||W||), read in parts where that can be. weight: (first, end) -> rows of
+    what it became; called for `slab_ranges`, in order, or once for all."""
     crc, _, squared = _compared(source, name, weight)
     return crc, relative_error(squared)
 
@@ -168,21 +169,22 @@ def digests(source: Source, task: Task) -> dict[str, str]:
     return {name: digest_of(_compared(source, name)[0]) for name in task.sources}
 
 
-def _compared(source: Source, name: str, weight: Weight | None = None) -> tuple[int, int, tuple[float, float]]:
+def _compared(
+    source: Source, name: str, weight: Callable[[int, int], Weight] | None = None
+) -> tuple[int, int, tuple[float, float]]:
     """(CRC-32 of a source tensor, its bytes, `squared_error` against `weight`), read in parts where that can be."""
     from ..kernels import crc32
     from ..kernels.codes import squared_error
 
     meta, rows = source.meta(name), source.rows(name)
-    ranges = slab_ranges(meta) if rows is not None and meta.shape else [None]
+    ranges = slab_ranges(meta) if rows is not None and meta.shape else [(0, meta.shape[0] if meta.shape else 1)]
     crc, nbytes, lost, total = 0, 0, 0.0, 0.0
-    weight = None if weight is None else weight.plain()
     for part in ranges:
-        tensor = source.read(name) if part is None or rows is None else rows(*part)
+        tensor = source.read(name) if rows is None or not meta.shape else rows(*part)
         crc = combine(crc, crc32(tensor), tensor.nbytes)
         nbytes += tensor.nbytes
         if weight is not None:
-            more = squared_error(tensor, weight if part is None else weight.rows(*part))
+            more = squared_error(tensor, weight(*part))
             lost, total = lost + more[0], total + more[1]
         del tensor  # before the next one is read
     return crc, nbytes, (lost, total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ from .containers import CONTAINERS, Tensors
 from .execute import read_weights
 from .produce import compared, digests
 from .record import digest_of
+from .tasks import row_ranges
 
 if TYPE_CHECKING:
+    from ..kernels.weight import Weight
     from .executor import Executor
     from .output import Work
     from .plan import Plan
@@ -48,7 +50,7 @@ def verify_result(plan: Plan, work: Work) -> None:
 
 def _compare(plan: Plan, work: Work, task: Task, written: Tensors, files: Mapping[str, str]) -> None:
     """A task's weights against the source. By itself, so that nothing of one is held while the next is read."""
-    for name, weight in read_weights(task, plan.fmt, written.read).items():
+    for name, weight in _weights(plan, task, written):
         crc, error = compared(plan.view, name, weight)
         if digest_of(crc) != work.manifest.sources[name]:
             raise _changed(name)
@@ -58,6 +60,34 @@ def _compare(plan: Plan, work: Work, task: Task, written: Tensors, files: Mappin
             raise QkitError(
                 f"verification failed: {name} reads back with error {error:.6g}, noted was {expected:.6g}", _HINT
             )
+
+
+def _weights(plan: Plan, task: Task, written: Tensors) -> Iterator[tuple[str, Callable[[int, int], Weight]]]:
+    """(source name, (first, end) -> rows of the weight) for each of a task's sources. Where rows follow each other in
+    the files they are read as they are asked for."""
+    ranges = row_ranges(task, plan.view, plan.fmt, plan.method) if plan.fmt.rows_follow else None
+    if ranges is None:
+        for name, weight in read_weights(task, plan.fmt, written.read).items():
+            yield name, weight.plain().rows
+        return
+    assert task.scheme is not None
+    fmt, scheme, in_features = plan.fmt, task.scheme, task.meta.shape[1]
+    place = fmt.place(module_of(task.name)) + fmt.joint
+    step = fmt.out_metas((ranges[0][1], in_features), scheme)
+
+    def rows(first: int, end: int) -> Weight:
+        tensors = {}
+        for name, whole in task.outputs:
+            local = name.removeprefix(place)
+            if step[local] == whole:  # the same for all rows: a table, a shape
+                tensors[local] = written.read(name)
+                continue
+            begin = first // ranges[0][1] * step[local].shape[0]
+            count = fmt.out_metas((end - first, in_features), scheme)[local].shape[0]
+            tensors[local] = written.part(name, begin, begin + count)
+        return fmt.unpack(tensors, scheme, end - first).plain()
+
+    yield task.name, rows
 
 
 def check_inherited(plan: Plan, work: Work, executor: Executor) -> None:

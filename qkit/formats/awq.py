@@ -91,7 +91,7 @@ class AWQ(Format):
             "scales": weight.scale.t().contiguous(),
         }
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         from ..kernels import pack
         from ..kernels.weight import Weight
 

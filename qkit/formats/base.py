@@ -96,9 +96,9 @@ class Format(Protocol):
         store one weight in more than one way; of: see `by_rows`."""
         ...
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         """The inverse of `pack`, exactly; raises QkitError where the tensors disagree with each other or with the
-        scheme."""
+        scheme. rows: how many rows of a weight the tensors are (see `by_rows`), where they are not all."""
         ...
 
     def shape(self, source: Source, module: str, scheme: LayerSpec) -> tuple[int, int]:

@@ -130,7 +130,7 @@ class BitsAndBytes(Format):
         tensors[_STATE + weight.kind] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return tensors
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         import torch
 
         from ..kernels import pack
@@ -140,6 +140,7 @@ class BitsAndBytes(Format):
             return _unpack_int8(tensors)
         state = _state(tensors[_STATE + scheme.kind])
         out, in_ = state["shape"]
+        out = rows or out
         block = state["blocksize"]
         if in_ % block:
             raise QkitError(f"blocks of {block} do not divide its {in_} inputs, so that they run across rows")

@@ -74,7 +74,7 @@ class BlockFp8(ReadOnly):
     name: str = "fp8"
     quant_method: ClassVar[str | None] = "fp8"
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         return unpack(tensors, scheme, "weight_scale_inv")
 
     def parse(self, quantization_config: Mapping[str, Any]) -> BlockFp8Reader:

@@ -101,7 +101,7 @@ class GPTQ(Format):
             "g_idx": g_idx,
         }
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         from ..kernels.codes import weight_of
         from ..kernels.weight import Weight
 

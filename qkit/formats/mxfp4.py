@@ -83,7 +83,7 @@ class Mxfp4(Format):
         blocks = weight.packed.contiguous().view(torch.uint8).view(weight.out_features, -1, _BLOCK // 2)
         return {"blocks": blocks, "scales": weight.scale}
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         import torch
 
         from ..kernels.weight import Weight

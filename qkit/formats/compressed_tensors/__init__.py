@@ -89,7 +89,10 @@ class CompressedTensors(Format):
             found["weight_shape"] = found["weight_shape"].new_tensor([of, weight.in_features])
         return found
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
+        if rows is not None and "weight_shape" in tensors:
+            shape = tensors["weight_shape"]
+            tensors = {**tensors, "weight_shape": shape.new_tensor([rows, *shape.tolist()[1:]])}
         found: Weight = codec(scheme).unpack(tensors, scheme)
         return found
 

@@ -122,7 +122,7 @@ class Gguf(Format):
         plain = GGML[weight.spec.grid.block].plain
         return {"weight": weight.packed.view(torch_dtype(plain)) if plain else weight.packed}
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec) -> Weight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: LayerSpec, rows: int | None = None) -> Weight:
         import torch
 
         from ...kernels.weight import Blocks

@@ -287,16 +287,20 @@ class GgufFile:
                 digest.update(sample(part.file, info.offset, info.nbytes))
         return digest.hexdigest()
 
-    def raw(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored: of its own type, or uint8 [bytes] of blocks. Raises as `read` does."""
+    def raw(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The tensor as it is stored: of its own type, or uint8 [bytes] of blocks. first, last: only those of its first
+        dimension. Raises as `read` does."""
         import torch
 
         from ...spec.dtypes import torch_dtype
 
         info = self.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        self._parts[info.part].file.read_into(raw.numpy().data, info.offset)
-        return raw.view(torch_dtype(info.type.plain)).view(info.shape) if info.type.plain else raw
+        last = info.shape[0] if last is None else last
+        row = info.nbytes // max(1, info.shape[0])
+        raw = torch.empty((last - first) * row, dtype=torch.uint8)
+        self._parts[info.part].file.read_into(raw.numpy().data, info.offset + first * row)
+        shape = (last - first, *info.shape[1:])
+        return raw.view(torch_dtype(info.type.plain)).view(shape) if info.type.plain else raw
 
     def read(
         self, name: str, dtype: torch.dtype, index: int | None = None, rows: tuple[int, int] | None = None
