@@ -198,15 +198,25 @@ def make_shard(
     written = Written(FileDigest("", 0))
 
     def stream() -> Iterator[torch.Tensor | Pieces]:
-        parts = executor.run(produce, (job for task in shard.tasks for job in produce.jobs(task)))
+        parts = _given_back(executor.run(produce, (job for task in shard.tasks for job in produce.jobs(task))))
         for task in shard.tasks:
             yield from outputs(task, islice(parts, produce.count(task)), written.note)
             advance(task.bytes_in)
-            if task.bytes_in > SLAB_BYTES:
-                memory.give_back()  # codes and values of rows, which are too small for malloc to do that
 
     written.file = CONTAINERS[produce.fmt.container].write(produce.plan, store, shard, stream())
     return written
+
+
+def _given_back(parts: Iterator[Part]) -> Iterator[Part]:
+    """The parts. Now and then the system gets what was freed of them: codes and values of rows, which are too small for
+    malloc to do that."""
+    passed = 0
+    for part in parts:
+        passed += part.nbytes
+        if passed >= 8 * SLAB_BYTES:
+            memory.give_back()
+            passed = 0
+        yield part
 
 
 @dataclass(frozen=True)

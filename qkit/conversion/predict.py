@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # given back at once. Measured by `benchmarks/convert_memory.py`, whose table stands in the README.
 BASE_MEMORY, BASE_MEMORY_CALIBRATED = 22 << 20, 40 << 20
 RETAINED = 290 << 20
+# What malloc comes to keep between slabs of rows, the more the longer it goes on: `benchmarks/large_models.py`.
+KEPT = 48 << 20
 DEVICE_BASE = 1 << 30  # of a GPU's memory: the driver's context and what libraries take. An assumption, not measured
 MARGIN = 1.15  # measured peaks are within this of predicted ones, so a limit has to leave that much
 # Source bytes per second of one core in the data-free path (read, quantize, pack, hash, write), measured by
@@ -82,7 +84,8 @@ def predict(
         workers -= 1
         in_flight = _in_flight(sizes, workers)
     base += transfers(workers)
-    peak = base + max(in_flight, _verifying(tasks, source, fmt, method) if options.verify else 0)
+    kept = min(KEPT, sum(task.bytes_in for task in tasks) // 256)
+    peak = base + max(in_flight + kept, _verifying(tasks, source, fmt, method) if options.verify else 0)
     seconds = 2.0 + sum(t.bytes_in for t in tasks) / (RTN_BYTES_PER_CORE_S * min(usable, workers))
     passes: list[tuple[Method, Collection[str]]] = [(method, block_schemes(tasks))] if method.needs else []
     if observed:

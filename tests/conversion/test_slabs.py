@@ -16,8 +16,11 @@ from models import make_model
 from safetensors.torch import load_file, save_file
 
 from qkit import convert
-from qkit.conversion import tasks
+from qkit.conversion import tasks, verify
+from qkit.conversion.containers import CONTAINERS
+from qkit.conversion.execute import read_weights
 from qkit.errors import QkitError
+from qkit.kernels.codes import values_of
 from qkit.sources import open_source
 from qkit.sources.cast import CastSource
 from qkit.sources.untied import HEAD, Untied
@@ -85,6 +88,36 @@ def test_the_same_bytes_as_whole(model: Path, tmp_path: Path, monkeypatch: Any, 
     convert(str(model), str(tmp_path / "pieces" / "out"), **options)
     assert hashes(tmp_path / "whole" / "out") == hashes(tmp_path / "pieces" / "out")
     assert any(each is not None and len(each) > 1 for each in used)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"scheme": scheme} for scheme in ("w4a16-asym", "w8a16", "fp8-block", "mxfp4a16")),
+        {"format": "gguf", "scheme": "q4_k_m"},
+        {"format": "gptq"},
+        *({"format": "bnb", "scheme": scheme} for scheme in ("nf4", "nf4-dq", "int8")),
+        {"format": "compressed-tensors", "method": "gptq", "calib_samples": 2, "calib_len": 32},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_what_is_read_back_by_rows_is_the_weight(
+    model: Path, tmp_path: Path, monkeypatch: Any, options: dict[str, Any]
+) -> None:
+    plan = convert(str(model), str(tmp_path / "out"), **{"method": "rtn", **options}).plan
+    written = CONTAINERS[plan.fmt.container].open(LocalStore(tmp_path / "out"), plan.shards)
+    monkeypatch.setattr(tasks, "SLAB_BYTES", 1000)
+    apart = 0
+    for task in plan.tasks:
+        if task.scheme is None:
+            continue
+        whole = read_weights(task, plan.fmt, written.read)
+        for name, rows in verify._weights(plan, task, written):
+            for first, end in tasks.slab_ranges(task.meta):
+                got, expected = rows(first, end), whole[name].plain().rows(first, end)
+                assert torch.equal(got.packed, expected.packed) and torch.equal(values_of(got), values_of(expected))
+                apart += (first, end) != (0, task.meta.shape[0])
+    assert apart > 10
 
 
 def test_a_damaged_piece_is_named_and_nothing_is_left(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
