@@ -1,4 +1,4 @@
-"""`cluster.Pool`s without a cluster: what they call, what it takes and what it gives is pickled, in random order."""
+"""`pool.Pool`s without a cluster: what they call, what it takes and what it gives is pickled, in random order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qkit.conversion.cluster import Node
+from qkit.conversion.pool import Node
 
 GIB = 1 << 30
 

@@ -1,4 +1,4 @@
-"""`cluster.Pool` on a Ray cluster: the one place that knows Ray."""
+"""`pool.Pool` on a Ray cluster: the one place that knows Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import QkitError
 from ..hardware.detect import cores
 from ..progress import notify
-from .cluster import Lost, Node
+from .pool import Lost, Node
 
 # How often what a process was doing when it died, or its machine went away, is done again. Preemptible machines go all
 # the time; a task that takes its process down does so every time.

@@ -109,7 +109,8 @@ def _executor(plan: Plan, source: str, options: Options) -> Iterator[Executor]:
 
         yield Threads(plan.predicted.workers)
         return
-    from .cluster import Cluster, job_of
+    from .cluster import Cluster
+    from .pool import job_of
     from .ray_pool import connected
 
     with connected(options.ray) as pool:

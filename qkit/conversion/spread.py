@@ -15,8 +15,8 @@ from ..calibrate.block import BlockResult
 from ..errors import QkitError
 from ..methods.base import Quantized, divided
 from ..progress import notify
-from .cluster import RESTARTS, Cluster, Job, Lost, Refused, accepted, compute_on, plan_of
 from .execute import produce_of
+from .pool import RESTARTS, Job, Lost, Pool, Refused, accepted, check_fits, compute_on, machines, plan_of
 from .predict import PART_BATCHES, spread_memory
 from .produce import Produce
 from .tasks import block_schemes
@@ -45,21 +45,21 @@ class Done:
 class Spread:
     """`calibrate.blocks.Elsewhere`, on the workers of a cluster."""
 
-    def __init__(self, cluster: Cluster, produce: Produce, shape: tuple[int, int]):
+    def __init__(self, pool: Pool, job: Job, produce: Produce, shape: tuple[int, int]):
         """shape: [samples, length] of the text."""
         import torch
 
         method = divided(produce.method)
         assert method is not None
-        nodes = cluster.nodes()
+        nodes = machines(pool)
         threads = torch.get_num_threads()
         self.cpus = max(1, min(threads, *(node.cpus for node in nodes)))
         self.slots = sum(node.cpus // self.cpus for node in nodes)
         self.schemes = block_schemes(produce.plan.tasks)
         self.memory = spread_memory(produce.source, self.schemes, shape, produce.method)
-        cluster.check_fits(self.memory, nodes)
-        self.pool, self.source, self.method = cluster.pool, produce.source, method
-        self.job = replace(cluster.job, shape=shape, threads=threads)
+        check_fits(self.memory, nodes)
+        self.pool, self.source, self.method = pool, produce.source, method
+        self.job = replace(job, shape=shape, threads=threads)
 
     def quantize(self, index: int, at: str, hidden: States) -> BlockResult:
         return self._whatever_happens(lambda: self._quantize(index, at, hidden))

@@ -11,7 +11,7 @@ from faulty import OPTIONS
 from pools import Use
 from results import contents
 
-from qkit.conversion import cluster, executor, ray_pool, spread
+from qkit.conversion import executor, pool, ray_pool, spread
 
 
 @pytest.fixture
@@ -62,5 +62,5 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
         return pool
 
     yield with_pool
-    cluster._made.cache_clear()
+    pool._made.cache_clear()
     spread._steps.cache_clear()

@@ -16,10 +16,10 @@ from results import QUICK, contents
 from safetensors.torch import load_file, save_file
 
 import qkit
-from qkit.conversion import cluster, executor, ray_pool
-from qkit.conversion.cluster import Node, Refused
+from qkit.conversion import cluster, executor, pool, ray_pool
 from qkit.conversion.options import Options
 from qkit.conversion.plan import make_plan
+from qkit.conversion.pool import Node, Refused
 from qkit.conversion.run import convert
 from qkit.conversion.workspace import partial_dir
 from qkit.errors import QkitError
@@ -106,16 +106,14 @@ def test_what_a_worker_refuses_ends_the_run(llama: Path, tmp_path: Path, use: Us
     assert not (tmp_path / "out").exists()
 
 
-def job(source: Path, out: Path) -> tuple[cluster.Job, LocalStore]:
+def job(source: Path, out: Path) -> tuple[pool.Job, LocalStore]:
     options = Options(method="rtn", shard_size=100_000)
     out.mkdir()
-    return cluster.job_of(str(source), options, make_plan(open_source(str(source)), out / "x", options)), LocalStore(
-        out
-    )
+    return pool.job_of(str(source), options, make_plan(open_source(str(source)), out / "x", options)), LocalStore(out)
 
 
-def refusal(job: cluster.Job, store: LocalStore) -> Refused:
-    cluster._made.cache_clear()
+def refusal(job: pool.Job, store: LocalStore) -> Refused:
+    pool._made.cache_clear()
     answer = cluster.write_file(job, store, "model-00001-of-00001.safetensors", 1)
     assert isinstance(answer, Refused) and answer.hint
     assert not list(store.folder.iterdir())
@@ -142,12 +140,10 @@ def test_a_worker_sees_the_files_that_the_user_named_from_here(llama: Path, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(llama)
     options = Options(method="rtn", recipe="rules.yaml", ray="auto", skip=("*.up_proj",))
-    sent = cluster.job_of(
-        "model", options, make_plan(open_source("model"), tmp_path / "out", replace(options, ray=None))
-    )
+    sent = pool.job_of("model", options, make_plan(open_source("model"), tmp_path / "out", replace(options, ray=None)))
     assert sent.source == str(tmp_path / "model") and sent.options.recipe == str(tmp_path / "rules.yaml")
     monkeypatch.chdir("/")
-    assert cluster.digest_of(cluster.plan_of(sent)) == sent.plan
+    assert pool.digest_of(pool.plan_of(sent)) == sent.plan
 
 
 def test_a_file_that_only_the_worker_sees(llama: Path, tmp_path: Path, use: Use, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from results import contents
 from safetensors.torch import load_file, save_file
 
 from qkit.conversion import spread
-from qkit.conversion.cluster import RESTARTS, Lost, Node
+from qkit.conversion.pool import RESTARTS, Lost, Node
 from qkit.conversion.run import convert
 from qkit.conversion.wire import Wire
 from qkit.errors import QkitError
