@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from byte_tokenizer import write_tokenizer
+
 # name -> hidden, intermediate, KV width, layers, vocabulary, calibration windows x tokens
 SHAPES = {
     "tiny": (256, 768, 128, 2, 1000, 8, 128),
@@ -29,7 +31,6 @@ SHAPES = {
 
 def make_checkpoint(folder: Path, hidden: int, wide: int, kv: int, layers: int, vocab: int) -> None:
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from qkit.spec.dtypes import TensorMeta
     from qkit.storage.local import LocalStore
@@ -57,12 +58,7 @@ def make_checkpoint(folder: Path, hidden: int, wide: int, kv: int, layers: int, 
         "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    write_tokenizer(folder)
 
 
 def convert(source: Path, out: Path, method: str, samples: int, length: int) -> dict[str, Any]:

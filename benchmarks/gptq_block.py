@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from large_models import SHAPES, Shards, resident, write_pool
-from side_by_side import write_tokenizer
+from byte_tokenizer import write_tokenizer
+from large_models import SHAPES, Shards, convert, resident, write_pool
 
 
 class WithTokenizer(Shards):
@@ -42,19 +42,6 @@ class WithTokenizer(Shards):
 
     def open(self, name: str) -> Any:
         return super().open(name) if super().has(name) else self._beside.open(name)
-
-
-def convert(args: argparse.Namespace) -> None:
-    """In a process of its own: what `qkit convert NAME -o OUT --method gptq` does, of this source."""
-    from qkit import cli, sources
-    from qkit.sources.folder import FolderSource
-
-    (shape,), (samples,) = [args.shape], args.samples
-    sources.open_source = lambda *given, **options: FolderSource(  # type: ignore[assignment,arg-type,return-value]
-        WithTokenizer(shape, args.blocks, args.pool), label=shape
-    )
-    command = ["convert", shape, "-o", str(args.out), "--method", "gptq", "--calib-samples", str(samples)]
-    sys.exit(cli.main([*command, "--calib-len", str(args.length), "--max-memory", args.max_memory, "--json"]))
 
 
 def operations(args: argparse.Namespace, samples: int, pool: Path) -> float:
@@ -84,7 +71,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pool:
-        convert(args)
+        (samples,) = args.samples
+        text = ("--calib-samples", str(samples), "--calib-len", str(args.length))
+        shards = WithTokenizer(args.shape, args.blocks, args.pool)
+        convert(shards, args.out, "--method", "gptq", *text, "--max-memory", args.max_memory)
     rows = []
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         pool = write_pool(Path(scratch))
@@ -108,7 +98,7 @@ def main() -> None:
                 "shape": args.shape, "blocks": args.blocks, "samples": samples, "length": args.length,
                 "seconds": time.perf_counter() - started, "operations": operations(args, samples, pool),
                 "predicted": answer["plan"]["peak_memory_predicted_bytes"],
-                "peak": answer["peak_memory_measured_bytes"], "scratch": answer["plan"].get("scratch_bytes"),
+                "peak": answer["peak_memory_measured_bytes"],
                 "seen": [(round(t, 1), b) for t, b in seen[:: max(1, len(seen) // 400)]],
             }  # fmt: skip
             rows.append(row)

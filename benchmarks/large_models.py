@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # hidden, intermediate, KV width, layers, vocabulary: Llama-3.1-8B, Qwen2.5-32B, Llama-3.3-70B
 SHAPES = {
@@ -50,6 +50,16 @@ def tensors_of(shape: str, blocks: int | None) -> list[dict[str, tuple[int, ...]
         )  # fmt: skip
     ends = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
     return [*shards, ends | {"model.norm.weight": (hidden,)}]
+
+
+def config_of(shape: str, blocks: int | None) -> dict[str, Any]:
+    hidden, wide, kv, layers, vocabulary = SHAPES[shape]
+    return {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": hidden,
+        "intermediate_size": wide, "num_hidden_layers": blocks or layers, "num_attention_heads": hidden // 128,
+        "num_key_value_heads": kv // 128, "head_dim": 128, "vocab_size": vocabulary, "tie_word_embeddings": False,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+    }  # fmt: skip
 
 
 class Repeated:
@@ -82,12 +92,7 @@ class Shards:
         self.label = shape
         fd = os.open(pool, os.O_RDONLY)
         shards = tensors_of(shape, blocks)
-        hidden, wide, kv, _, vocabulary = SHAPES[shape]
-        config = {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": hidden,
-            "intermediate_size": wide, "num_hidden_layers": len(shards) - 1, "num_attention_heads": hidden // 128,
-            "num_key_value_heads": kv // 128, "head_dim": 128, "vocab_size": vocabulary, "tie_word_embeddings": False,
-        }  # fmt: skip
+        config = config_of(shape, blocks)
         self._files: dict[str, Repeated] = {}
         index: dict[str, str] = {}
         for i, tensors in enumerate(shards, 1):
@@ -121,13 +126,13 @@ class Shards:
                 yield piece
 
 
-def convert(shape: str, blocks: int | None, pool: Path, out: Path) -> None:
-    """In a process of its own: what `qkit convert NAME -o OUT --method rtn --max-memory 1GiB` does, of this source."""
+def convert(store: Shards, out: Path, *options: str) -> NoReturn:
+    """In a process of its own: what `qkit convert NAME -o OUT OPTIONS --json` does, of this source."""
     from qkit import cli, sources
     from qkit.sources.folder import FolderSource
 
-    sources.open_source = lambda *given, **options: FolderSource(Shards(shape, blocks, pool), label=shape)  # type: ignore[assignment,arg-type,return-value]
-    sys.exit(cli.main(["convert", shape, "-o", str(out), "--method", "rtn", "--max-memory", "1GiB", "--json"]))
+    sources.open_source = lambda *given, **more: FolderSource(store, label=store.label)  # type: ignore[assignment,arg-type,return-value]
+    sys.exit(cli.main(["convert", store.label, "-o", str(out), *options, "--json"]))
 
 
 def resident(process: subprocess.Popen[Any]) -> list[tuple[float, int]]:
@@ -218,7 +223,8 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        convert(args.child, args.blocks, args.pool, args.work)
+        shards = Shards(args.child, args.blocks, args.pool)
+        convert(shards, args.work, "--method", "rtn", "--max-memory", "1GiB")
     runs = []
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         pool = write_pool(Path(scratch))

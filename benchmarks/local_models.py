@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from byte_tokenizer import write_tokenizer
 from published.rows import entries
 
 FORMATS = {  # row -> (engine, folder, options of `qkit convert` from the bf16 folder)
@@ -90,16 +91,4 @@ def _made(base: Path, config: dict[str, int]) -> None:
     script = str(Path(__file__).parent / "random_llama.py")
     subprocess.run([sys.executable, script, str(base.parent), *options, "--only", "bf16"],
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-    _tokenizer(base)
-
-
-def _tokenizer(folder: Path) -> None:
-    """Of bytes: the words of the vocabulary beyond them have no text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    write_tokenizer(base)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from large_models import SHAPES, tensors_of
+from byte_tokenizer import write_tokenizer
+from large_models import SHAPES, config_of, tensors_of
 
 HERE = Path(__file__).parent
 _FILE = 5e9  # bytes of a file of weights
@@ -41,7 +42,6 @@ def make_checkpoint(folder: Path, shape: str, blocks: int | None) -> int:
     from qkit.storage.local import LocalStore
     from qkit.storage.writer import write_safetensors
 
-    hidden, wide, kv, layers, vocabulary = SHAPES[shape]
     folder.mkdir()
     noise = torch.randn(1 << 28, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     files: list[list[tuple[str, TensorMeta]]] = [[]]
@@ -63,30 +63,12 @@ def make_checkpoint(folder: Path, shape: str, blocks: int | None) -> int:
         write_safetensors(LocalStore(folder), name, entries, (drawn(meta) for _, meta in entries))
         index |= {tensor: name for tensor, _ in entries}
     total = sum(meta.nbytes for entries in files for _, meta in entries)
-    config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": hidden,
-        "intermediate_size": wide, "num_hidden_layers": blocks or layers, "num_attention_heads": hidden // 128,
-        "num_key_value_heads": kv // 128, "head_dim": 128, "vocab_size": vocabulary, "tie_word_embeddings": False,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-    }  # fmt: skip
+    config = config_of(shape, blocks)
     (folder / "config.json").write_text(json.dumps(config))
     stated = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(stated))
-    write_tokenizer(folder, vocabulary)
+    write_tokenizer(folder, config["vocab_size"])
     return total
-
-
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Bytes, and names for the rest of the vocabulary: GGUF wants one for every row."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {c: i for i, c in enumerate(alphabet)} | {f"<unused{i}>": i for i in range(len(alphabet), vocabulary)}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def peak_of(pid: int, seen: dict[str, int], ended: threading.Event) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 TINY: dict[str, Any] = {
     "vocab_size": 260,
@@ -79,6 +81,15 @@ def make_model(
         folder, max_shard_size=changes.get("max_shard_size", "5GB"), save_original_format=save_original_format
     )
     make_tokenizer(folder)
+    return folder
+
+
+def with_nan(model: Path, folder: Path, name: str, at: tuple[int, int]) -> Path:
+    """A copy of a checkpoint of one file, in which one value of a tensor is not a number."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][at] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

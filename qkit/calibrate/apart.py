@@ -125,6 +125,7 @@ def add(
         made[piece] = known.copy() if known else Hessian(piece.in_features, "cpu", piece.first, piece.last)
         if piece.group in inputs:
             made[piece].add(inputs[piece.group])
+        made[piece].trim()
     return made
 
 

@@ -53,9 +53,9 @@ class Hessian:
             made._waiting[: self._waits] = self._waiting[: self._waits]
         return made
 
-    def __getstate__(self) -> dict[str, Any]:
-        waiting = self._waiting[: self._waits] if self._waiting is not None and self._waits else None
-        return {**self.__dict__, "_waiting": waiting}
+    def trim(self) -> None:
+        """Hold no more than has to travel; nothing is added until it is copied."""
+        self._waiting = self._waiting[: self._waits] if self._waiting is not None and self._waits else None
 
     def add(self, x: torch.Tensor) -> None:
         import torch

@@ -152,7 +152,7 @@ def compute_on(threads: int) -> None:
 def plan_of(job: Job) -> Plan:
     """The driver's plan, made here. Raises QkitError where it is not."""
     try:
-        plan = _made(replace(job, token="", largest=()))
+        plan = _made(replace(job, token="", largest=(), shape=(0, 0), threads=0))
     except QkitError as error:
         raise QkitError(f"on {socket.gethostname()}: {error.message}", error.hint) from error
     if plan.cache is not None:

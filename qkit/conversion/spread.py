@@ -173,7 +173,7 @@ def run_step(job: Job, step: str, *args: Any) -> Wire | Refused:
     try:
         compute_on(job.threads)
         with torch.no_grad():
-            steps = _steps(replace(job, token="", largest=()))
+            steps = _steps(job)
             return Wire(getattr(steps, step)(*(arg.value if isinstance(arg, Wire) else arg for arg in args)))
     except QkitError as error:
         return Refused(error.message, error.hint)
@@ -188,7 +188,7 @@ class _Steps:
     """What a worker is asked for. Names of weights are whole."""
 
     def __init__(self, job: Job):
-        self.produce = produce_of(plan_of(replace(job, shape=(0, 0), threads=0)))
+        self.produce = produce_of(plan_of(job))
         self.schemes = block_schemes(self.produce.plan.tasks)
         method = divided(self.produce.method)
         assert method is not None

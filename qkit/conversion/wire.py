@@ -1,11 +1,14 @@
-"""Values on their way between processes: tensors are sent as bytes that nobody copies."""
+"""Values on their way between processes: tensors are sent as arrays, whose bytes a pickler can pass on uncopied."""
 
 from __future__ import annotations
 
-import io
-import pickle
+import warnings
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from ..spec.dtypes import TensorMeta, dtype_name, torch_dtype
@@ -13,35 +16,49 @@ from ..storage.writer import tensor_bytes
 
 
 class Wire:
-    """A value with tensors in it. What arrives shares its memory with whatever brought it: it is not to be changed."""
+    """A value with tensors in it: in containers, and in objects of qkit's. What arrives shares its memory with whatever
+    brought it: it is not to be changed."""
 
     def __init__(self, value: Any):
         self.value = value
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        buffers: list[pickle.PickleBuffer] = []
-        stream = io.BytesIO()
-        _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(self.value)
-        return _arrived, (stream.getvalue(), *buffers)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": _mapped(self.value, torch.Tensor, _bytes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.value = _mapped(state["value"], _Bytes, _tensor)
 
 
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return NotImplemented
-        data = tensor_bytes(value)
-        return _tensor, (TensorMeta(dtype_name(value.dtype), tuple(value.shape)), pickle.PickleBuffer(data))
+@dataclass(frozen=True)
+class _Bytes:
+    meta: TensorMeta
+    data: numpy.ndarray[Any, Any]
 
 
-def _arrived(pickled: bytes, *buffers: Any) -> Wire:
-    return Wire(pickle.loads(pickled, buffers=buffers))
+def _bytes(tensor: torch.Tensor) -> _Bytes:
+    meta = TensorMeta(dtype_name(tensor.dtype), tuple(tensor.shape))
+    return _Bytes(meta, numpy.frombuffer(tensor_bytes(tensor), dtype=numpy.uint8))
 
 
-def _tensor(meta: TensorMeta, data: Any) -> torch.Tensor:
-    import warnings
-
+def _tensor(sent: _Bytes) -> torch.Tensor:
+    meta = sent.meta
     if not meta.numel:
         return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(data, dtype=torch_dtype(meta.dtype)).view(meta.shape)
+        return torch.frombuffer(sent.data, dtype=torch_dtype(meta.dtype)).view(meta.shape)
+
+
+def _mapped(value: Any, kind: type, leaf: Callable[[Any], Any]) -> Any:
+    """The value with leaf(x) for each x of that kind in it."""
+    if isinstance(value, kind):
+        return leaf(value)
+    if isinstance(value, dict):
+        return {key: _mapped(each, kind, leaf) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(each, kind, leaf) for each in value)
+    if type(value).__module__.startswith("qkit.") and hasattr(value, "__dict__"):
+        made = copy(value)
+        made.__dict__.update({name: _mapped(each, kind, leaf) for name, each in vars(made).items()})
+        return made
+    return value

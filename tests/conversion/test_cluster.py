@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import shutil
 import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from models import with_nan
 from pools import GIB, Elsewhere, Here, Use
 from results import QUICK, contents
-from safetensors.torch import load_file, save_file
 
 import qkit
 from qkit.conversion import cluster, executor, pool, ray_pool
@@ -95,11 +94,7 @@ def test_a_run_that_is_interrupted_goes_on_alone(llama: Path, tmp_path: Path, us
 
 @pytest.mark.parametrize("options", [SMALL, {"format": "gguf", "method": "rtn"}])
 def test_what_a_worker_refuses_ends_the_run(llama: Path, tmp_path: Path, use: Use, options: dict) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(llama, source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    source = with_nan(llama, tmp_path / "source", "model.layers.1.mlp.up_proj.weight", (3, 5))
     use(Here())
     with pytest.raises(QkitError, match=r"layers\.1\.mlp\.up_proj\.weight.*(NaN|infinite)"):
         convert(str(source), tmp_path / "out", ray="auto", **options)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model
-from safetensors.torch import load_file, save_file
+from models import make_model, with_nan
+from safetensors.torch import load_file
 
 from qkit import convert
 from qkit.conversion import tasks, verify
@@ -121,12 +121,7 @@ def test_what_is_read_back_by_rows_is_the_weight(
 
 
 def test_a_damaged_piece_is_named_and_nothing_is_left(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / "config.json").write_bytes((model / "config.json").read_bytes())
-    tensors = load_file(model / "model.safetensors")
-    tensors[EMBEDDING][900, 3] = float("nan")
-    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    bad = with_nan(model, tmp_path / "bad", EMBEDDING, (900, 3))
     monkeypatch.setattr(tasks, "SLAB_BYTES", 1000)
     with pytest.raises(QkitError, match=f"{EMBEDDING} contains NaN"):
         convert(str(bad), str(tmp_path / "out"), method="rtn")

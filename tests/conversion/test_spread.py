@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, FUSED, make_model
+from models import FAMILIES, FUSED, make_model, with_nan
 from pools import GIB, Here, Use
 from results import contents
-from safetensors.torch import load_file, save_file
 
 from qkit.conversion import spread
 from qkit.conversion.pool import RESTARTS, Lost, Node
@@ -100,11 +98,7 @@ def test_a_run_that_is_cut_off_goes_on_here_or_there(llama: Path, tmp_path: Path
 
 
 def test_what_a_worker_refuses_ends_the_run(llama: Path, tmp_path: Path, use: Use) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(llama, source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    source = with_nan(llama, tmp_path / "source", "model.layers.1.mlp.up_proj.weight", (3, 5))
     use(Here())
     with pytest.raises(QkitError, match=r"layers\.1\.mlp\.(up|gate)_proj\.weight.*(NaN|infinite)"):
         convert(str(source), tmp_path / "out", ray="auto", **TEXT)
