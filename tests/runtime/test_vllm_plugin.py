@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qkit.hardware.catalogue import profile_path
-from qkit.runtime.vllm import measured, plugin
+from qkit.runtime.vllm import loading, measured, plugin
 
 
 class Platform(enum.Enum):
@@ -132,3 +132,43 @@ def test_released_parameters_still_answer_for_device_and_type() -> None:
     assert layer.weight_packed.device == torch.device("cpu") and layer.weight_packed.dtype == torch.int32
     assert layer.weight_packed.numel() == 0 and layer.weight_scale is None and not hasattr(layer, "absent")
     assert "weight_packed" in dict(layer.named_parameters())
+
+
+def variables() -> dict[str, Any]:
+    """vLLM's environment variables: all of them count in the name of a compiled model (envs.compile_factors)."""
+    return {"VLLM_USE_V1": lambda: True}
+
+
+def factors(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: getter() for name, getter in table.items()}
+
+
+def test_what_layers_run_on_is_in_the_name_of_the_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(*kernels: str) -> dict[str, Any]:
+        table = variables()
+        seen = loading.Loading(table)
+        seen.made = 3
+        for kernel in kernels:
+            (seen.theirs if kernel == "Marlin" else seen.ours)(kernel)
+        return factors(table)
+
+    assert model("Marlin", "Marlin", "Marlin") == factors(variables())  # a model without us keeps its name
+    names = [model("cpu", "cpu", "cpu"), model("cpu", "Marlin", "cpu"), model("Marlin", "Marlin", "cpu"), model("cpu")]
+    assert all(a != b for i, a in enumerate([factors(variables()), *names]) for b in names[i:])
+    monkeypatch.setattr(loading, "__version__", "99")
+    assert model("cpu", "cpu", "cpu") not in names
+
+
+def test_the_name_is_the_same_when_a_process_loads_a_model_again(caplog: pytest.LogCaptureFixture) -> None:
+    table = variables()
+    seen, found = loading.Loading(table), []
+    for _ in range(2):
+        seen.made += 2
+        with caplog.at_level(logging.INFO, "vllm.plugins.qkit"):
+            seen.ours("cpu")
+            seen.ours("cpu")
+        found.append(factors(table))
+    seen.made += 1
+    seen.ours("cpu", "blocks of 8 experts")  # a draft model is another
+    assert found[0] == found[1] != factors(table)
+    assert [r.getMessage() for r in caplog.records] == ["qkit's kernels: 2 linears on cpu"] * 2

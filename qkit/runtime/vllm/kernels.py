@@ -6,11 +6,10 @@ Written for vLLM 0.32: model_executor/kernels/linear (`MPLinearKernel`, `Int8Sca
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
+from vllm.envs import environment_variables
 from vllm.model_executor.kernels import linear as table
 from vllm.model_executor.kernels.linear import (
     Int8ScaledMMLinearKernel,
@@ -24,9 +23,8 @@ from vllm.scalar_type import scalar_types
 from ...kernels import pack, unpack
 from ...kernels.select import KERNELS, Problem, Weight, select
 from .. import opaque
+from .loading import Loading
 from .measured import release
-
-_log = init_logger("vllm.plugins.qkit")
 
 # vLLM's name of what a code stands for -> (bits, whether there are no zero points)
 _TYPES = {
@@ -37,22 +35,7 @@ _TYPES = {
 }
 
 
-class _Loading:
-    """Counts layers until every one that was made has its weights, then says in one line what they run on."""
-
-    def __init__(self) -> None:
-        self.made = 0
-        self.kernels: Counter[str] = Counter()
-
-    def done(self, kernel: str, what: str = "linears") -> None:
-        self.kernels[f"{what} on {kernel}"] += 1
-        if self.kernels.total() == self.made:
-            counts = ", ".join(f"{n} {name}" for name, n in self.kernels.most_common())
-            _log.info("qkit's kernels: %s", counts)
-            self.made, self.kernels = 0, Counter()  # a draft model may follow
-
-
-loading = _Loading()
+loading = Loading(environment_variables)
 
 
 def first_reason(problem: Problem) -> str | None:
@@ -68,15 +51,15 @@ def first_reason(problem: Problem) -> str | None:
     return "; ".join(reasons)
 
 
-def _attach(layer: torch.nn.Module, weight: Weight, dtype: torch.dtype, activations: str | None) -> str:
-    """Give `layer` the prepacked weight; returns the name of the kernel that will use it."""
+def _attach(layer: torch.nn.Module, weight: Weight, dtype: torch.dtype, activations: str | None) -> None:
+    """Give `layer` the prepacked weight."""
     kernel = select(weight, dtype, activations)
     # A plain attribute, neither parameter nor buffer: nothing moves it to another device.
     layer.qkit_handle = opaque.hold(kernel, kernel.prepack(weight, activations))
     layer.qkit_out_features = weight.out_features
     layer.qkit_kernel = kernel.name
     weakref.finalize(layer, opaque.release, layer.qkit_handle)
-    return kernel.name
+    loading.ours(kernel.name)
 
 
 def _apply(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -122,20 +105,23 @@ class QkitLinearKernel(MPLinearKernel):
         return reason is None, reason
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight = self._weight(layer)
+        release(layer, (self.w_q_name, self.w_s_name, self.w_zp_name))
+        _attach(layer, weight, self.config.act_type, None)
+
+    def _weight(self, layer: torch.nn.Module) -> Weight:
         """Three layouts arrive here: compressed-tensors' [out, in / 8], GPTQ's [in / 8, out], and AWQ's, which vLLM
         has turned into GPTQ's with compressed-tensors' zero points. The parameters say which dimension is which."""
         bits, symmetric = _TYPES[self.config.weight_type]
         codes, scale, zero = self._get_weight_params(layer)
         packed = _rows(codes)
-        weight = Weight(
-            packed.data,
-            _rows(scale).data,
+        return Weight(
+            packed,
+            _rows(scale),
             None if symmetric or zero is None else _zero(zero, bits, packed.shape[0]),
             bits,
             self.config.partition_weight_shape[0],
         )
-        release(layer, (self.w_q_name, self.w_s_name, self.w_zp_name))
-        loading.done(_attach(layer, weight, self.config.act_type, None))
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return _apply(layer, x, bias)
@@ -192,22 +178,28 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
         return reason is None, reason
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        codes, scale, *_ = self._get_layer_params(layer)
+        codes = self._get_layer_params(layer)[0]
         out_features, in_features = codes.shape
         dtype = getattr(layer, "params_dtype", None) or torch.get_default_dtype()
         problem = Problem("int", 8, in_features, True, dtype, "int8", codes.device, (out_features, in_features))
         if first_reason(problem) is not None:
             self._other = self._next()
             self._other.process_weights_after_loading(layer)
-            loading.done(f"vLLM's {type(self._other).__name__}")
+            loading.theirs(type(self._other).__name__)
             return
+        del codes  # what is held goes on lying beside its prepacked self
+        weight = self._weight(layer)
+        release(layer, self.layer_param_names[:2])
+        _attach(layer, weight, dtype, "int8")
+
+    def _weight(self, layer: torch.nn.Module) -> Weight:
+        codes, scale, *_ = self._get_layer_params(layer)
+        out_features, in_features = codes.shape
         if not self.config.is_channelwise:  # one scale for each of the merged layers
             widths = torch.tensor(layer.logical_widths, device=scale.device)
             scale = scale.data.reshape(-1).repeat_interleave(widths)
         unsigned = (codes.data.view(torch.uint8) ^ 0x80).contiguous()
-        weight = Weight(pack(unsigned, 8), scale.data.reshape(out_features, 1).contiguous(), None, 8, in_features)
-        release(layer, self.layer_param_names[:2])
-        loading.done(_attach(layer, weight, dtype, "int8"))
+        return Weight(pack(unsigned, 8), scale.data.reshape(out_features, 1).contiguous(), None, 8, in_features)
 
     def _next(self) -> Int8ScaledMMLinearKernel:
         """The kernel that vLLM would take if ours were not in its table. Raises ValueError where there is none."""

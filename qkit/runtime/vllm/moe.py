@@ -114,7 +114,7 @@ class QkitExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
         layer.qkit_handle = opaque.hold_experts(experts)
         layer.qkit_kernel = experts[0][0][0].name
         weakref.finalize(layer, opaque.release, layer.qkit_handle)
-        loading.done(layer.qkit_kernel, f"blocks of {count} experts")
+        loading.ours(layer.qkit_kernel, f"blocks of {count} experts")
 
     def _weight(self, layer: Any, name: str, number: int) -> Weight:
         packed = getattr(layer, f"{name}_weight_packed").data[number].clone()  # the whole is freed afterwards
