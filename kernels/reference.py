@@ -24,18 +24,20 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [rows, n] -> int32 [rows, ceil(n * bits / 32)], low bits first, zero padded. bits: 4 or 8."""
     per_word = 32 // bits
     rows, n = codes.shape
-    words = -(-n // per_word)
-    padded = torch.zeros(rows, words * per_word, dtype=torch.int32, device=codes.device)
-    padded[:, :n] = codes
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
-    return (padded.view(rows, words, per_word) << shifts).sum(dim=-1, dtype=torch.int32)
+    packed = torch.zeros(rows, -(-n // per_word), dtype=torch.int32, device=codes.device)
+    for i in range(min(per_word, n)):  # one code of each word at a time: weights are large
+        part = codes[:, i::per_word].int()
+        part <<= i * bits
+        packed[:, : part.shape[1]] |= part
+    return packed
 
 
 def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     """int32 [rows, words] -> uint8 codes [rows, n]; the inverse of `pack`."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.view(packed.shape[0], -1)[:, :n].to(torch.uint8)
+    codes = torch.empty(*packed.shape, 32 // bits, dtype=torch.uint8, device=packed.device)
+    for i in range(32 // bits):
+        codes[..., i] = (packed >> (i * bits)) & ((1 << bits) - 1)
+    return codes.view(packed.shape[0], -1)[:, :n].contiguous()
 
 
 def dequantize(

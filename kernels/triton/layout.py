@@ -111,6 +111,8 @@ def prepack(weight: Weight | Sequence[Weight], paired: bool = False) -> Packed:
         raise ValueError(f"the Triton layout {reason}")
 
     def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+        if len(tensors) == 1:
+            return tensors[0]
         return torch.stack(tensors, 1).flatten(0, 1) if paired else torch.cat(tensors)
 
     multiplier = join([torch.full((w.out_features,), w.multiplier, device=w.device) for w in weights])
@@ -177,15 +179,19 @@ def _words(kind: str, bits: int, packed: torch.Tensor, in_features: int, rows: i
     """int32 [out, in * bits / 32] in reading order -> int32 [blocks, rows, words]."""
     plane, per_word, planes = plane_of(kind), 32 // bits, 16 // bits
     blocks = -(-in_features // (plane * planes))
-    padded = packed.new_zeros(rows, blocks * planes * plane // per_word)
-    padded[: packed.shape[0], : packed.shape[1]] = packed
-    source = padded.view(rows, blocks, planes, -1).transpose(0, 1)
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    fill = blocks * planes * plane // per_word - packed.shape[1]
+    if fill:
+        packed = torch.nn.functional.pad(packed, (0, fill))
+    out = packed.shape[0]
+    source = packed.view(out, blocks, planes, -1).transpose(0, 1)
     words = packed.new_zeros(blocks, rows, plane // 2)
-    for j in range(planes):  # one plane at a time bounds the temporaries
-        plane_codes = ((source[:, :, j, :, None] >> shifts) & ((1 << bits) - 1)).view(blocks, rows, plane // 2, 2)
-        for h in range(2):
-            words |= plane_codes[..., h] << _bit(kind, bits, j, h)
+    target = words[:, :out].view(blocks, out, -1, per_word // 2)
+    for j in range(planes):
+        for i in range(per_word):  # one code of each word at a time, in place: weights are large
+            part = source[:, :, j] >> (i * bits)
+            part &= (1 << bits) - 1
+            part <<= _bit(kind, bits, j, i % 2)
+            target[..., i // 2] |= part
     return words
 
 

@@ -1,0 +1,85 @@
+"""What laying a weight out takes at most, beside the weight: a model is loaded with no more memory than it needs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qkit.kernels import Weight, reference
+from qkit.kernels.select import KERNELS
+from qkit.kernels.triton import dynamic, layer, restore
+
+OUT, IN = 256, 2048
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors that operators make, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note((args, kwargs), lambda storage: 0)  # what was there before, of which operators make views
+        made = func(*args, **(kwargs or {}))
+        self.note(made, lambda storage: storage.nbytes())
+        self.most = max(self.most, sum(self.alive.values()))
+        return made
+
+    def note(self, values: Any, counted: Callable[[torch.UntypedStorage], int]) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                at = id(storage)
+                if at not in self.alive:
+                    self.alive[at] = counted(storage)
+                    weakref.finalize(storage, self.alive.pop, at)
+
+
+def most(call: Any, *args: Any) -> int:
+    gc.collect()
+    with Allocated() as seen:
+        call(*args)
+    return seen.most
+
+
+def made(bits: int, zeros: bool = False, kind: str = "int", group: int = 128) -> Weight:
+    packed = torch.randint(-(2**31), 2**31 - 1, (OUT, IN * bits // 32), dtype=torch.int32)
+    scale = torch.rand(OUT, IN // group)
+    zero = torch.randint(0, 15, (OUT, IN // group), dtype=torch.uint8) if zeros else None
+    return Weight(packed, scale, zero, bits, IN, kind)
+
+
+@pytest.mark.parametrize(
+    "bits, zeros, kind", [(4, False, "int"), (4, True, "int"), (8, False, "int"), (4, False, "nf4")]
+)
+def test_prepacking_takes_little_beside_the_weight(bits: int, zeros: bool, kind: str) -> None:
+    weight = made(bits, zeros, kind)
+    size = weight.packed.nbytes
+    assert size <= most(layer, weight) <= 2.1 * size
+    assert most(restore, layer(weight)) <= 5.2 * size
+    cpu = next(kernel for kernel in KERNELS if kernel.name == "cpu")
+    assert most(cpu.prepack, weight, None) <= 1.5 * size
+
+
+def test_prepacking_for_int8_activations_takes_little_beside_the_weight() -> None:
+    weight = made(8, group=IN)
+    size = weight.packed.nbytes
+    assert most(dynamic.prepack, weight, "int8") <= 2.2 * size
+    assert most(dynamic.restore, dynamic.prepack(weight, "int8")) <= 4.2 * size
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_takes_little_beside_the_codes(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (OUT, IN), dtype=torch.uint8)
+    packed = reference.pack(codes, bits)
+    assert most(reference.pack, codes, bits) <= 3.2 * packed.nbytes
+    assert most(reference.unpack, packed, bits, IN) <= codes.nbytes + 2.2 * packed.nbytes
