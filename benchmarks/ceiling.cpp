@@ -1,4 +1,4 @@
-// What this machine can do at most: bytes read from memory, and byte dot products, a second. Built by cpu_matmul.py with
+// What this machine can do at most: bytes read from memory, and byte dot products, a second. Built by ceiling.py with
 // -march=native; independent of the library it is the measure of.
 #include <cstdint>
 #include <thread>
@@ -10,11 +10,19 @@
 
 typedef uint64_t V __attribute__((vector_size(64)));
 
-static uint64_t read_part(const char* p, int64_t n) {
-    V s[8] = {};
-    for (int64_t i = 0; i + 512 <= n; i += 512)
-        for (int k = 0; k < 8; ++k) s[k] ^= *(const V*)(p + i + 64 * k);
-    for (int k = 1; k < 8; ++k) s[0] ^= s[k];
+// n bytes as S streams that advance together, each line asked for `ahead` bytes before it is read: more pages are open at
+// once than the hardware's own prefetching keeps for one stream.
+template <int S>
+static uint64_t read_part(const char* p, int64_t n, int64_t ahead) {
+    const int64_t each = n / S;
+    V s[4] = {};
+    for (int64_t i = 0; i + 256 <= each; i += 256)
+        for (int t = 0; t < S; ++t) {
+            const char* q = p + t * each + i;
+            for (int k = 0; k < 4; ++k) __builtin_prefetch(q + ahead + 64 * k, 0, 0);
+            for (int k = 0; k < 4; ++k) s[k] ^= *(const V*)(q + 64 * k);
+        }
+    for (int k = 1; k < 4; ++k) s[0] ^= s[k];
     return s[0][0];
 }
 
@@ -28,10 +36,17 @@ static void on_threads(int threads, F f) {
 
 static volatile uint64_t sink;
 
-// Reads n bytes (64-byte aligned) once.
-extern "C" void ceiling_read(const char* p, int64_t n, int threads) {
-    const int64_t part = n / threads / 512 * 512;
-    on_threads(threads, [=](int t) { sink = read_part(p + t * part, part); });
+// Reads n bytes once (64-byte aligned; n a multiple of threads * streams * 256), in 1, 2, 4 or 8 streams a thread;
+// returns whether it knows that number of streams.
+extern "C" int ceiling_read(const char* p, int64_t n, int threads, int streams, int64_t ahead) {
+    uint64_t (*read)(const char*, int64_t, int64_t) = streams == 1   ? read_part<1>
+                                                      : streams == 2 ? read_part<2>
+                                                      : streams == 4 ? read_part<4>
+                                                      : streams == 8 ? read_part<8>
+                                                                     : nullptr;
+    if (!read) return 0;
+    on_threads(threads, [=](int t) { sink = read(p + t * (n / threads), n / threads, ahead); });
+    return 1;
 }
 
 // n times twelve independent dot products of the widest kind this build knows; returns multiplications and additions of

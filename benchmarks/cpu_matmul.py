@@ -11,37 +11,23 @@ is one JSON document.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from ceiling import Reads, dots
 
 from qkit import kernels
 from qkit.kernels.select import Weight, select
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")
+NAN = float("nan")
 ROTATE = 192 << 20  # bytes of weights in turn: more than any cache here
-
-
-def ceilings() -> ctypes.CDLL:
-    """benchmarks/ceiling.cpp, built for this machine."""
-    source = Path(__file__).with_name("ceiling.cpp")
-    folder = tempfile.mkdtemp(prefix="qkit-ceiling-")
-    library = Path(folder, "ceiling.so")
-    subprocess.run(["c++", "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source, "-pthread"], check=True)
-    lib = ctypes.CDLL(str(library))
-    lib.ceiling_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    lib.ceiling_dot.argtypes = [ctypes.c_int64, ctypes.c_int]
-    return lib
 
 
 def measure(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, tuple[float, float]]:
@@ -126,25 +112,15 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), metavar="OUTxIN")
     args = parser.parse_args()
 
-    lib = ceilings()
-    memory = torch.zeros(256 << 20, dtype=torch.uint8)
-    address = memory.data_ptr() + -memory.data_ptr() % 64
     rows: list[dict[str, Any]] = []
     limits: dict[int, dict[str, float | None]] = {}
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}")
 
-    def limit(threads: int) -> dict[str, float | None]:
-        read = measure({"": lambda: lib.ceiling_read(address, memory.nbytes - 64, threads)}, 0.5)[""]
-        count, ops = 500_000, lib.ceiling_dot(1, 1)
-        dot = measure({"": lambda: lib.ceiling_dot(count, threads)}, 0.3)[""]
-        return {"read_gbs": memory.nbytes / read[0] / 1e9, "read_median_gbs": memory.nbytes / read[1] / 1e9,
-                "gops": count * 12 * ops * threads / dot[0] / 1e9 if ops else None}  # fmt: skip
-
     for threads in args.threads:
         torch.set_num_threads(threads)
-        top = limits[threads] = limit(threads)
-        print(f"\n{threads} thread(s): reads {top['read_gbs']:.1f} GB/s at best, {top['read_median_gbs']:.1f} in the "
-              f"median; byte dot products {top['gops'] or float('nan'):.0f} GOP/s")  # fmt: skip
+        reads, most = Reads(threads), dots(threads)
+        print(f"\n{threads} thread(s): reads {reads.best / 1e9:.1f} GB/s; byte dot products "
+              f"{(most or NAN) / 1e9:.0f} GOP/s")  # fmt: skip
         print(f"{'product':20} {'out x in':>12} {'rows':>5} {'best ms':>9} {'median':>9} {'GB/s':>7} {'of read':>8} "
               f"{'GOP/s':>7} {'of dot':>7} {'vs bf16':>8} {'vs int4':>8}")  # fmt: skip
         for shape in args.shape:
@@ -159,22 +135,23 @@ def main() -> None:
                     continue  # large products are bound by arithmetic: one shape tells
                 x = torch.randn(m, k).bfloat16()
                 # The memory also among the products: on a shared machine it is not the same from one second to the
-                # next. The better of this and of the machine at rest is the ceiling.
-                read = partial(lib.ceiling_read, address, memory.nbytes - 64, threads)
-                calls = {"": read, **{name: partial(turn, x) for name, turn in turns.items()}}
+                # next. The best of all is the ceiling.
+                calls = {"": reads.look, **{name: partial(turn, x) for name, turn in turns.items()}}
                 found = measure(calls, args.seconds)
-                read_gbs = max(memory.nbytes / found.pop("")[0] / 1e9, top["read_gbs"] or 0.0)
+                del found[""]
+                read_gbs = reads.best / 1e9
                 for name, (best, median) in found.items():
                     gbs, gops = turns[name].nbytes / best / 1e9, 2 * m * n * k / best / 1e9
                     ratios = [found[p][1] / median if p in found else None for p in ("torch bf16", "torch int4 g128")]
                     print(f"{name:20} {shape:>12} {m:5} {best * 1e3:9.3f} {median * 1e3:9.3f} {gbs:7.1f} "
-                          f"{gbs / read_gbs:8.0%} {gops:7.0f} {gops / (top['gops'] or float('nan')):7.0%} "
+                          f"{gbs / read_gbs:8.0%} {gops:7.0f} {gops * 1e9 / (most or NAN):7.0%} "
                           + " ".join(f"{r:8.2f}" if r else f"{'-':>8}" for r in ratios), flush=True)  # fmt: skip
                     rows.append(
                         {"product": name, "shape": shape, "rows": m, "threads": threads, "best_s": best,
                          "median_s": median, "gb_per_s": gbs, "read_gbs": read_gbs, "gop_per_s": gops,
                          "vs_torch_bf16": ratios[0], "vs_torch_int4": ratios[1]}
                     )  # fmt: skip
+        limits[threads] = {"read_gbs": reads.best / 1e9, "gops": most and most / 1e9}
     document = {"backend": kernels.backend(), "torch": torch.__version__, "ceilings": limits, "rows": rows}
     json.dump(document, sys.stdout)
     print()

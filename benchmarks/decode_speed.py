@@ -1,12 +1,11 @@
 """Tokens a second of `qkit.load(...).generate`, one sequence, and where a token's time goes.
 
-For each model folder: the memory ceiling (bytes of weights a token reads over the read bandwidth measured here), the
+For each model folder: the memory ceiling (bytes of weights a token reads over the read ceiling, ceiling.py), the
 linears alone, the step as `model.forward`, `generate` (greedy), and the same through the model's own forward
-(transformers' eager operations on the same packed linears), in turns; then prefill. llama.cpp, where asked for, in a
-process of its own. Medians. The last line of stdout is one JSON document.
+(transformers' eager operations on the same packed linears), in turns; then prefill. Medians. Against other engines:
+engines.py. The last line of stdout is one JSON document.
 
     python benchmarks/decode_speed.py FOLDER [FOLDER ...] [--tokens 64] [--prompt 512] [--rounds 3]
-        [--llamacpp PYTHON --gguf FILE ...]
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,21 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_matmul import ceilings, measure
+from ceiling import Reads
 
 import qkit
 from qkit.kernels.cpu import lib
 from qkit.kernels.cpu.decoder import dense
 from qkit.kernels.cpu.matmul import CpuWeight
 from qkit.runtime import decoder
-
-
-def read_ceiling() -> float:
-    """Bytes a second, on the threads torch has."""
-    memory = torch.zeros(256 << 20, dtype=torch.uint8)
-    library, address = ceilings(), memory.data_ptr() + -memory.data_ptr() % 64
-    read = measure({"": lambda: library.ceiling_read(address, memory.nbytes - 64, torch.get_num_threads())}, 0.5)[""]
-    return memory.nbytes / read[0]
 
 
 def seconds(call: Callable[[], object], times: int) -> list[float]:
@@ -94,9 +84,10 @@ def generate(model: Any, ids: torch.Tensor, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def row(folder: str, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+def row(folder: str, args: argparse.Namespace, reads: Reads) -> dict[str, Any]:
     model = qkit.load(folder, "cpu")
-    fast, own = model.forward, type(model).forward.__get__(model)
+    decoder.detach(model)
+    fast = decoder.attach(model) is None
     ids = torch.randint(
         0, min(model.config.vocab_size, 30000), (1, args.prompt), generator=torch.Generator().manual_seed(0)
     )
@@ -111,21 +102,22 @@ def row(folder: str, args: argparse.Namespace, ceiling: float) -> dict[str, Any]
         for round_ in range(args.rounds + 1):
             if round_ == 1:
                 found.clear()  # the first warms up
+            reads.sweep()
             note("linears", seconds(run, 10))
             cache = model(short, use_cache=True).past_key_values
-            if fast is not own and hasattr(fast, "__wrapped__"):
+            if fast:
                 note(
                     "forward",
                     seconds(lambda cache=cache: model(input_ids=one, past_key_values=cache), args.tokens // 2),
                 )
             note("generate", [generate(model, short, args.tokens) / args.tokens])
-            model.forward = own
+            decoder.detach(model)
             note("generate, own forward", [generate(model, short, args.tokens // 4) / (args.tokens // 4)])
-            model.forward = fast
+            decoder.attach(model)
             note("prefill", [t / args.prompt for t in seconds(lambda: model(ids, use_cache=True), 1)])
     ms = {name: statistics.median(v) * 1e3 for name, v in found.items()}
-    limit = nbytes / ceiling * 1e3
-    print(f"\n{folder}: {nbytes / 1e6:.1f} MB of weights a token, {limit:.2f} ms at {ceiling / 1e9:.1f} GB/s")
+    limit = nbytes / reads.best * 1e3
+    print(f"\n{folder}: {nbytes / 1e6:.1f} MB of weights a token, {limit:.2f} ms at {reads.best / 1e9:.1f} GB/s")
     for name in ("linears", "forward", "generate", "generate, own forward"):
         if name in ms:
             share = f"{limit / ms[name]:6.0%} of the ceiling"
@@ -142,21 +134,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--llamacpp", help="python of an environment with llama-cpp-python")
-    parser.add_argument("--gguf", nargs="*", default=[], help="files that llama.cpp runs")
     args = parser.parse_args()
 
-    ceiling = read_ceiling()
-    rows = [row(folder, args, ceiling) for folder in args.folders]
-    for file in args.gguf:
-        peer = Path(__file__).parent / "peers" / "llamacpp_speed.py"
-        options = ["--prompt", str(args.prompt), "--tokens", str(args.tokens), "--repeats", str(args.rounds)]
-        done = subprocess.run([args.llamacpp, peer, file, *options], check=True, capture_output=True, text=True)
-        peer_row = {"model": f"llama.cpp {Path(file).name}", **json.loads(done.stdout.strip().splitlines()[-1])}
-        print(f"\n{peer_row['model']}: {peer_row['decode_tokens_per_s']:.1f} tokens/s, "
-              f"prefill {peer_row['prefill_tokens_per_s']:.1f} tokens/s")  # fmt: skip
-        rows.append(peer_row)
-    json.dump({"threads": torch.get_num_threads(), "read_gbs": ceiling / 1e9, "rows": rows}, sys.stdout)
+    reads = Reads(torch.get_num_threads())
+    rows = [row(folder, args, reads) for folder in args.folders]
+    json.dump({"threads": torch.get_num_threads(), "read_gbs": reads.best / 1e9, "rows": rows}, sys.stdout)
     print()
 
 

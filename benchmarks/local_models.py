@@ -61,21 +61,22 @@ def prepare(work: Path, models: Sequence[str], formats: Sequence[str], gemma: Pa
         if not base.exists():
             if model in SHIPPED:
                 source = SHIPPED[model] if model != "Gemma-3-270M" else str(gemma)
-                _convert(source, base, "--format", "safetensors", "--scheme", "none")
+                convert(source, base, "--format", "safetensors", "--scheme", "none")
             else:
                 _made(base, next(e["config"] for e in entries() if model in e["names"]))
         for name in formats:
             _, folder, options = FORMATS[name]
             if options and not (base.parent / folder).exists():
                 rounding = () if options[-1] == "none" else ("--method", "rtn")
-                _convert(str(base), base.parent / folder, *options, *rounding)
+                convert(str(base), base.parent / folder, *options, *rounding)
 
 
 def _slug(model: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in model.lower())
 
 
-def _convert(source: str, out: Path, *options: str) -> None:
+def convert(source: str, out: Path, *options: str) -> None:
+    """`qkit convert`, in a process of its own."""
     out.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "qkit", "convert", source, "-o", str(out), "--json", *options],
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip

@@ -1,14 +1,14 @@
 """A Llama-shaped model with random weights, the same values in every engine's format.
 
     python benchmarks/random_llama.py OUT [--layers 32] [--hidden 4096] [--intermediate 14336] [--heads 32]
-        [--kv-heads 8] [--vocab 128256] [--head w4|bf16] [--only w4a16 bf16 q4_0]
+        [--kv-heads 8] [--vocab 128256] [--head w4|bf16] [--group 128] [--only w4a16 bf16 q4_0]
 
-Writes OUT/w4a16 (compressed-tensors, 4 bits symmetric, group 128), OUT/bf16 (safetensors) and OUT/q4_0.gguf
+Writes OUT/w4a16 (compressed-tensors, 4 bits symmetric, in groups), OUT/bf16 (safetensors) and OUT/q4_0.gguf
 (llama.cpp; needs the gguf package). The default shape is Llama-3.1-8B's. No tokenizer: engines are given token ids.
 
-Every matrix is codes 1..15 minus 8 times a scale for each 128 inputs, and the scale has four significant bits: the
-product is exact in bfloat16, the scale in float16, and four blocks of 32 with the same scale are one group of 128. So
-the three files hold the same numbers. --head: how the output head is stored; the embedding, of which a token reads one
+Every matrix is codes 1..15 minus 8 times a scale for each group of inputs, and the scale has four significant bits: the
+product is exact in bfloat16, the scale in float16, and blocks of 32 with the same scale are one group. So the three
+files hold the same numbers. --head: how the output head is stored; the embedding, of which a token reads one
 row, is bfloat16, or Q4_0 in the GGUF. One tensor is in memory at a time.
 """
 
@@ -33,8 +33,6 @@ from qkit.spec.dtypes import TensorMeta
 from qkit.storage.local import LocalStore
 from qkit.storage.writer import write_safetensors
 
-GROUP = 128
-SCHEME = integer(4, GROUP)
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 GGUF_NAMES = {
@@ -57,7 +55,7 @@ def config_of(args: argparse.Namespace) -> dict[str, Any]:
         "num_key_value_heads": args.kv_heads,
         "head_dim": args.hidden // args.heads,
         "vocab_size": args.vocab,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
@@ -86,14 +84,14 @@ def norms(config: dict[str, Any]) -> list[str]:
     return [f"model.layers.{i}.{name}" for i in layers for name in both] + ["model.norm"]
 
 
-def weight(module: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes uint8 [out, in] of 1..15, scale bfloat16 [out, in / 128]), the same at every call."""
+def weight(module: str, shape: tuple[int, int], group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes uint8 [out, in] of 1..15, scale bfloat16 [out, in / group]), the same at every call."""
     generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
     out, in_ = shape
     codes = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
     # A deviation of about 1 / sqrt(in): uniform codes deviate by 4.3 from their middle, mantissas average 1.5.
     exponent = round(math.log2(1 / (4.3 * 1.5 * math.sqrt(in_))))
-    eighths = torch.randint(8, 16, (out, in_ // GROUP), generator=generator)
+    eighths = torch.randint(8, 16, (out, in_ // group), generator=generator)
     return codes, (eighths.float() / 8 * 2.0**exponent).to(torch.bfloat16)
 
 
@@ -103,24 +101,24 @@ def dense(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return kernels.dequantize(packed, scale, None, 4, codes.shape[1], torch.bfloat16)
 
 
-def write_folder(folder: Path, config: dict[str, Any], packed: set[str]) -> None:
+def write_folder(folder: Path, config: dict[str, Any], packed: set[str], group: int) -> None:
     """A safetensors folder whose modules in `packed` are compressed-tensors, the others bfloat16."""
-    fmt = formats.get("compressed-tensors")
+    fmt, scheme = formats.get("compressed-tensors"), integer(4, group)
     shapes = matrices(config)
     entries: list[tuple[str, TensorMeta]] = []
     for module, shape in shapes.items():
         if module in packed:
-            entries += [(f"{module}.{local}", meta) for local, meta in fmt.out_metas(shape, SCHEME).items()]
+            entries += [(f"{module}.{local}", meta) for local, meta in fmt.out_metas(shape, scheme).items()]
         else:
             entries.append((f"{module}.weight", TensorMeta("BF16", shape)))
     entries += [(f"{name}.weight", TensorMeta("BF16", (config["hidden_size"],))) for name in norms(config)]
 
     def tensors() -> Iterator[torch.Tensor]:
         for module, shape in shapes.items():
-            codes, scale = weight(module, shape)
+            codes, scale = weight(module, shape, group)
             if module in packed:
                 made = fmt.pack(weight_of(codes, scale, None, 4))
-                yield from (made[local] for local in fmt.out_metas(shape, SCHEME))
+                yield from (made[local] for local in fmt.out_metas(shape, scheme))
             else:
                 yield dense(codes, scale)
         for _ in norms(config):
@@ -131,7 +129,7 @@ def write_folder(folder: Path, config: dict[str, Any], packed: set[str]) -> None
     written = dict(config)
     if packed:
         ignored = [] if "lm_head" in packed else ["lm_head"]
-        schemes = {module: SCHEME for module in shapes if module in packed}
+        schemes = {module: scheme for module in shapes if module in packed}
         written["quantization_config"] = fmt.config(schemes, ignored, {})
     (folder / "config.json").write_text(json.dumps(written, indent=2))
 
@@ -141,7 +139,9 @@ def q4_0(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     out, in_ = codes.shape
     blocks = codes.view(out, in_ // 32, 2, 16)
     data = blocks[:, :, 0] | (blocks[:, :, 1] << 4)
-    scales = scale.to(torch.float16).repeat_interleave(GROUP // 32, dim=1).contiguous().view(torch.uint8)
+    scales = (
+        scale.to(torch.float16).repeat_interleave(in_ // 32 // scale.shape[1], dim=1).contiguous().view(torch.uint8)
+    )
     return torch.cat([scales.view(out, in_ // 32, 2), data], dim=-1).view(out, -1)
 
 
@@ -150,7 +150,7 @@ def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.view(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path: Path, config: dict[str, Any], head: str) -> None:
+def write_gguf(path: Path, config: dict[str, Any], head: str, group: int) -> None:
     import gguf
     import numpy as np
 
@@ -190,7 +190,7 @@ def write_gguf(path: Path, config: dict[str, Any], head: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for module, shape in shapes.items():
-        codes, scale = weight(module, shape)
+        codes, scale = weight(module, shape, group)
         if module.endswith(("q_proj", "k_proj")):
             heads = config["num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"]
             codes, scale = interleave(codes, heads), interleave(scale, heads)
@@ -213,10 +213,11 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--head", choices=("w4", "bf16"), default="bf16")
+    parser.add_argument("--group", type=int, choices=(32, 64, 128), default=128, help="inputs that share a scale")
     parser.add_argument("--only", nargs="+", choices=("w4a16", "bf16", "q4_0"), default=("w4a16", "bf16", "q4_0"))
     args = parser.parse_args()
-    if args.hidden % GROUP or args.intermediate % GROUP or args.hidden % args.heads:
-        parser.error(f"--hidden and --intermediate must be multiples of {GROUP}, --hidden of --heads")
+    if args.hidden % args.group or args.intermediate % args.group or args.hidden % args.heads:
+        parser.error(f"--hidden and --intermediate must be multiples of {args.group}, --hidden of --heads")
     config = config_of(args)
     packed = {module for module in matrices(config) if module.startswith("model.layers.")}
     packed |= {"lm_head"} if args.head == "w4" else set()
@@ -227,9 +228,9 @@ def main() -> None:
             shutil.rmtree(path)
         args.out.mkdir(parents=True, exist_ok=True)
         if kind == "q4_0":
-            write_gguf(path, config, args.head)
+            write_gguf(path, config, args.head, args.group)
         else:
-            write_folder(path, config, packed if kind == "w4a16" else set())
+            write_folder(path, config, packed if kind == "w4a16" else set(), args.group)
         files = path.iterdir() if path.is_dir() else [path]
         sizes[str(path)] = sum(f.stat().st_size for f in files)
         print(f"{path}: {sizes[str(path)] / 1e9:.2f} GB", file=sys.stderr)

@@ -2,8 +2,9 @@
 
 The first line of stdin is {"adapter": path, "settings": {...}, "own": bool}: an adapter of qkit/measure/engines, with
 its settings; own: transformers' forward instead of qkit's decoding step. After {"ready": ...} every line
-{"prompt": tokens, "generated": tokens} is answered by {"first": seconds, "steps": [seconds, ...]}. Runs in the engine's
-own Python, which need not have qkit.
+{"prompt": tokens, "generated": tokens} is answered by {"first": seconds, "steps": [seconds, ...]}; with "call": true by
+{"first": seconds, "rest": seconds} of one call of the engine's own generate, or where the steps are that, of the steps.
+Runs in the engine's own Python, which need not have qkit.
 """
 
 import json
@@ -30,8 +31,16 @@ def main() -> None:
     say(ready=engine.version)
     for line in sys.stdin:
         asked = json.loads(line)
-        first, steps = engine.run([[1 + i % 200 for i in range(asked["prompt"])]], asked["generated"])
-        say(first=first, steps=steps)
+        prompts = [[1 + i % 200 for i in range(asked["prompt"])]]
+        called = engine.generate(prompts, asked["generated"]) if asked.get("call") else None
+        if called is not None:
+            say(first=called[0] - called[1], rest=called[1])
+            continue
+        first, steps = engine.run(prompts, asked["generated"])
+        if asked.get("call"):
+            say(first=first, rest=sum(steps))
+        else:
+            say(first=first, steps=steps)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 STEPS = 32  # of a profile
@@ -37,8 +38,10 @@ class Engine:
     def __init__(self, folder: str, max_length: int, max_batch: int, eager: bool):
         from vllm import LLM
 
+        there = any(Path(folder).glob("*.safetensors"))
         self.llm = LLM(
             folder,
+            load_format="auto" if there else "dummy",
             dtype="bfloat16",
             max_model_len=max_length,
             max_num_seqs=max_batch,

@@ -2,8 +2,8 @@
 
 vLLM finds a compiled model again by its version, its configs, its environment variables and the traced sources. Which
 kernel each layer was given is in none of them: what was compiled before qkit was installed, with another version of it,
-or while its library could not be loaded, would meet layers whose weights have moved, and end the server. But environment
-variables are a table of names and functions (`vllm.envs.environment_variables`), and all of them count
+or while its library could not be loaded, would meet layers whose weights have moved, and end the server. But the
+environment variables are a table of names and functions (`vllm.envs.environment_variables`), and all of them count
 (`compile_factors`): with the first layer that is ours, what layers run on is entered there. A model without one keeps
 its name.
 """
