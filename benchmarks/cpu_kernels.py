@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from ceiling import Reads
 
 from qkit import kernels
 from qkit.kernels.cpu import lib
@@ -37,13 +38,12 @@ def times(run: Callable[[], object], seconds: float) -> tuple[float, float]:
     return min(taken), statistics.median(taken)
 
 
-def ceiling(seconds: float) -> dict[str, float]:
-    """GB/s of a plain read (a sum) and a plain copy (bytes read plus written) of 512 MB, with torch."""
+def ceiling(threads: int, seconds: float) -> dict[str, float]:
+    """GB/s of reading (ceiling.py), and of a plain copy (bytes read plus written) of 512 MB, with torch."""
     source = torch.ones(64 << 20, dtype=torch.int64)
     target = torch.empty_like(source)
-    read, _ = times(source.sum, seconds)
     copy, _ = times(lambda: target.copy_(source), seconds)
-    return {"read": source.nbytes / read / 1e9, "copy": 2 * source.nbytes / copy / 1e9}
+    return {"read": Reads(threads).best / 1e9, "copy": 2 * source.nbytes / copy / 1e9}
 
 
 def size(*tensors: torch.Tensor | None) -> int:
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}")
     for threads in args.threads:
         torch.set_num_threads(threads)
-        limit = ceilings[threads] = ceiling(args.seconds)
+        limit = ceilings[threads] = ceiling(threads, args.seconds)
         print(f"\n{threads} thread(s): read {limit['read']:.1f} GB/s, copy {limit['copy']:.1f} GB/s (best)")
         print(f"{'kernel':28} {'shape':>12} {'median ms':>10} {'best ms':>9} {'GB/s':>7} {'of ceiling':>11}")
         for shape in args.shape:

@@ -81,7 +81,7 @@ RUNS = {
     # vLLM's CPU build has kernels for 4 bits, and reads symmetric GPTQ only.
     "vllm": ("vllm", None, ("smol-ct-w4", "smol-ct-w4-asym", "smol-gptq-w4", "gemma-ct-w4", "gemma-gptq-w4",
                             "smol-ct-w8a8", "smol-awq-w4", "smol-ct-w4-head", "smol-gptq-w4-head", "smol-ct-w4-kv")),
-    # The same vLLM with qkit installed: 8 bits too. Eager: with torch.compile a GPTQ folder's engine did not come up.
+    # The same vLLM with qkit installed: 8 bits too. With torch.compile: test_vllm_compiled.py.
     "vllm with qkit": ("vllm", None, ("smol-ct-w8", "smol-ct-w8-lora")),
 }  # fmt: skip
 CASES = [(run, name) for run, (_, _, names) in RUNS.items() for name in names]
