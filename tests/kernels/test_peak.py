@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from allocated import most
 
 from qkit.kernels import Weight, reference
 from qkit.kernels.select import KERNELS
 from qkit.kernels.triton import dynamic, layer, restore
 
 OUT, IN = 256, 2048
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes of the tensors that operators make, and the most that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.note((args, kwargs), lambda storage: 0)  # what was there before, of which operators make views
-        made = func(*args, **(kwargs or {}))
-        self.note(made, lambda storage: storage.nbytes())
-        self.most = max(self.most, sum(self.alive.values()))
-        return made
-
-    def note(self, values: Any, counted: Callable[[torch.UntypedStorage], int]) -> None:
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                at = id(storage)
-                if at not in self.alive:
-                    self.alive[at] = counted(storage)
-                    weakref.finalize(storage, self.alive.pop, at)
-
-
-def most(call: Any, *args: Any) -> int:
-    gc.collect()
-    with Allocated() as seen:
-        call(*args)
-    return seen.most
 
 
 def made(bits: int, zeros: bool = False, kind: str = "int", group: int = 128) -> Weight:

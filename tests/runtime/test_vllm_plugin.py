@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import enum
+import importlib
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from allocated import most
 
 from qkit.hardware.catalogue import profile_path
+from qkit.kernels import Weight, pack, reference
 from qkit.runtime.vllm import loading, measured, plugin
 
 
@@ -172,3 +176,104 @@ def test_the_name_is_the_same_when_a_process_loads_a_model_again(caplog: pytest.
     seen.ours("cpu", "blocks of 8 experts")  # a draft model is another
     assert found[0] == found[1] != factors(table)
     assert [r.getMessage() for r in caplog.records] == ["qkit's kernels: 2 linears on cpu"] * 2
+
+
+@dataclass
+class Config:
+    """vLLM's MPLinearLayerConfig and Int8ScaledMMLinearLayerConfig, as far as they are read."""
+
+    partition_weight_shape: tuple[int, int] = (0, 0)
+    weight_type: str = ""
+    act_type: torch.dtype = torch.bfloat16
+    group_size: int = -1
+    zero_points: bool = False
+    out_type: torch.dtype | None = None
+    is_channelwise: bool = True
+
+
+class Base:
+    """vLLM's MPLinearKernel and Int8ScaledMMLinearKernel."""
+
+    def __init__(self, config: Config, *names: str | None) -> None:
+        self.config, self.layer_param_names = config, names
+        self.w_q_name, self.w_s_name, self.w_zp_name = (*names, None)[:3]
+
+    def _get_weight_params(self, layer: Any) -> tuple[Any, ...]:
+        return tuple(getattr(layer, name or "", None) for name in (*self.layer_param_names, None, None)[:3])
+
+    _get_layer_params = _get_weight_params
+
+
+@pytest.fixture
+def kernels(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """qkit.runtime.vllm.kernels itself, in that vLLM on a CPU."""
+    linear = sys.modules["vllm.model_executor.kernels.linear"]
+    for name in ("MPLinearKernel", "Int8ScaledMMLinearKernel"):
+        monkeypatch.setattr(linear, name, type(name, (Base,), {}), raising=False)
+    for name in ("MPLinearLayerConfig", "Int8ScaledMMLinearLayerConfig"):
+        monkeypatch.setattr(linear, name, Config, raising=False)
+    envs, types = ModuleType("vllm.envs"), ModuleType("vllm.scalar_type")
+    envs.environment_variables = variables()  # type: ignore[attr-defined]
+    names = ("uint4b8", "uint8b128", "uint4", "uint8")
+    types.scalar_types = type("Types", (), {name: name for name in names})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+    monkeypatch.setitem(sys.modules, "vllm.scalar_type", types)
+    cpu = type("Cpu", (), {"device_type": "cpu", "is_cpu": lambda self: True, "is_cuda": lambda self: False})()
+    monkeypatch.setattr(sys.modules["vllm.platforms"], "current_platform", cpu)
+    monkeypatch.delitem(sys.modules, "qkit.runtime.vllm.kernels")
+    return importlib.import_module("qkit.runtime.vllm.kernels")
+
+
+def layer_of(**tensors: torch.Tensor | None) -> torch.nn.Module:
+    """A layer with these parameters; the outputs are where the name of the first says."""
+    layer = torch.nn.Module()
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+            getattr(layer, name).output_dim = 0 if "weight_packed" in tensors else 1
+    return layer
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (4, True), (8, False)])
+def test_a_weight_is_not_held_in_two_layouts_for_longer_than_it_takes(
+    kernels: Any, layout: str, bits: int, zeros: bool
+) -> None:
+    out, in_, group = 256, 1024, 128
+    packed = torch.randint(-(2**31), 2**31 - 1, (out, in_ * bits // 32), dtype=torch.int32)
+    scale = torch.rand(out, in_ // group).bfloat16() / 100
+    zero = torch.randint(0, 2**bits, (out, in_ // group), dtype=torch.uint8) if zeros else None
+    words = pack(zero.t().contiguous(), bits) if zero is not None else None  # [groups, out * bits / 32]
+    if layout == "gptq":
+        layer = layer_of(qweight=packed.t().contiguous(), scales=scale.t().contiguous(), qzeros=words)
+    else:
+        turned = None if words is None else words.t().contiguous()
+        layer = layer_of(weight_packed=packed.clone(), weight_scale=scale.clone(), weight_zero_point=turned)
+    kind = {(4, False): "uint4b8", (4, True): "uint4", (8, False): "uint8b128"}[bits, zeros]
+    config = Config((in_, out), kind, group_size=group, zero_points=zeros)
+    assert kernels.QkitLinearKernel.can_implement(config) == (True, None)
+    names = [name for name, _ in layer.named_parameters()]
+    kernel = kernels.QkitLinearKernel(config, *names)
+    took = most(kernel.process_weights_after_loading, layer, held=layer.parameters)
+    assert took <= 2.4 * packed.nbytes  # the weight and its layout, a little for scales
+    assert all(p.numel() == 0 for p in layer.parameters())
+    x = torch.randn(3, in_).bfloat16()
+    exact = reference.matmul(x.float(), Weight(packed, scale, zero, bits, in_))
+    assert float((kernel.apply_weights(layer, x).float() - exact).norm() / exact.norm()) < 0.01
+    assert "1 linears on cpu" in factors(sys.modules["vllm.envs"].environment_variables)["QKIT_KERNELS"]
+
+
+@pytest.mark.parametrize("channelwise", [True, False])
+def test_int8_weights(kernels: Any, channelwise: bool) -> None:
+    out, in_ = 256, 1024
+    codes = torch.randint(-127, 128, (out, in_), dtype=torch.int8)
+    scale = torch.rand(out if channelwise else 2, 1) / 100
+    layer = layer_of(weight=codes.clone(), weight_scale=scale.clone())
+    layer.logical_widths, layer.params_dtype = [100, 156], torch.bfloat16
+    kernel = kernels.QkitInt8LinearKernel(Config(is_channelwise=channelwise), "weight", "weight_scale")
+    took = most(kernel.process_weights_after_loading, layer, held=layer.parameters)
+    assert took <= 2.1 * codes.nbytes and layer.weight.numel() == 0
+    rows = scale if channelwise else scale.repeat_interleave(torch.tensor([100, 156]), 0)
+    x = torch.randn(3, in_).bfloat16()
+    exact = x.float() @ (codes.float() * rows).t()
+    assert float((kernel.apply_weights(layer, x).float() - exact).norm() / exact.norm()) < 0.02

@@ -198,8 +198,10 @@ class QkitInt8LinearKernel(Int8ScaledMMLinearKernel):
         if not self.config.is_channelwise:  # one scale for each of the merged layers
             widths = torch.tensor(layer.logical_widths, device=scale.device)
             scale = scale.data.reshape(-1).repeat_interleave(widths)
-        unsigned = (codes.data.view(torch.uint8) ^ 0x80).contiguous()
-        return Weight(pack(unsigned, 8), scale.data.reshape(out_features, 1).contiguous(), None, 8, in_features)
+        unsigned = codes.data.view(torch.uint8).bitwise_xor_(0x80)  # in place: it is let go next
+        return Weight(
+            pack(unsigned.contiguous(), 8), scale.data.reshape(out_features, 1).contiguous(), None, 8, in_features
+        )
 
     def _next(self) -> Int8ScaledMMLinearKernel:
         """The kernel that vLLM would take if ours were not in its table. Raises ValueError where there is none."""
