@@ -49,12 +49,14 @@ class Engine:
             enforce_eager=eager,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
+            disable_log_stats=False,  # or requests have no times
         )
         self.vocab = self.llm.llm_engine.model_config.get_vocab_size()
         self.turn = 0
 
-    def generate(self, batch: int, prompt: int, new: int) -> float:
-        """Seconds for `new` tokens after `prompt`, for each of `batch` sequences, all different."""
+    def generate(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
+        """Seconds for `new` tokens after `prompt`, for each of `batch` sequences, all different; of them those after
+        the first token, the mean over the sequences."""
         from vllm import SamplingParams
 
         self.turn += 1
@@ -64,18 +66,17 @@ class Engine:
         done = self.llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
         seconds = time.perf_counter() - begin
         assert all(len(r.outputs[0].token_ids) == new for r in done)
-        return seconds
+        return seconds, sum(r.metrics.last_token_ts - r.metrics.first_token_ts for r in done) / batch
 
     def measure(self, batch: int, prompt: int, new: int) -> dict[str, float]:
         """Tokens per second, all sequences together. Decode: what the tokens after the first take."""
-        first = self.generate(batch, prompt, 1)
-        seconds = self.generate(batch, prompt, new)
-        return {"prefill": batch * prompt / first, "decode": batch * (new - 1) / max(seconds - first, 1e-9)}
+        seconds, rest = self.generate(batch, prompt, new)
+        return {"prefill": batch * prompt / (seconds - rest), "decode": batch * (new - 1) / rest}
 
     def profile(self, batch: int) -> dict[str, Any]:
         """Where a decode step goes: microseconds per step of each operator, in the worker process."""
         self.generate(batch, 1, STEPS)
-        wall = self.generate(batch, 1, STEPS) / STEPS
+        wall = self.generate(batch, 1, STEPS)[0] / STEPS
         self.llm.collective_rpc(start_profile)
         self.generate(batch, 1, STEPS)
         (rows,) = self.llm.collective_rpc(stop_profile)
