@@ -18,14 +18,19 @@ SHAPE = {
 TOKENS = [list(range(5, 37)), list(range(100, 132))]
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clients.once(clients.python_of)("vllm")  # skips where nothing can be installed
+    return clients.install_qkit(tmp_path_factory.mktemp("vllm") / "site")
+
+
 @pytest.mark.parametrize("fmt, scheme", [("gptq", "w4a16"), ("awq", "w4a16-asym")])
-def test_what_was_compiled_without_qkit_is_compiled_anew(fmt: str, scheme: str, tmp_path: Path) -> None:
+def test_what_was_compiled_without_qkit_is_compiled_anew(fmt: str, scheme: str, site: Path, tmp_path: Path) -> None:
     """What was compiled reads weights that lie elsewhere by now. On CPUs vLLM 0.32 loads nothing that it saved
     ("Compiling model again due to a load failure"), so that here the names alone show which model it would find."""
     source = make_model(tmp_path / "source", **SHAPE)
     folder = tmp_path / "folder"
     qkit.convert(str(source), folder, format=fmt, scheme=scheme, method="rtn", group_size=64)
-    site = clients.once(clients.install_qkit)(tmp_path / "site")
     found = {}
     for name, switch in (("without", "0"), ("with", "1")):
         job = {"folders": {name: str(folder)}, "tokens": TOKENS, "out": str(tmp_path), "compile": [name]}
