@@ -85,6 +85,9 @@ class BitsAndBytes(Format):
         ]
         return {**choices, **dict.fromkeys(experts, kept)}, notes
 
+    def once(self, local: str) -> bool:
+        return local.startswith(_STATE)
+
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         out, in_ = shape
         if scheme.kind == "llm.int8":

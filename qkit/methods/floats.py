@@ -11,7 +11,7 @@ from ..spec.dtypes import E4M3_MAX, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-_SLAB = 1 << 22  # weights at a time: bounds what is held beside the result
+_SLAB = 1 << 18  # weights at a time: bounds what is held beside the result
 _FP4_MAX = 6.0
 # NVFP4: engines load fused layers with one global scale. A power of two changes no rounding, and as long as weights are
 # not above 2.6 all layers have the same.
