@@ -4,8 +4,8 @@
     python benchmarks/convert_memory.py --only block --formats
 
 Llama-shaped random bfloat16 checkpoints from small to one block of Llama-3.1-8B with its embeddings; each conversion in
-a process of its own. "ratio" is measured / predicted. `--formats`: by rounding, to the schemes of all formats. The last line
-of stdout is one JSON document.
+a process of its own. "ratio" is measured / predicted. `--formats`: by rounding, to the schemes of all formats. The last
+line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ SCHEMES = {
     "gptq": ("w4a16", "w3a16", "w8a16"),
     "awq": ("w4a16-asym",),
     "bnb": ("nf4", "nf4-dq", "fp4", "int8"),
-    "gguf": ("q4_0", "q4_k_m", "q6_k", "q8_0", "iq4_xs", "bf16", "f16", "f32"),
+    "gguf": ("q4_0", "q4_k_m", "q6_k", "q8_0", "iq4_xs", "bf16", "f16"),
     "safetensors": ("none",),
 }
 
