@@ -1,8 +1,9 @@
 // The ends of the matmul (matmul.h): a row of activations as its tile reads it, and a row of sums as an output.
 //
 // Fixed point: a block of at most 128 inputs gets a scale and one, two or three signed bytes ("limbs") an input.
-// Two limbs (error 2**-16 of the block's largest input) carry bfloat16 and float16, three (2**-24) float32; one is int8
-// activations, whose scale is that of the whole row.
+// Two limbs (error 2**-16 of the block's largest input) carry bfloat16 and float16, three (2**-24) float32, and 16-bit inputs
+// of which some block is uneven: its largest would take bits from the others that these have. One is int8 activations, whose
+// scale is that of the whole row.
 #pragma once
 #include <cmath>
 
@@ -154,6 +155,35 @@ void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
             default: fix<3>(a, b, m, block, largest(block, size)); break;
         }
     }
+}
+
+// Whether a block's largest input is so far above the mean of the others that two limbs lose more of these than rounding
+// the outputs does: an output of nothing but the others is off by about ratio * 2**-17 of itself.
+bool uneven(const void* x, int x_dtype, int64_t cols, int64_t groups) {
+    const float ratio = x_dtype == QK_F16 ? 64.0f : 256.0f;
+    const int64_t group = groups == 1 ? cols : cols / groups;
+    float block[BLOCK_INPUTS];
+    for (int64_t g = 0; g < cols; g += group)
+        for (int64_t at = 0; at < group; at += BLOCK_INPUTS) {
+            const int64_t size = group - at < BLOCK_INPUTS ? group - at : BLOCK_INPUTS;
+            inputs(x, x_dtype, g + at, size, cols, block);
+            F most = splat(0.0f), all = splat(0.0f);
+            for (int64_t i = 0; i < size; i += LANES) {
+                const F v = magnitude(load(block + i));
+                most = max(most, v);
+                all = all + v;
+            }
+            float high[LANES], sum[LANES];
+            store(high, most);
+            store(sum, all);
+            for (int i = 1; i < LANES; ++i) {
+                high[0] = high[i] > high[0] ? high[i] : high[0];
+                sum[0] += sum[i];
+            }
+            const float others = sum[0] - high[0];  // zero: nothing there to lose
+            if (others > 0.0f && high[0] * (float)(size - 1) > ratio * others && high[0] < INFINITY) return true;
+        }
+    return false;
 }
 
 template <class W>
