@@ -89,9 +89,7 @@ struct Group {
     bool uneven(const uint16_t* in, int64_t row) const {
         bool found = false;
         each([&](const Linear& l) {
-            const int64_t cols = l.of->cols;
-            if (l.usual != l.careful && l.usual->kernels->uneven(in + row * cols, QK_BF16, cols, l.usual->groups))
-                found = true;
+            found = found || l.usual->uneven((const char*)in, row);
         });
         return found;
     }

@@ -75,20 +75,19 @@ namespace {
 
 int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, char* out, int64_t m, int int8, int isa,
              int nthreads) {
-    const RowKernels* kernels = kernels_for(isa);
-    if (!kernels) return QK_BAD_ISA;
-    const int64_t row = w.cols * itemsize(x_dtype), piece = up(32768, w.cols);
-    std::atomic<bool> uneven{false};
-    if (!w.table && !int8 && x_dtype != QK_F32) {
-        auto look = [&](int64_t begin, int64_t end) {
-            for (int64_t r = begin; r < end; ++r)
-                if (kernels->uneven(x + r * row, x_dtype, w.cols, w.groups)) uneven.store(true);
-        };
-        over(m, piece, nthreads, look);
-    }
     Product p;
-    if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, uneven.load()), isa)) return bad;
-
+    if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, false), isa)) return bad;
+    if (p.limbs == 2) {
+        std::atomic<bool> uneven{false};
+        auto look = [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end && !uneven.load(std::memory_order_relaxed); ++r)
+                if (p.uneven(x, r)) uneven.store(true);
+        };
+        over(m, up(32768, w.cols), nthreads, look);
+        if (uneven.load())
+            if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, true), isa)) return bad;
+    }
+    const int64_t row = w.cols * itemsize(x_dtype);
     const int64_t tile_bytes = p.tile_bytes();
     const int64_t slab = least(p.tiles, most(SLAB / (p.chunk * tile_bytes), 1) * p.chunk);  // tiles, whole chunks
     static thread_local Scratch scratch;

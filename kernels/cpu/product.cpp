@@ -64,6 +64,11 @@ int Product::plan(const QkWeight& w, int64_t m, int dtype, int wanted, int isa) 
     return QK_OK;
 }
 
+bool Product::uneven(const char* x, int64_t row) const {
+    if (limbs != 2) return false;
+    return kernels->uneven(blocks.data(), (int64_t)blocks.size(), x + row * cols * itemsize(x_dtype), x_dtype, cols);
+}
+
 void Product::part(char* base, int64_t t, TileArgs& a) const {
     char* at = base + t * tile_bytes();
     a.x = at;

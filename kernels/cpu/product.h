@@ -49,6 +49,8 @@ struct Product {
 
     // A QkStatus. limbs: 0 for a codebook, else 1 to 3.
     int plan(const QkWeight& w, int64_t m, int x_dtype, int limbs, int isa);
+    // Whether row `row` of x needs three limbs where this is planned for two.
+    bool uneven(const char* x, int64_t row) const;
     int64_t tile_bytes() const { return x_bytes + 4 * (start_items + 2 * row_items); }
 
     // Rows begin .. end of x into `base` [tile_bytes, for each tile]; only bits, symmetry and shape of the weight count.
@@ -67,7 +69,7 @@ struct Product {
     void part(char* base, int64_t t, TileArgs& a) const;
 };
 
-// Limbs that rows of x need (activations.h). 16-bit activations take two, and three where some of `rows_uneven` said so.
+// Limbs of activations (activations.h); uneven: where some row of 16-bit ones is.
 inline int limbs_of(const QkWeight& w, int x_dtype, int int8, bool uneven) {
     return w.table ? 0 : int8 ? 1 : x_dtype == QK_F32 || uneven ? 3 : 2;
 }

@@ -54,7 +54,7 @@ struct RowKernels {
     // The matmul's ends: row `row` of a tile of activations, and y[0 .. n) = total + bias, rounded once; n <= 32.
     void (*prepare)(const PrepareArgs&, const void* x, int x_dtype, int64_t row);
     // Whether two limbs are too few for some block of x [cols]: activations.h.
-    bool (*uneven)(const void* x, int x_dtype, int64_t cols, int64_t groups);
+    bool (*uneven)(const Block* blocks, int64_t n_blocks, const void* x, int x_dtype, int64_t cols);
     void (*finish)(const float* total, const void* bias, void* y, int dtype, int64_t n);
 };
 
