@@ -27,8 +27,6 @@ QK_INLINE I splat32(const void* x) {
     return splat(word);
 }
 
-constexpr int64_t AHEAD = 2048;  // bytes
-
 template <int BITS, int LIMBS, int MB>
 void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
     constexpr int V = MB * LIMBS;
@@ -54,9 +52,6 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
             }
 #pragma GCC unroll 2
             for (int64_t step = 0; step < block.steps; ++step, w += STEP, x += 8 * V) {
-                // Few rows wait for the codes: the processor's own fetching ahead stops at every page.
-                if (MB <= 4 && N16 == 2)
-                    for (int line = 0; line < STEP / 16; ++line) __builtin_prefetch((const char*)(w + 16 * line) + AHEAD);
                 I low[N16], high[N16];
 #pragma GCC unroll 2
                 for (int n = 0; n < N16; ++n) {
