@@ -5,5 +5,6 @@
 
 namespace qkit {
 const RowKernels* avx2_kernels() { return &TABLE; }
+const StepKernels* avx2_step() { return &STEP; }
 Tile avx2_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

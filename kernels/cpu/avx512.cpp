@@ -5,5 +5,6 @@
 
 namespace qkit {
 const RowKernels* avx512_kernels() { return &TABLE; }
+const StepKernels* avx512_step() { return &STEP; }
 Tile avx512_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit

@@ -44,7 +44,7 @@ class _Decoder(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = (("keys", _P), ("values", _P))
+    _fields_ = (("keys", _P), ("values", _P), ("capacity", _N), ("start", _N))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _layer(l: Layer) -> _Layer:
 @functools.cache
 def _functions() -> tuple[Any, Any]:
     library = lib.library()
-    library.qk_decode.argtypes = [_P, _P, _N, _N, _N, _P, _P, _P, _P, _I, _I]
+    library.qk_decode.argtypes = [_P, _P, _N, _N, _P, _P, _P, _P, _I, _I]
     library.qk_dense.argtypes = [_P, _P, _P, _P, _N, _N, _N, _I]
     return library.qk_decode, library.qk_dense
 
@@ -184,7 +184,7 @@ class Cache:
     @classmethod
     def of(cls, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> Cache:
         pairs = zip(keys, values, strict=True)
-        each = [_Cache(_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16)) for k, v in pairs]
+        each = [_Cache(_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16), k.shape[2], 0) for k, v in pairs]
         c = (_Cache * len(keys))(*each)
         return cls(keys, values, c)
 
@@ -215,7 +215,7 @@ def decode(
     if int(positions.max()) >= decoder.positions:
         raise ValueError(f"position {int(positions.max())} is beyond the rotary tables")
     if status := _functions()[0](
-        ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, cache.keys[0].shape[2], length,
+        ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, length,
         _pointer(tokens, torch.int64), _pointer(positions, torch.int64), _pointer(first, torch.int64),
         logits.data_ptr(), lib._isa(isa), lib._threads(),
     ):  # fmt: skip

@@ -70,7 +70,8 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                 }
             }
             Scales scales;
-            scales_of(a, b, half * LANES, scales);
+            if (MB == 1) scales_here(a, b, half * LANES, scales);
+            else scales_of(a, b, half * LANES, scales);
 #pragma GCC unroll 12
             for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 2

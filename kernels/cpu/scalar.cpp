@@ -5,5 +5,6 @@
 
 namespace qkit {
 const RowKernels* scalar_kernels() { return &TABLE; }
+const StepKernels* scalar_step() { return &STEP; }
 Tile scalar_tile(int bits, int limbs, int64_t rows) { return pick(bits, limbs, rows); }
 }  // namespace qkit
