@@ -69,7 +69,7 @@ struct Step : Asked {
         groups.push_back(&head);
 
         int64_t laid_out = 0;  // one group is under way at a time
-        for (const Group* g : groups) laid_out = most(laid_out, g->bytes);
+        for (const Group* g : groups) laid_out = std::max<int64_t>(laid_out, g->bytes);
         static thread_local Scratch inputs, attention;
         char* base = inputs.get((size_t)laid_out);
         partial = (float*)attention.get((size_t)(batch * spans(0) * d.heads * (d.head_dim + 2)) * sizeof(float));
@@ -88,7 +88,7 @@ struct Step : Asked {
     }
 
     // Of the entries that a query sees from `oldest` on.
-    int64_t spans(int64_t oldest) const { return up(length + 1 - oldest, SPAN); }
+    int64_t spans(int64_t oldest) const { return ceil_div(length + 1 - oldest, SPAN); }
 
     // ---- what each thread runs ------------------------------------------------------------------------------------
 
@@ -108,11 +108,11 @@ struct Step : Asked {
         if (batch > 1) member.each(batch, piece, [&](int64_t begin, int64_t end) { g.lay_out(in, begin, end, careful); });
         return careful;
     }
-    static int64_t rows_of(int64_t values) { return up(ROW_PIECE, values); }
+    static int64_t rows_of(int64_t values) { return ceil_div(ROW_PIECE, values); }
 
     void multiply(const Linear& l, const uint16_t* in, uint16_t* out, int64_t begin, int64_t end, bool careful) const {
         if (l.usual) return l.multiply(out, batch, begin, end, careful);
-        kernels->dense(l.of->dense, in, l.of->bias, out, batch, begin * WIDE, least(end * WIDE, l.of->rows), l.of->rows,
+        kernels->dense(l.of->dense, in, l.of->bias, out, batch, begin * WIDE, std::min<int64_t>(end * WIDE, l.of->rows), l.of->rows,
                        l.of->cols);
     }
 
@@ -125,7 +125,7 @@ struct Step : Asked {
             int64_t at = 0;
             for (int i = 0; i < g.count; ++i) {
                 const Linear& l = g.linears[i];
-                const int64_t from = most(begin - at, 0), to = least(end - at, l.items());
+                const int64_t from = std::max<int64_t>(begin - at, 0), to = std::min<int64_t>(end - at, l.items());
                 if (from < to) multiply(l, in, outs.begin()[i], from, to, careful);
                 at += l.items();
             }
@@ -184,11 +184,11 @@ struct Step : Asked {
             }
         });
         // A piece is worth a thread when it reads some 32 KiB of keys and values.
-        const int64_t bytes = 4 * dim * least(length + 1 - oldest, SPAN);
-        member.each(batch * d.kv_heads * pieces, most(1, 32768 / bytes), [&](int64_t begin, int64_t end) {
+        const int64_t bytes = 4 * dim * std::min<int64_t>(length + 1 - oldest, SPAN);
+        member.each(batch * d.kv_heads * pieces, std::max<int64_t>(1, 32768 / bytes), [&](int64_t begin, int64_t end) {
             for (int64_t item = begin; item < end; ++item) {
                 const int64_t which = item / pieces, b = which / d.kv_heads, at = oldest + item % pieces * SPAN;
-                const int64_t from = most(at, first[b]), to = least(at + SPAN, length + 1);
+                const int64_t from = std::max<int64_t>(at, first[b]), to = std::min<int64_t>(at + SPAN, length + 1);
                 const int64_t slot = which * cache.capacity + from - cache.start;
                 float* out = partial + item * stride;
                 if (from < to)
@@ -230,7 +230,7 @@ struct Step : Asked {
         member.each(items, g.linears[0].piece(), [&](int64_t begin, int64_t end) {
             multiply(g.linears[0], half.data(), gate.data(), begin, end, careful);
             multiply(g.linears[1], half.data(), upper.data(), begin, end, careful);
-            const int64_t n = least(end * WIDE, d.intermediate) - begin * WIDE;
+            const int64_t n = std::min<int64_t>(end * WIDE, d.intermediate) - begin * WIDE;
             for (int64_t b = 0; b < batch; ++b) {
                 const int64_t at = b * d.intermediate + begin * WIDE;
                 kernels->gated(gate.data() + at, upper.data() + at, gate.data() + at, n, d.activation);
@@ -302,7 +302,7 @@ int qk_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_
         if (const StepKernels* found = step_for(isa)) kernels = found;
     auto body = [&](int64_t begin, int64_t end) { kernels->dense(w, x, bias, out, m, begin, end, rows, cols); };
     const int64_t rows_a_piece = 131072 / cols;
-    over(rows, rows_a_piece > 1 ? rows_a_piece : 1, nthreads, body);
+    parallel_for(rows, rows_a_piece > 1 ? rows_a_piece : 1, nthreads, body);
     return QK_OK;
 }
 

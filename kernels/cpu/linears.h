@@ -41,8 +41,8 @@ struct Linear {
     bool shares = false;  // what an earlier linear of the group has laid out there
     char* base = nullptr;
 
-    int64_t items() const { return up(of->rows, WIDE); }
-    int64_t piece() const { return up(WEIGHT_PIECE, WIDE * of->cols * (usual ? of->quantized.bits : 16) / 8); }  // in items
+    int64_t items() const { return ceil_div(of->rows, WIDE); }
+    int64_t piece() const { return ceil_div(WEIGHT_PIECE, WIDE * of->cols * (usual ? of->quantized.bits : 16) / 8); }  // in items
 
     // Blocks begin .. end of the outputs of a quantized linear.
     void multiply(uint16_t* out, int64_t batch, int64_t begin, int64_t end, bool uneven) const {
@@ -71,7 +71,7 @@ struct Group {
         if (to.shares) return QK_OK;
         to.at = bytes;
         const int64_t usual = to.usual->tiles * to.usual->tile_bytes();
-        bytes += up(most(usual, to.careful->tiles * to.careful->tile_bytes()), 4096) * 4096;
+        bytes += ceil_div(std::max<int64_t>(usual, to.careful->tiles * to.careful->tile_bytes()), 4096) * 4096;
         return QK_OK;
     }
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t SLAB = 32 << 20;  // bytes of laid out activations at a time, unless a single chunk takes more
 
-int64_t eights(int64_t cols) { return up(cols, 8); }
+int64_t eights(int64_t cols) { return ceil_div(cols, 8); }
 
 // The four nibbles of h, one to a byte.
 uint32_t spread(uint32_t h) {
@@ -34,17 +34,17 @@ int check(int64_t rows, int64_t cols, int bits) {
 }  // namespace
 
 int64_t qk_prepacked_bytes(int64_t rows, int64_t cols, int bits) {
-    return check(rows, cols, bits) ? -1 : up(rows, WIDE) * WIDE * eights(cols) * bits;
+    return check(rows, cols, bits) ? -1 : ceil_div(rows, WIDE) * WIDE * eights(cols) * bits;
 }
 
 int qk_prepack(const uint32_t* packed, uint32_t* codes, int64_t rows, int64_t cols, int bits, int nthreads) {
     if (const int bad = check(rows, cols, bits)) return bad;
     if (!packed || !codes) return QK_NULL;
-    const int64_t words = up(cols * bits, 32), padded = eights(cols) * bits / 4;
+    const int64_t words = ceil_div(cols * bits, 32), padded = eights(cols) * bits / 4;
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
             uint32_t* to = codes + b * padded * WIDE;
-            const int64_t here = least(WIDE, rows - b * WIDE);
+            const int64_t here = std::min<int64_t>(WIDE, rows - b * WIDE);
             for (int64_t j = 0; j < padded; ++j)
                 for (int64_t r = 0; r < WIDE; ++r) {
                     const uint32_t word = r < here && j < words ? packed[(b * WIDE + r) * words + j] : 0;
@@ -52,14 +52,14 @@ int qk_prepack(const uint32_t* packed, uint32_t* codes, int64_t rows, int64_t co
                 }
         }
     };
-    over(up(rows, WIDE), 1, nthreads, body);
+    parallel_for(ceil_div(rows, WIDE), 1, nthreads, body);
     return QK_OK;
 }
 
 int qk_restore(const uint32_t* codes, uint32_t* packed, int64_t rows, int64_t cols, int bits, int nthreads) {
     if (const int bad = check(rows, cols, bits)) return bad;
     if (!packed || !codes) return QK_NULL;
-    const int64_t words = up(cols * bits, 32), padded = eights(cols) * bits / 4;
+    const int64_t words = ceil_div(cols * bits, 32), padded = eights(cols) * bits / 4;
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r)
             for (int64_t j = 0; j < words; ++j) {
@@ -67,7 +67,7 @@ int qk_restore(const uint32_t* codes, uint32_t* packed, int64_t rows, int64_t co
                 packed[r * words + j] = bits == 4 ? unshuffle(word) : word;
             }
     };
-    over(rows, WIDE, nthreads, body);
+    parallel_for(rows, WIDE, nthreads, body);
     return QK_OK;
 }
 
@@ -83,31 +83,31 @@ int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, ch
             for (int64_t r = begin; r < end && !uneven.load(std::memory_order_relaxed); ++r)
                 if (p.uneven(x, r)) uneven.store(true);
         };
-        over(m, up(32768, w.cols), nthreads, look);
+        parallel_for(m, ceil_div(32768, w.cols), nthreads, look);
         if (uneven.load())
             if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, true), isa)) return bad;
     }
     const int64_t row = w.cols * itemsize(x_dtype);
     const int64_t tile_bytes = p.tile_bytes();
-    const int64_t slab = least(p.tiles, most(SLAB / (p.chunk * tile_bytes), 1) * p.chunk);  // tiles, whole chunks
+    const int64_t slab = std::min<int64_t>(p.tiles, std::max<int64_t>(SLAB / (p.chunk * tile_bytes), 1) * p.chunk);  // tiles, whole chunks
     static thread_local Scratch scratch;
     char* base = scratch.get((size_t)(tile_bytes * slab));
     if (!base) return QK_NO_MEMORY;
     for (int64_t done = 0; done < p.tiles; done += slab) {
-        const int64_t tiles = least(slab, p.tiles - done), here = least(m - done * p.rows, tiles * p.rows);
+        const int64_t tiles = std::min<int64_t>(slab, p.tiles - done), here = std::min<int64_t>(m - done * p.rows, tiles * p.rows);
         const char* from = x + done * p.rows * row;
         char* to = out + done * p.rows * w.rows * itemsize(x_dtype);
         p.clear(base, tiles, here);
         auto lay_out = [&](int64_t begin, int64_t end) { p.lay_out(w, base, from, begin, end); };
         // The rows of a tile are interleaved, byte by byte, but for Layout::ROWS: one thread then takes whole tiles.
         const int64_t unit = p.tile.layout == Layout::ROWS ? 1 : p.rows;
-        over(here, up(32768, p.inputs * unit) * unit, nthreads, lay_out);
+        parallel_for(here, ceil_div(32768, p.inputs * unit) * unit, nthreads, lay_out);
         auto products = [&](int64_t begin, int64_t end) { p.multiply(w, base, tiles, here, bias, to, begin, end); };
         // Pieces of some ten microseconds, or four a thread where there is less to do, so that a thread that was held up
         // leaves little; not below three microseconds, beside which handing one out is nothing.
-        const int64_t work = p.inputs / 8 * w.bits / 4 * WIDE * p.width * least(p.chunk, tiles);  // words times virtual rows
+        const int64_t work = p.inputs / 8 * w.bits / 4 * WIDE * p.width * std::min<int64_t>(p.chunk, tiles);  // words times virtual rows
         const int64_t items = p.items(w, tiles), even = items / (4 * nthreads);
-        over(items, least(up(49152, work), most(up(12288, work), even)), nthreads, products);
+        parallel_for(items, std::min<int64_t>(ceil_div(49152, work), std::max<int64_t>(ceil_div(12288, work), even)), nthreads, products);
     }
     scratch.trim(SLAB);
     return QK_OK;

@@ -37,7 +37,7 @@ void parallel_for(int64_t n, int64_t piece, int nthreads, RangeFn fn, void* cont
 
 // The same for a lambda body(begin, end), which must not throw.
 template <class Body>
-void over(int64_t n, int64_t piece, int nthreads, Body& body) {
+void parallel_for(int64_t n, int64_t piece, int nthreads, Body& body) {
     parallel_for(n, piece, nthreads, [](void* b, int64_t begin, int64_t end) { (*(Body*)b)(begin, end); }, &body);
 }
 

@@ -21,12 +21,12 @@ bool Product::choose(PickFn pick, int64_t m) {
         const Tile found = pick(bits, limbs, size);
         if (!found.run) continue;
         const int64_t row = limbs > 1 ? 8 * limbs : 8;
-        const int64_t cost = up(m, size) * (size * (found.layout == Layout::ROWS ? row / 8 : row) + 6);
+        const int64_t cost = ceil_div(m, size) * (size * (found.layout == Layout::ROWS ? row / 8 : row) + 6);
         if (cheapest && cost >= cheapest) continue;
         cheapest = cost;
         tile = found;
         rows = size;
-        tiles = up(m, size);
+        tiles = ceil_div(m, size);
     }
     return cheapest != 0;
 }
@@ -40,27 +40,27 @@ int Product::plan(const QkWeight& w, int64_t m, int dtype, int wanted, int isa) 
     // Only bfloat16 inputs may be multiplied as bfloat16.
     if (tile.layout == Layout::PAIRS && x_dtype != QK_BF16 && !choose(matmul_for(QK_AVX512), m)) return QK_BAD_SHAPE;
 
-    inputs = up(cols, 8) * 8;
+    inputs = ceil_div(cols, 8) * 8;
     blocks.clear();
     const int64_t group = groups == 1 ? inputs / 8 : cols / groups / 8;
     for (int64_t g = 0; g < groups; ++g)
-        for (int64_t at = 0; at < group; at += BLOCK) blocks.push_back({g, g * group + at, least(BLOCK, group - at)});
+        for (int64_t at = 0; at < group; at += BLOCK) blocks.push_back({g, g * group + at, std::min<int64_t>(BLOCK, group - at)});
 
     const int64_t n_blocks = (int64_t)blocks.size();
     int64_t longest = 0;
-    for (const Block& b : blocks) longest = most(b.steps, longest);
+    for (const Block& b : blocks) longest = std::max<int64_t>(b.steps, longest);
     chunk = CHUNK / rows;
     width = rows * (limbs ? limbs : 1);
-    row_bytes = up(longest * 8, 64) * 64;
+    row_bytes = ceil_div(longest * 8, 64) * 64;
     switch (tile.layout) {
         case Layout::QUADS: x_bytes = inputs * width; break;
         case Layout::ROWS: x_bytes = n_blocks * row_bytes * width; break;
         case Layout::FLOATS: x_bytes = inputs * width * 4; break;
         case Layout::PAIRS: x_bytes = inputs * width * 2; break;
     }
-    x_bytes = up(x_bytes, 64) * 64;
-    start_items = up(n_blocks * width, 16) * 16;
-    row_items = up(n_blocks * rows, 16) * 16;
+    x_bytes = ceil_div(x_bytes, 64) * 64;
+    start_items = ceil_div(n_blocks * width, 16) * 16;
+    row_items = ceil_div(n_blocks * rows, 16) * 16;
     return QK_OK;
 }
 
@@ -92,8 +92,8 @@ void Product::lay_out(const QkWeight& w, char* base, const char* x, int64_t begi
     }
 }
 
-int64_t Product::across(const QkWeight& w) { return up(w.rows, WIDE); }
-int64_t Product::items(const QkWeight& w, int64_t count) const { return up(count, chunk) * across(w); }
+int64_t Product::across(const QkWeight& w) { return ceil_div(w.rows, WIDE); }
+int64_t Product::items(const QkWeight& w, int64_t count) const { return ceil_div(count, chunk) * across(w); }
 
 void Product::multiply(const QkWeight& w, char* base, int64_t count, int64_t here, const char* bias, char* out,
                        int64_t begin, int64_t end) const {
@@ -102,7 +102,7 @@ void Product::multiply(const QkWeight& w, char* base, int64_t count, int64_t her
     const int64_t code_words = inputs / 8 * bits / 4 * WIDE, scales = groups * WIDE;
     for (int64_t item = begin; item < end; ++item) {
         const int64_t c = item / wide, n = item % wide;
-        const int64_t first = c * chunk, last = least(first + chunk, count);
+        const int64_t first = c * chunk, last = std::min<int64_t>(first + chunk, count);
         TileArgs a;
         a.codes = w.codes + n * code_words;
         a.scale = (const char*)w.scale + n * scales * itemsize(w.scale_dtype);
@@ -117,10 +117,10 @@ void Product::multiply(const QkWeight& w, char* base, int64_t count, int64_t her
         for (int64_t b = 0; b < n_blocks; b += panel)
             for (int64_t t = first; t < last; ++t) {
                 part(base, t, a);
-                tile.run(a, b, least(b + panel, n_blocks), total + (t - first) * rows * WIDE);
+                tile.run(a, b, std::min<int64_t>(b + panel, n_blocks), total + (t - first) * rows * WIDE);
             }
-        const int64_t columns = least(WIDE, w.rows - n * WIDE);
-        for (int64_t r = first * rows; r < least(last * rows, here); ++r)
+        const int64_t columns = std::min<int64_t>(WIDE, w.rows - n * WIDE);
+        for (int64_t r = first * rows; r < std::min<int64_t>(last * rows, here); ++r)
             kernels->finish(total + (r - first * rows) * WIDE, bias ? bias + n * WIDE * x_item : nullptr,
                             out + (r * w.rows + n * WIDE) * x_item, x_dtype, columns);
     }

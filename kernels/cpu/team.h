@@ -43,7 +43,7 @@ class Member {
         Team::Slot& slot = team_.slots_[(size_t)at_++];
         if (slot.done.load(std::memory_order_acquire) >= n) return;
         for (int64_t begin = slot.next.load(std::memory_order_relaxed); begin < n;) {
-            const int64_t end = least(begin + most(least_piece, (n - begin) / (2 * team_.nthreads_)), n);
+            const int64_t end = std::min<int64_t>(begin + std::max<int64_t>(least_piece, (n - begin) / (2 * team_.nthreads_)), n);
             if (!slot.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
             body(begin, end);
             slot.done.fetch_add(end - begin, std::memory_order_acq_rel);
@@ -71,7 +71,7 @@ void Team::run(Program& program) {
         Member member(*this);
         program(member);
     };
-    over(nthreads_, 1, nthreads_, body);
+    parallel_for(nthreads_, 1, nthreads_, body);
 }
 
 }  // namespace qkit

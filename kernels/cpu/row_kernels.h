@@ -10,7 +10,7 @@
 
 namespace {
 
-const qkit::RowKernels TABLE = {quantize, pack,    unpack, dequantize, search,
-                                feedback, descend, ggml,   prepare,    uneven, finish};
+const qkit::RowKernels ROW_KERNELS = {quantize, pack,    unpack, dequantize, search, feedback,
+                                       descend,  ggml,    prepare, uneven,    finish};
 
 }  // namespace
