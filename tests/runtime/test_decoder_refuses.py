@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import make_model
 from torch import nn
 
@@ -146,9 +147,84 @@ def _head(model: Any) -> torch.Tensor:
     return model.lm_head.weight  # type: ignore[no-any-return]
 
 
+def _other_norm(model: Any) -> None:
+    norm = nn.LayerNorm(model.config.hidden_size, dtype=torch.bfloat16).eval()
+    norm.weight.data.copy_(torch.linspace(-3, 3, norm.weight.numel()))
+    model.model.layers[0].input_layernorm = norm.requires_grad_(False)
+
+
+def _other_activation(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Tanhshrink()
+
+
+def _subclass(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.__class__ = type("Mine", (type(mlp),), {"forward": lambda self, x: x * 50})
+
+
+def _forward_of_a_class(model: Any) -> None:
+    """Of a class of this model alone: others are not to be changed."""
+    mlp = model.model.layers[0].mlp
+    kind = type(type(mlp).__name__, (type(mlp),), {"__module__": type(mlp).__module__})
+    mlp.__class__ = kind
+    recomputed(model, prompt()), stepped(model, prompt())
+    kind.forward = lambda self, x: x * 50
+
+
+def _epsilon(model: Any) -> None:
+    norm = model.model.layers[0].input_layernorm
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 100.0)
+
+
+def _scaling(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling = 30.0
+
+
+def _order(model: Any) -> None:
+    model.model.layers = nn.ModuleList([model.model.layers[1], model.model.layers[0]])
+
+
+def _fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
+def _registered_attention(model: Any) -> None:
+    def ones(module: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.ones_like(q).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("ones", ones)
+    model.set_attn_implementation("ones")
+
+
+def _renormalized(model: Any) -> None:
+    model.get_input_embeddings().max_norm = 0.05
+
+
+def _rotation(model: Any) -> None:
+    for name, buffer in model.model.rotary_emb.named_buffers():
+        if not name.startswith("original"):
+            buffer.data.add_(1.0)
+
+
+def _rotary_scale(model: Any) -> None:
+    for name in [name for name in vars(model.model.rotary_emb) if name.endswith("attention_scaling")]:
+        setattr(model.model.rotary_emb, name, 2.5)
+
+
+STAND_INS = [
+    _other_norm,
+    _other_activation,
+    _subclass,
+    _forward_of_a_class,
+    _order,
+    _fewer_layers,
+    _registered_attention,
+]
+SETTINGS = [_epsilon, _scaling, _renormalized, _rotation, _rotary_scale]
 WRITES = [_through_data(pick) for pick in (_input_norm, _mlp_norm, _last_norm, _embedding, _head)]
-CHANGES = [*WRITES, _hook, _pre_hook, _norm_in_place, _norm_replaced, _linear_in_place, _embedding_in_place, _stand_in,
-           _assigned_forward]  # fmt: skip
+CHANGES = [*WRITES, *STAND_INS, *SETTINGS, _hook, _pre_hook, _norm_in_place, _norm_replaced, _linear_in_place,
+           _embedding_in_place, _assigned_forward]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
