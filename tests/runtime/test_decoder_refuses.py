@@ -6,7 +6,10 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from models import make_model
 from torch import nn
 
 from qkit.kernels import backend
+from qkit.models.cache_name import cache_name
 from qkit.runtime import decoder, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="the fast step needs the C++ library")
@@ -294,6 +298,45 @@ def test_a_copy_runs_its_own_weights(model: Any, how: str) -> None:
         other.model.norm.weight.fill_(0.0 if "llama" in model.config.model_type else -1.0)
     assert float(stepped(other, ids).abs().max()) == 0.0
     assert torch.equal(stepped(model, ids), expected)
+
+
+def test_threads_share_one_plan(model: Any, monkeypatch: Any) -> None:
+    """The first steps of several threads, each with a cache of its own, and a change of the model between."""
+    built, together, build = [], threading.Barrier(3), decoder.build
+
+    def slow(*args: Any) -> Any:
+        built.append(threading.get_ident())
+        with suppress(threading.BrokenBarrierError):  # the others wait for the lock
+            together.wait(0.3)
+        return build(*args)
+
+    monkeypatch.setattr(decoder, "build", slow)
+    for change in (lambda: None, lambda: _norm_in_place(model)):
+        change()
+        built.clear()
+        together.reset()
+        texts = [prompt()[:, i:] for i in range(3)]
+        expected = [recomputed(model, ids) for ids in texts]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda ids: stepped(model, ids), texts))
+        assert all(map(close, found, expected)) and len(built) == 1
+
+
+def test_what_the_step_cannot_give_is_the_models(model: Any, monkeypatch: Any) -> None:
+    ids = prompt()
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True)[cache_name()]
+        taken = steps_taken(model, monkeypatch)
+        one = {"input_ids": ids[:, :1], "use_cache": True}
+        twice = model(**one, **{cache_name(): copy.deepcopy(cache)}, logits_to_keep=torch.tensor([0, 0]))
+        assert twice.logits.shape[:2] == (1, 2)
+        for position in (-3, 10**6):  # of which no table is made
+            at = {"position_ids": torch.tensor([[position]])}
+            found = model(**one, **at, **{cache_name(): copy.deepcopy(cache)}).logits
+            decoder.detach(model)
+            assert torch.equal(found, model(**one, **at, **{cache_name(): copy.deepcopy(cache)}).logits)
+            decoder.attach(model)
+    assert not any(taken)
 
 
 def test_a_model_is_freed(folder: Path) -> None:
