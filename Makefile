@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes of `make test`
 JOBS ?= 2
 
-.PHONY: demo test interop reports bench bench-gpu triton-static arm-tools lint clean
+.PHONY: demo test interop reports bench bench-gpu triton-static native-tools lint clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -58,9 +58,9 @@ bench-gpu: $(STAMP)
 triton-static: $(STAMP)
 	$(BIN)/python benchmarks/triton_static.py --peers
 
-# optional, as root on Debian: lets tests/kernels/test_cpu_arm.py run
-arm-tools:
-	apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user
+# optional, as root on Debian: for the tests of other processors and compilers (tests/kernels/test_cpu_arm.py, ..._compilers.py)
+native-tools:
+	apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user g++-11 clang
 
 clean:
 	rm -rf $(VENV) build demo-out

@@ -1,15 +1,18 @@
 """Peak memory of conversions, predicted by the plan against measured on the process.
 
     python benchmarks/convert_memory.py [--only NAME ...] [--method rtn gptq]
+    python benchmarks/convert_memory.py --only block --formats
 
 Llama-shaped random bfloat16 checkpoints from small to one block of Llama-3.1-8B with its embeddings; each conversion in
-a process of its own. "ratio" is measured / predicted. The last line of stdout is one JSON document.
+a process of its own. "ratio" is measured / predicted. `--formats`: by rounding, to the schemes of all formats. The last
+line of stdout is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,7 @@ SHAPES = {
     "wide-head": (1024, 3072, 256, 2, 151936, 16, 256),
     "many-tokens": (1024, 3072, 512, 2, 32000, 64, 1024),
     "medium": (2048, 8192, 512, 3, 32000, 16, 512),
+    "block": (4096, 14336, 1024, 1, 32000, 8, 512),
     "8b-block": (4096, 14336, 1024, 1, 128256, 8, 512),
 }
 
@@ -61,7 +65,20 @@ def make_checkpoint(folder: Path, hidden: int, wide: int, kv: int, layers: int, 
     write_tokenizer(folder)
 
 
-def convert(source: Path, out: Path, method: str, samples: int, length: int) -> dict[str, Any]:
+# format -> schemes of its own that differ in how they are computed
+SCHEMES = {
+    "compressed-tensors": ("w4a16", "w4a16-asym", "w8a16", "w8a8", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16"),
+    "gptq": ("w4a16", "w3a16", "w8a16"),
+    "awq": ("w4a16-asym",),
+    "bnb": ("nf4", "nf4-dq", "fp4", "int8"),
+    "gguf": ("q4_0", "q4_k_m", "q6_k", "q8_0", "iq4_xs", "bf16", "f16"),
+    "safetensors": ("none",),
+}
+
+
+def convert(
+    source: Path, out: Path, method: str, samples: int, length: int, asked: tuple[str, ...] = ()
+) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -73,6 +90,7 @@ def convert(source: Path, out: Path, method: str, samples: int, length: int) -> 
         "--method",
         method,
         "--json",
+        *asked,
     ]
     if method != "rtn":
         command += ["--calib-samples", str(samples), "--calib-len", str(length)]
@@ -91,7 +109,7 @@ def convert(source: Path, out: Path, method: str, samples: int, length: int) -> 
 
 
 def show(row: dict[str, Any]) -> str:
-    name = f"{row['shape']:12} {row['method']:5}"
+    name = f"{row['shape']:12} {row['method']:5} {row.get('format', ''):30}".rstrip()
     if "refused" in row:
         return f"{name} {' '.join(row['refused'])}"
     predicted, measured = row["predicted"] / 2**20, row["measured"] / 2**20
@@ -105,18 +123,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--method", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--formats", action="store_true")
     args = parser.parse_args()
+    every = [(f"{fmt} {scheme}", ("--format", fmt, "--scheme", scheme)) for fmt, of in SCHEMES.items() for scheme in of]
+    runs = [(method, "", ()) for method in args.method] if not args.formats else [("rtn", *each) for each in every]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:
             *shape, samples, length = SHAPES[name]
             source = Path(scratch, name)
             make_checkpoint(source, *shape)
-            for method in args.method:
-                row = {"shape": name, "method": method}
-                row |= convert(source, Path(scratch, f"{name}-{method}"), method, samples, length)
+            for method, label, asked in runs:
+                row = {"shape": name, "method": method} | ({"format": label} if label else {})
+                out = Path(scratch, f"{name}-{method}")
+                row |= convert(source, out, method, samples, length, asked)
                 rows.append(row)
                 print(show(row), flush=True)
+                shutil.rmtree(out, ignore_errors=True)
     print(json.dumps(rows))
 
 

@@ -26,7 +26,7 @@ import qkit
 from qkit.kernels.cpu import lib
 from qkit.kernels.cpu.decoder import dense
 from qkit.kernels.cpu.matmul import CpuWeight
-from qkit.runtime import decoder
+from qkit.runtime import as_decoder
 
 
 def seconds(call: Callable[[], object], times: int) -> list[float]:
@@ -42,7 +42,7 @@ def linears(model: Any) -> tuple[Callable[[], None], int]:
     """(one row through every linear of the model, bytes of their weights)."""
     calls: list[Callable[[], object]] = []
     nbytes = 0
-    for linear in decoder._linears(model):
+    for linear in as_decoder.linears(model):
         w = linear.weight
         if isinstance(w, CpuWeight):
             x = torch.randn(1, w.c.cols).bfloat16()

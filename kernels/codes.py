@@ -12,7 +12,7 @@ from . import dequantize, pack, reference, unpack
 from .ggml import dequantize as decode_blocks
 from .weight import FLOATS, Blocks, Weight
 
-_SLAB = 1 << 19  # weights compared at a time: 4 MiB in float64
+_SLAB = 1 << 17  # weights compared at a time: 1 MiB in float64
 
 
 def weight_of(
@@ -32,6 +32,16 @@ def weight_of(
 def codes_of(weight: Weight) -> torch.Tensor:
     """The weight's codes, uint8 [out, in], unpacked anew."""
     return unpack(weight.packed, weight.bits, weight.in_features)
+
+
+def signed(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes around 128, which are used up -> int8 around 0."""
+    return codes.bitwise_xor_(128).view(torch.int8)
+
+
+def unsigned(values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `signed`; the values stay as they are."""
+    return values.view(torch.uint8) ^ 128
 
 
 def values_of(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

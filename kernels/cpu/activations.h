@@ -1,8 +1,9 @@
 // The ends of the matmul (matmul.h): a row of activations as its tile reads it, and a row of sums as an output.
 //
 // Fixed point: a block of at most 128 inputs gets a scale and one, two or three signed bytes ("limbs") an input.
-// Two limbs (error 2**-16 of the block's largest input) carry bfloat16 and float16, three (2**-24) float32; one is int8
-// activations, whose scale is that of the whole row.
+// Two limbs (error 2**-16 of the block's largest input) carry bfloat16 and float16, three (2**-24) float32, and 16-bit inputs
+// of which some block is uneven: its largest would take bits from the others that these have. One is int8 activations, whose
+// scale is that of the whole row.
 #pragma once
 #include <cmath>
 
@@ -67,10 +68,11 @@ void inputs(const void* x, int dtype, int64_t begin, int64_t size, int64_t n, fl
     }
 }
 
-// Block b of row m as fixed point, x float [up to 128, zero padded], `most` its largest magnitude (or the row's).
-template <int LIMBS>
+// Block b of row m as fixed point, x float [up to 128, zero padded], `most` its largest magnitude (or the row's). DEEP: limbs
+// that its values fill; below LIMBS the lowest stay zero, and what comes of it is bit for bit that of as many limbs.
+template <int LIMBS, int DEEP = LIMBS>
 void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most) {
-    constexpr float STEPS = LIMBS == 1 ? 127.0f : LIMBS == 2 ? 32512.0f : 8323072.0f;  // 127 * 256**(LIMBS - 1)
+    constexpr float STEPS = DEEP == 1 ? 127.0f : DEEP == 2 ? 32512.0f : 8323072.0f;  // 127 * 256**(DEEP - 1)
     const int64_t size = a.blocks[b].steps * 8, width = a.rows * LIMBS;
     const bool finite = most < INFINITY;
     float scale = finite ? most / STEPS : 1.0f;
@@ -90,11 +92,11 @@ void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most)
         F t = load(x + i) / s;
         if (!finite) t = splat(0.0f);
         I fixed;
-        if (LIMBS == 3) {  // beyond the magic number's 22 bits: first the upper part
+        if (DEEP == 3) {  // beyond the magic number's 22 bits: first the upper part
             const F upper = (t * splat(0x1p-8f) + magic) - magic;
             fixed = ((bits_of(upper + magic) - magic_bits) << 8) + (bits_of((t - upper * splat(256.0f)) + magic) - magic_bits);
         } else {
-            fixed = bits_of(t + magic) - magic_bits;
+            fixed = (bits_of(t + magic) - magic_bits) << 8 * (LIMBS - DEEP);
         }
 #pragma GCC unroll 3
         for (int l = 0; l < LIMBS; ++l) {
@@ -116,6 +118,7 @@ void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most)
         a.start[b * width + m * LIMBS + l] = a.symmetric ? -a.middle * limb_sum : 0;
         value += unit * limb_sum;
     }
+    if (DEEP < LIMBS) scale *= 0x1p-8f;
     const float bad = finite ? 0.0f : NAN;
     a.x_scale[b * a.rows + m] = scale + bad;
     a.x_sum[b * a.rows + m] = (float)(value * scale) + bad;
@@ -134,6 +137,34 @@ void spread(const PrepareArgs& a, int64_t begin, int64_t size, int64_t m, const 
     }
 }
 
+// Whether a block's largest input is so far above the mean of the others that two limbs lose more of these than rounding
+// the outputs does: an output of nothing but the others is off by about ratio * 2**-17 of itself.
+bool uneven(const qkit::Block* blocks, int64_t n_blocks, const void* x, int x_dtype, int64_t cols) {
+    const float ratio = x_dtype == QK_F16 ? 64.0f : 256.0f;
+    float block[BLOCK_INPUTS];
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const int64_t size = blocks[b].steps * 8;
+        inputs(x, x_dtype, blocks[b].start * 8, size, cols, block);
+        F high = splat(0.0f), all = splat(0.0f);
+        for (int64_t i = 0; i < size; i += LANES) {
+            const F v = magnitude(load(block + i));
+            high = max(high, v);
+            all = all + v;
+        }
+        float most[LANES], sum[LANES];
+        store(most, high);
+        store(sum, all);
+        for (int half = LANES / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) {
+                most[i] = most[i + half] > most[i] ? most[i + half] : most[i];
+                sum[i] += sum[i + half];
+            }
+        const float others = sum[0] - most[0];  // zero: nothing there to lose
+        if (others > 0.0f && most[0] * (float)(size - 1) > ratio * others && most[0] < INFINITY) return true;
+    }
+    return false;
+}
+
 void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
     float block[BLOCK_INPUTS];
     float whole = 0.0f;  // int8: one scale for the row
@@ -144,6 +175,8 @@ void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
             const float most = largest(block, size);
             whole = most > whole ? most : whole;
         }
+    // Where another row is uneven this one has three limbs too, and is what it is without that row.
+    const bool even = a.limbs == 3 && x_dtype != QK_F32 && !uneven(a.blocks, a.n_blocks, x, x_dtype, a.cols);
     for (int64_t b = 0; b < a.n_blocks; ++b) {
         const int64_t begin = a.blocks[b].start * 8, size = a.blocks[b].steps * 8;
         inputs(x, x_dtype, begin, size, a.cols, block);
@@ -151,7 +184,9 @@ void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
             case 0: spread(a, begin, size, m, block); break;
             case 1: fix<1>(a, b, m, block, whole); break;
             case 2: fix<2>(a, b, m, block, largest(block, size)); break;
-            default: fix<3>(a, b, m, block, largest(block, size)); break;
+            default:
+                if (even) fix<3, 2>(a, b, m, block, largest(block, size));
+                else fix<3>(a, b, m, block, largest(block, size));
         }
     }
 }

@@ -3,10 +3,10 @@
 // the layout of matmul.h, and what 4-bit codes become by splitting nibbles. The sums, and so the results, are those of
 // the other levels, bit for bit.
 //
-// Written without a machine that has AMX: it has run only as tiles.h emulates it, and its speed is not known.
+// Written without a machine that has AMX: it has run only as amx_tiles.h emulates it, and its speed is not known.
 #include "levels.h"
 #include "scales.h"
-#include "tiles.h"
+#include "amx_tiles.h"
 
 namespace {
 

@@ -12,7 +12,7 @@ using namespace qkit;
 
 namespace {
 
-int64_t words_for(int64_t n, int bits) { return up(n * bits, 32); }
+int64_t words_for(int64_t n, int bits) { return ceil_div(n * bits, 32); }
 
 // Rows a thread takes at a time: enough work (about 64K values) that handing out a piece costs nothing beside it.
 int64_t rows_per_piece(int64_t cols) {
@@ -44,7 +44,7 @@ void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t 
 
 }  // namespace
 
-int qk_abi(void) { return 6; }
+int qk_abi(void) { return 7; }
 
 int qk_use_openmp(const char* library) { return library && use_openmp(library); }
 
@@ -56,7 +56,7 @@ int qk_pack(const uint8_t* codes, uint32_t* packed, int64_t rows, int64_t n, int
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) note(status, k->pack(codes + r * n, packed + r * words, n, bits));
     };
-    over(rows, rows_per_piece(n), nthreads, body);
+    parallel_for(rows, rows_per_piece(n), nthreads, body);
     return status;
 }
 
@@ -67,7 +67,7 @@ int qk_unpack(const uint32_t* packed, uint8_t* codes, int64_t rows, int64_t n, i
     auto body = [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) k->unpack(packed + r * words, codes + r * n, n, bits);
     };
-    over(rows, rows_per_piece(n), nthreads, body);
+    parallel_for(rows, rows_per_piece(n), nthreads, body);
     return QK_OK;
 }
 
@@ -81,16 +81,16 @@ int qk_pack_transposed(const uint8_t* codes, uint32_t* packed, int64_t rows, int
     auto body = [&](int64_t begin, int64_t end) {
         uint32_t tile[TILE * TILE];
         for (int64_t strip = begin; strip < end; ++strip) {
-            const int64_t r0 = strip * TILE, height = least(TILE, rows - r0);
+            const int64_t r0 = strip * TILE, height = std::min<int64_t>(TILE, rows - r0);
             for (int64_t c0 = 0; c0 < words; c0 += TILE) {
-                const int64_t width = least(TILE, words - c0);
+                const int64_t width = std::min<int64_t>(TILE, words - c0);
                 for (int64_t r = 0; r < height; ++r)
                     note(status, k->pack(codes + (r0 + r) * n + c0 * per_word, tile + r * TILE, width * per_word, bits));
                 transpose(tile, TILE, packed + c0 * rows + r0, rows, height, width);
             }
         }
     };
-    over((rows + TILE - 1) / TILE, 1, nthreads, body);
+    parallel_for((rows + TILE - 1) / TILE, 1, nthreads, body);
     return status;
 }
 
@@ -103,16 +103,16 @@ int qk_unpack_transposed(const uint32_t* packed, uint8_t* codes, int64_t rows, i
     auto body = [&](int64_t begin, int64_t end) {
         uint32_t tile[TILE * TILE];
         for (int64_t strip = begin; strip < end; ++strip) {
-            const int64_t r0 = strip * TILE, height = least(TILE, rows - r0);
+            const int64_t r0 = strip * TILE, height = std::min<int64_t>(TILE, rows - r0);
             for (int64_t c0 = 0; c0 < words; c0 += TILE) {
-                const int64_t width = least(TILE, words - c0);
+                const int64_t width = std::min<int64_t>(TILE, words - c0);
                 transpose(packed + c0 * rows + r0, rows, tile, TILE, width, height);
                 for (int64_t r = 0; r < height; ++r)
                     k->unpack(tile + r * TILE, codes + (r0 + r) * n + c0 * per_word, width * per_word, bits);
             }
         }
     };
-    over((rows + TILE - 1) / TILE, 1, nthreads, body);
+    parallel_for((rows + TILE - 1) / TILE, 1, nthreads, body);
     return QK_OK;
 }
 
@@ -130,7 +130,7 @@ int qk_dequantize(const uint32_t* packed, const void* scale, int scale_dtype, co
             k->dequantize(args, packed + r * words, (const char*)scale + r * scale_step,
                           zero ? zero + r * groups : nullptr, (char*)out + r * cols * itemsize(out_dtype));
     };
-    over(rows, rows_per_piece(cols), nthreads, body);
+    parallel_for(rows, rows_per_piece(cols), nthreads, body);
     return QK_OK;
 }
 
@@ -152,7 +152,7 @@ int qk_quantize_rtn(const void* w, int w_dtype, uint8_t* codes, void* scale, int
             note(status, k->quantize(args, (const char*)w + r * w_step, codes + r * cols, (char*)scale + r * scale_step,
                                      zero ? zero + r * groups : nullptr, row_stats + 2 * r));
     };
-    over(rows, rows_per_piece(cols), nthreads, body);
+    parallel_for(rows, rows_per_piece(cols), nthreads, body);
     if (status != QK_OK) return status;
     totals[0] = totals[1] = 0.0;
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,317 +1,266 @@
-// qk_decode: see qkit_decoder.h. Everything between the linears; those are qk_matmul and qk_dense.
+// qk_decode: see qkit_decoder.h. The program of a step, which all threads of a team run (team.h): what lies between the
+// linears is step.h's, the linears are products in parts (product.h).
 #include "qkit_decoder.h"
 
 #include <cmath>
 #include <cstring>
 #include <new>
-#include <vector>
 
-#include "lanes.h"
-#include "pool.h"
-#include "sizes.h"
+#include "linears.h"
+#include "step_types.h"
+#include "team.h"
 
 using namespace qkit;
 
-// Compiled for three levels of x86 and chosen by the loader; by GCC before 12, which does not know the levels' names, for
-// their main features. Elsewhere once.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
-#if __GNUC__ >= 12
-#define QK_LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define QK_LEVELS __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-#else
-#define QK_LEVELS
-#endif
-
 namespace {
 
-typedef float V __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32), aligned(2)));
+constexpr int64_t MOST_BATCH = 32;      // rows that one chunk of a product serves, whatever its tiles
+constexpr int64_t ROW_PIECE = 16384;    // values between linears that are worth a thread's while: about a microsecond
+constexpr int64_t JOBS_A_LAYER = 16;
 
-// By reference: a vector wider than the baseline's registers has no agreed way to be passed.
-QK_INLINE void widen(const uint16_t* x, V& to) {
-    H h;
-    std::memcpy(&h, x, sizeof h);
-    const U u = __builtin_convertvector(h, U) << 16;
-    std::memcpy(&to, &u, sizeof u);
-}
-QK_INLINE void load(const float* x, V& to) { std::memcpy(&to, x, sizeof to); }
-QK_INLINE void store(float* to, const V& x) { std::memcpy(to, &x, sizeof x); }
-QK_INLINE float sum(const V& x) {
-    float f[LANES];
-    store(f, x);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) f[i] += f[i + half];
-    return f[0];
-}
-QK_INLINE float widen1(uint16_t h) { return BF16::get(&h); }
-QK_INLINE uint16_t narrow1(float x) { return to_bf16(x); }
-
-QK_LEVELS void narrow(const float* x, uint16_t* to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = narrow1(x[i]);
-}
-
-// e**x within 2 units in the last place; 0 below -87.
-QK_INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float n = x * 1.44269504f + MAGIC;  // an integer, kept in the low bits
-    const float r = x - (n - MAGIC) * 0.693145752f - (n - MAGIC) * 1.42860677e-6f;
-    float p = 1.9875691e-4f;
-    p = p * r + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665795e-2f;
-    p = p * r + 1.6666665e-1f;
-    p = p * r + 5.0000001e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * as_float((as_bits(n) - as_bits(MAGIC) + 127u) << 23);
-}
-
-// to = act(gate) * up, from bfloat16 to bfloat16.
-QK_LEVELS void gated(const uint16_t* gate, const uint16_t* up, uint16_t* to, int64_t n, int activation) {
-    if (activation == QK_SILU) {
-        for (int64_t i = 0; i < n; ++i) {
-            const float g = widen1(gate[i]);
-            to[i] = narrow1(widen1(narrow1(g / (1.0f + exponential(-g)))) * widen1(up[i]));
-        }
-    } else {
-        for (int64_t i = 0; i < n; ++i) {
-            const float g = widen1(gate[i]), t = 1.5957691216f * (g + 0.044715f * g * g * g);
-            to[i] = narrow1(widen1(narrow1(g / (1.0f + exponential(-t)))) * widen1(up[i]));
-        }
-    }
-}
-
-// x / rms(x) * (weight + offset)
-QK_LEVELS void rms_norm(const float* x, const uint16_t* weight, float offset, float* to, int64_t n, float epsilon) {
-    float lanes[LANES] = {};
-    const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; ++k) lanes[k] += x[i + k] * x[i + k];
-    float total = 0.0f;
-    for (int k = 0; k < LANES; ++k) total += lanes[k];
-    for (int64_t i = whole; i < n; ++i) total += x[i] * x[i];
-    const float scale = 1.0f / std::sqrt(total / (float)n + epsilon);
-    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * scale * (widen1(weight[i]) + offset);
-}
-
-// Rows begin .. end of w [rows, cols] times M vectors x (float [M, cols], cols a multiple of 16 after padding).
-template <int M>
-QK_INLINE void dense_rows(const uint16_t* w, const float* x, const uint16_t* bias, uint16_t* out, int64_t begin,
-                          int64_t end, int64_t rows, int64_t cols, int64_t stride) {
-    for (int64_t r = begin; r < end; ++r) {
-        const uint16_t* row = w + r * cols;
-        V a[M][2] = {};
-        int64_t i = 0;
-        for (; i + 2 * LANES <= cols; i += 2 * LANES) {
-            V w0, w1, x0, x1;
-            widen(row + i, w0);
-            widen(row + i + LANES, w1);
-            for (int m = 0; m < M; ++m) {
-                load(x + m * stride + i, x0);
-                load(x + m * stride + i + LANES, x1);
-                a[m][0] += w0 * x0;
-                a[m][1] += w1 * x1;
-            }
-        }
-        for (int m = 0; m < M; ++m) {
-            float y = sum(a[m][0] + a[m][1]);
-            for (int64_t k = i; k < cols; ++k) y += widen1(row[k]) * x[m * stride + k];
-            out[m * rows + r] = narrow1(y + (bias ? widen1(bias[r]) : 0.0f));
-        }
-    }
-}
-QK_LEVELS void dense1(const uint16_t* w, const float* x, const uint16_t* bias, uint16_t* out, int64_t begin, int64_t end,
-                      int64_t rows, int64_t cols, int64_t stride) {
-    dense_rows<1>(w, x, bias, out, begin, end, rows, cols, stride);
-}
-QK_LEVELS void dense4(const uint16_t* w, const float* x, const uint16_t* bias, uint16_t* out, int64_t begin, int64_t end,
-                      int64_t rows, int64_t cols, int64_t stride) {
-    dense_rows<4>(w, x, bias, out, begin, end, rows, cols, stride);
-}
-
-struct Head {
-    const float* q;  // [group][dim]
-    const uint16_t *keys, *values;
-    int64_t group, dim, begin, end;
-    float *scores, *out;  // scratch [group][end - begin]; out [group][dim]
+struct Layer {
+    Group qkv, o, gate_up, down;
 };
 
-// Softmax attention of one key-value head and the queries that share it.
-QK_LEVELS void attend(const Head& h) {
-    const int64_t n = h.end - h.begin, dim = h.dim;
-    for (int64_t t = 0; t < n; ++t) {
-        const uint16_t* key = h.keys + (h.begin + t) * dim;
-        for (int64_t g = 0; g < h.group; ++g) {
-            const float* q = h.q + g * dim;
-            V a = {};
-            int64_t i = 0;
-            for (; i + LANES <= dim; i += LANES) {
-                V k, x;
-                widen(key + i, k);
-                load(q + i, x);
-                a += k * x;
-            }
-            float s = sum(a);
-            for (; i < dim; ++i) s += widen1(key[i]) * q[i];
-            h.scores[g * n + t] = s;
-        }
-    }
-    for (int64_t g = 0; g < h.group; ++g) {
-        float* s = h.scores + g * n;
-        float most = s[0];
-        for (int64_t t = 1; t < n; ++t) most = s[t] > most ? s[t] : most;
-        for (int64_t t = 0; t < n; ++t) s[t] = exponential(s[t] - most);
-        float total = 0.0f;
-        for (int64_t t = 0; t < n; ++t) total += s[t];
-        for (int64_t t = 0; t < n; ++t) s[t] /= total;
-        float* out = h.out + g * dim;
-        std::memset(out, 0, (size_t)dim * sizeof(float));
-        for (int64_t t = 0; t < n; ++t) {
-            const uint16_t* value = h.values + (h.begin + t) * dim;
-            const float weight = s[t];
-            for (int64_t i = 0; i < dim; ++i) out[i] += weight * widen1(value[i]);
-        }
-    }
+// The first entry that the query behind `length` entries sees.
+int64_t oldest_seen(const QkLayer& layer, int64_t length) {
+    return layer.window && length + 1 > layer.window ? length + 1 - layer.window : 0;
 }
 
-// In place: the halves of x rotated.
-QK_LEVELS void rotate(float* x, const float* cosine, const float* sine, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a * cosine[i] - b * sine[i];
-        x[i + half] = b * cosine[i] + a * sine[i];
-    }
-}
-
-QK_LEVELS void add(float* x, const uint16_t* y, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) x[i] += widen1(y[i]);
-}
-QK_LEVELS void widen_all(const uint16_t* x, float* to, int64_t n, float scale) {
-    for (int64_t i = 0; i < n; ++i) to[i] = widen1(x[i]) * scale;
-}
-
-struct Step {
+// qk_decode's arguments.
+struct Asked {
     const QkDecoder& d;
-    int64_t batch, capacity, length;
-    const int64_t *positions, *first;
-    int isa, nthreads;
-    std::vector<float> x, normed, q, attended, scores;
-    std::vector<uint16_t> half, q_half, k_half, v_half, gate, up;
+    const QkCache* caches;
+    const int64_t batch, length, *tokens, *positions, *first;
+    uint16_t* logits;
+    const int isa, nthreads;
+};
 
-    int linear(const QkLinear& l, const uint16_t* in, uint16_t* out) const {
-        if (l.dense) return qk_dense(l.dense, in, l.bias, out, batch, l.rows, l.cols, nthreads);
-        return qk_matmul(&l.quantized, in, QK_BF16, l.bias, out, batch, 0, isa, nthreads);
-    }
+struct Step : Asked {
+    const StepKernels* kernels = nullptr;
+    Products products;
+    std::vector<Layer> layers;
+    Group head;
+    std::vector<float> x, normed;
+    std::vector<uint16_t> half, q, k, v, gate, upper;
+    float* partial = nullptr;  // of each key-value head and a span: [group][head_dim], then two of [group] (AttendArgs)
 
-    // half = norm(x), for the linears that follow.
-    void norm(const uint16_t* weight) {
-        for (int64_t b = 0; b < batch; ++b)
-            rms_norm(x.data() + b * d.hidden, weight, d.norm_offset, normed.data() + b * d.hidden, d.hidden, d.epsilon);
-        narrow(normed.data(), half.data(), batch * d.hidden);
-    }
+    explicit Step(const Asked& asked) : Asked(asked), products(asked.batch, asked.isa) {}
 
-    // x += y, y normed first where the architecture does.
-    void residual(const uint16_t* y, const uint16_t* post_norm) {
-        for (int64_t b = 0; b < batch; ++b) {
-            float* to = x.data() + b * d.hidden;
-            if (!post_norm) {
-                add(to, y + b * d.hidden, d.hidden);
-                continue;
-            }
-            float* t = normed.data();
-            widen_all(y + b * d.hidden, t, d.hidden, 1.0f);
-            rms_norm(t, post_norm, d.norm_offset, t, d.hidden, d.epsilon);
-            for (int64_t i = 0; i < d.hidden; ++i) to[i] += t[i];
+    // ---- before the threads ---------------------------------------------------------------------------------------
+
+    int prepare() {
+        kernels = step_for(isa);
+        if (!kernels) return QK_BAD_ISA;
+        layers.resize((size_t)d.n_layers);
+        std::vector<Group*> groups;
+        for (int64_t i = 0; i < d.n_layers; ++i) {
+            const QkLayer& from = d.layers[i];
+            Layer& to = layers[(size_t)i];
+            int bad = QK_OK;
+            for (const QkLinear* l : {&from.q, &from.k, &from.v}) bad = bad ? bad : to.qkv.add(*l, products);
+            for (const QkLinear* l : {&from.gate, &from.up}) bad = bad ? bad : to.gate_up.add(*l, products);
+            bad = bad ? bad : to.o.add(from.o, products);
+            bad = bad ? bad : to.down.add(from.down, products);
+            if (bad) return bad;
+            groups.insert(groups.end(), {&to.qkv, &to.o, &to.gate_up, &to.down});
         }
-    }
+        if (const int bad = head.add(d.head, products)) return bad;
+        groups.push_back(&head);
 
-    // One head of queries or keys: bfloat16 -> normed and rotated float.
-    void turn(const uint16_t* from, float* to, const uint16_t* weight, const QkLayer& layer, int64_t position) const {
-        const int64_t half_dim = d.head_dim / 2;
-        widen_all(from, to, d.head_dim, 1.0f);
-        if (weight) rms_norm(to, weight, d.norm_offset, to, d.head_dim, d.epsilon);
-        rotate(to, layer.cosine + position * half_dim, layer.sine + position * half_dim, half_dim);
-    }
+        int64_t laid_out = 0;  // one group is under way at a time
+        for (const Group* g : groups) laid_out = std::max<int64_t>(laid_out, g->bytes);
+        static thread_local Scratch inputs, attention;
+        char* base = inputs.get((size_t)laid_out);
+        partial = (float*)attention.get((size_t)(batch * spans(0) * d.heads * (d.head_dim + 2)) * sizeof(float));
+        if ((laid_out && !base) || !partial) return QK_NO_MEMORY;
+        for (Group* g : groups) g->place(base);
 
-    int attention(const QkLayer& layer, const QkCache& cache) {
-        const int64_t dim = d.head_dim, group = d.heads / d.kv_heads;
-        int status;
-        if ((status = linear(layer.q, half.data(), q_half.data()))) return status;
-        if ((status = linear(layer.k, half.data(), k_half.data()))) return status;
-        if ((status = linear(layer.v, half.data(), v_half.data()))) return status;
-        auto heads = [&](int64_t begin, int64_t end) {
-            float key[1024];
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t b = item / d.kv_heads, h = item % d.kv_heads;
-                const int64_t slot = (b * d.kv_heads + h) * capacity;
-                turn(k_half.data() + item * dim, key, layer.k_norm, layer, positions[b]);
-                narrow(key, cache.keys + (slot + length) * dim, dim);
-                std::memcpy(cache.values + (slot + length) * dim, v_half.data() + item * dim, (size_t)dim * 2);
-                float* queries = q.data() + item * group * dim;
-                for (int64_t g = 0; g < group; ++g) {
-                    float* one = queries + g * dim;
-                    turn(q_half.data() + (item * group + g) * dim, one, layer.q_norm, layer, positions[b]);
-                    for (int64_t i = 0; i < dim; ++i) one[i] = widen1(narrow1(one[i])) * d.attention_scale;
-                }
-                const int64_t oldest = layer.window && length + 1 > layer.window ? length + 1 - layer.window : 0;
-                attend(Head{queries, cache.keys + slot * dim, cache.values + slot * dim, group, dim,
-                            first[b] > oldest ? first[b] : oldest, length + 1,
-                            scores.data() + item * group * (length + 1), attended.data() + item * group * dim});
-            }
-        };
-        // A piece is worth a thread when it reads some 32 KiB of keys and values.
-        const int64_t bytes = 4 * dim * least(length + 1, layer.window ? layer.window : length + 1);
-        over(batch * d.kv_heads, bytes < 32768 ? 32768 / bytes : 1, nthreads, heads);
-        narrow(attended.data(), q_half.data(), batch * d.heads * dim);
-        if ((status = linear(layer.o, q_half.data(), half.data()))) return status;
-        residual(half.data(), layer.attention_post_norm);
-        return QK_OK;
-    }
-
-    int mlp(const QkLayer& layer) {
-        int status;
-        if ((status = linear(layer.gate, half.data(), gate.data()))) return status;
-        if ((status = linear(layer.up, half.data(), up.data()))) return status;
-        auto body = [&](int64_t begin, int64_t end) {
-            gated(gate.data() + begin, up.data() + begin, gate.data() + begin, end - begin, d.activation);
-        };
-        over(batch * d.intermediate, 8192, nthreads, body);
-        if ((status = linear(layer.down, gate.data(), half.data()))) return status;
-        residual(half.data(), layer.mlp_post_norm);
-        return QK_OK;
-    }
-
-    int run(const QkCache* caches, const int64_t* tokens, uint16_t* logits) {
         x.resize((size_t)(batch * d.hidden));
         normed.resize(x.size());
         half.resize(x.size());
         q.resize((size_t)(batch * d.heads * d.head_dim));
-        attended.resize(q.size());
-        q_half.resize(q.size());
-        k_half.resize((size_t)(batch * d.kv_heads * d.head_dim));
-        v_half.resize(k_half.size());
+        k.resize((size_t)(batch * d.kv_heads * d.head_dim));
+        v.resize(k.size());
         gate.resize((size_t)(batch * d.intermediate));
-        up.resize(gate.size());
-        scores.resize((size_t)(batch * d.heads * (length + 1)));
-        for (int64_t b = 0; b < batch; ++b) {
-            widen_all(d.embedding + tokens[b] * d.hidden, x.data() + b * d.hidden, d.hidden, 1.0f);
-            if (d.embedding_scale != 1.0f)  // in bfloat16, as the model would
-                for (int64_t i = 0; i < d.hidden; ++i) {
-                    float& value = x[(size_t)(b * d.hidden + i)];
-                    value = widen1(narrow1(value * d.embedding_scale));
-                }
+        upper.resize(gate.size());
+        return QK_OK;
+    }
+
+    // Of the entries that a query sees from `oldest` on.
+    int64_t spans(int64_t oldest) const { return ceil_div(length + 1 - oldest, SPAN); }
+
+    // ---- what each thread runs ------------------------------------------------------------------------------------
+
+    // Lays the input of a group out, of which make(b) computes row b. Returns whether it is uneven.
+    template <class Make>
+    bool lay_out(Member& member, const Group& g, const uint16_t* in, const Make& make) const {
+        const int64_t piece = rows_of(g.linears[0].of->cols);
+        member.each(batch, piece, [&](int64_t begin, int64_t end) {
+            for (int64_t b = begin; b < end; ++b) {
+                make(b);
+                if (b == 0) g.clear(batch);
+                if (g.uneven(in, b)) member.raise();
+            }
+            if (batch == 1) g.lay_out(in, 0, 1, member.raised());
+        });
+        const bool careful = member.raised();
+        if (batch > 1) member.each(batch, piece, [&](int64_t begin, int64_t end) { g.lay_out(in, begin, end, careful); });
+        return careful;
+    }
+    static int64_t rows_of(int64_t values) { return ceil_div(ROW_PIECE, values); }
+
+    void multiply(const Linear& l, const uint16_t* in, uint16_t* out, int64_t begin, int64_t end, bool careful) const {
+        if (l.usual) return l.multiply(out, batch, begin, end, careful);
+        kernels->dense(l.of->dense, in, l.of->bias, out, batch, begin * WIDE, std::min<int64_t>(end * WIDE, l.of->rows), l.of->rows,
+                       l.of->cols);
+    }
+
+    // The group's linears of the input that was laid out last, one after the other.
+    void multiply(Member& member, const Group& g, const uint16_t* in, std::initializer_list<uint16_t*> outs,
+                  bool careful) const {
+        int64_t items = 0;
+        for (int i = 0; i < g.count; ++i) items += g.linears[i].items();
+        member.each(items, g.linears[0].piece(), [&](int64_t begin, int64_t end) {
+            int64_t at = 0;
+            for (int i = 0; i < g.count; ++i) {
+                const Linear& l = g.linears[i];
+                const int64_t from = std::max<int64_t>(begin - at, 0), to = std::min<int64_t>(end - at, l.items());
+                if (from < to) multiply(l, in, outs.begin()[i], from, to, careful);
+                at += l.items();
+            }
+        });
+    }
+
+    // x += y of row b, y normed first where the architecture does; then half = norm(x).
+    void enter(int64_t b, const uint16_t* post_norm, const uint16_t* norm) {
+        float *row = x.data() + b * d.hidden, *t = normed.data() + b * d.hidden;
+        uint16_t* y = half.data() + b * d.hidden;
+        if (post_norm) {
+            kernels->widen(y, t, d.hidden, 1.0f);
+            kernels->norm(t, post_norm, d.norm_offset, t, d.hidden, d.epsilon);
+            for (int64_t i = 0; i < d.hidden; ++i) row[i] += t[i];
+        } else {
+            kernels->add(row, y, d.hidden);
         }
-        for (int64_t l = 0; l < d.n_layers; ++l) {
-            const QkLayer& layer = d.layers[l];
-            norm(layer.attention_norm);
-            if (const int status = attention(layer, caches[l])) return status;
-            norm(layer.mlp_norm);
-            if (const int status = mlp(layer)) return status;
+        kernels->norm(row, norm, d.norm_offset, t, d.hidden, d.epsilon);
+        kernels->narrow(t, y, d.hidden);
+    }
+
+    void embed(int64_t b, const uint16_t* norm) {
+        float *row = x.data() + b * d.hidden, *t = normed.data() + b * d.hidden;
+        uint16_t* y = half.data() + b * d.hidden;
+        kernels->widen(d.embedding + tokens[b] * d.hidden, row, d.hidden, d.embedding_scale);
+        if (d.embedding_scale != 1.0f) {  // in bfloat16, as the model would
+            kernels->narrow(row, y, d.hidden);
+            kernels->widen(y, row, d.hidden, 1.0f);
         }
-        norm(d.final_norm);
-        return linear(d.head, half.data(), logits);
+        kernels->norm(row, norm, d.norm_offset, t, d.hidden, d.epsilon);
+        kernels->narrow(t, y, d.hidden);
+    }
+
+    // One head of queries or keys, normed and rotated. May be in place.
+    void turn(const uint16_t* from, uint16_t* to, const uint16_t* norm, const QkLayer& layer, int64_t position) const {
+        float one[MOST_DIM];
+        const int64_t half_dim = d.head_dim / 2;
+        kernels->widen(from, one, d.head_dim, 1.0f);
+        if (norm) kernels->norm(one, norm, d.norm_offset, one, d.head_dim, d.epsilon);
+        kernels->rotate(one, layer.cosine + position * half_dim, layer.sine + position * half_dim, half_dim);
+        kernels->narrow(one, to, d.head_dim);
+    }
+
+    // q becomes what the heads attend to.
+    void attention(Member& member, const QkLayer& layer, const QkCache& cache) {
+        const int64_t dim = d.head_dim, group = d.heads / d.kv_heads, oldest = oldest_seen(layer, length);
+        const int64_t pieces = spans(oldest), stride = group * (dim + 2);
+        member.each(batch * d.kv_heads, rows_of((group + 2) * dim), [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t b = item / d.kv_heads, slot = item * cache.capacity + length - cache.start;
+                turn(k.data() + item * dim, cache.keys + slot * dim, layer.k_norm, layer, positions[b]);
+                std::memcpy(cache.values + slot * dim, v.data() + item * dim, (size_t)dim * 2);
+                uint16_t* queries = q.data() + item * group * dim;
+                for (int64_t g = 0; g < group; ++g)
+                    turn(queries + g * dim, queries + g * dim, layer.q_norm, layer, positions[b]);
+            }
+        });
+        // A piece is worth a thread when it reads some 32 KiB of keys and values.
+        const int64_t bytes = 4 * dim * std::min<int64_t>(length + 1 - oldest, SPAN);
+        member.each(batch * d.kv_heads * pieces, std::max<int64_t>(1, 32768 / bytes), [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t which = item / pieces, b = which / d.kv_heads, at = oldest + item % pieces * SPAN;
+                const int64_t from = std::max<int64_t>(at, first[b]), to = std::min<int64_t>(at + SPAN, length + 1);
+                const int64_t slot = which * cache.capacity + from - cache.start;
+                float* out = partial + item * stride;
+                if (from < to)
+                    kernels->attend({q.data() + which * group * dim, cache.keys + slot * dim, cache.values + slot * dim, group,
+                                     dim, to - from, d.attention_scale, out, out + group * dim, out + group * (dim + 1)});
+                else
+                    for (int64_t g = 0; g < group; ++g) out[group * dim + g] = -INFINITY;
+            }
+        });
+        member.each(batch * d.kv_heads, rows_of(pieces * group * dim), [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item)
+                for (int64_t g = 0; g < group; ++g)
+                    join(partial + item * pieces * stride, g, group, pieces, q.data() + (item * group + g) * dim);
+        });
+    }
+
+    // The spans of one query, from `spans` on, as one softmax.
+    void join(const float* of, int64_t g, int64_t group, int64_t count, uint16_t* to) const {
+        const int64_t dim = d.head_dim, stride = group * (dim + 2);
+        float high = -INFINITY, all = 0.0f, sum[MOST_DIM] = {};
+        for (int64_t s = 0; s < count; ++s) {
+            const float m = of[s * stride + group * dim + g];
+            high = m > high || m != m ? m : high;
+        }
+        for (int64_t s = 0; s < count; ++s) {
+            const float* span = of + s * stride;
+            if (span[group * dim + g] == -INFINITY) continue;  // nothing that this sequence sees
+            const float weight = std::exp(span[group * dim + g] - high);
+            all += weight * span[group * (dim + 1) + g];
+            for (int64_t i = 0; i < dim; ++i) sum[i] += weight * span[g * dim + i];
+        }
+        for (int64_t i = 0; i < dim; ++i) sum[i] /= all;
+        kernels->narrow(sum, to, dim);
+    }
+
+    // gate = act(gate) * up, as soon as a block of both is there.
+    void gated(Member& member, const Group& g, bool careful) {
+        const int64_t items = g.linears[0].items();
+        member.each(items, g.linears[0].piece(), [&](int64_t begin, int64_t end) {
+            multiply(g.linears[0], half.data(), gate.data(), begin, end, careful);
+            multiply(g.linears[1], half.data(), upper.data(), begin, end, careful);
+            const int64_t n = std::min<int64_t>(end * WIDE, d.intermediate) - begin * WIDE;
+            for (int64_t b = 0; b < batch; ++b) {
+                const int64_t at = b * d.intermediate + begin * WIDE;
+                kernels->gated(gate.data() + at, upper.data() + at, gate.data() + at, n, d.activation);
+            }
+        });
+    }
+
+    void run(Member& member) {
+        const auto as_it_is = [](int64_t) {};
+        for (int64_t i = 0; i < d.n_layers; ++i) {
+            const QkLayer& layer = d.layers[i];
+            const Layer& own = layers[(size_t)i];
+            bool careful = lay_out(member, own.qkv, half.data(), [&](int64_t b) {
+                if (i == 0) embed(b, layer.attention_norm);
+                else enter(b, d.layers[i - 1].mlp_post_norm, layer.attention_norm);
+            });
+            multiply(member, own.qkv, half.data(), {q.data(), k.data(), v.data()}, careful);
+            attention(member, layer, caches[i]);
+            careful = lay_out(member, own.o, q.data(), as_it_is);
+            multiply(member, own.o, q.data(), {half.data()}, careful);
+            careful = lay_out(member, own.gate_up, half.data(),
+                              [&](int64_t b) { enter(b, layer.attention_post_norm, layer.mlp_norm); });
+            gated(member, own.gate_up, careful);
+            careful = lay_out(member, own.down, gate.data(), as_it_is);
+            multiply(member, own.down, gate.data(), {half.data()}, careful);
+        }
+        const bool careful = lay_out(member, head, half.data(), [&](int64_t b) {
+            enter(b, d.layers[d.n_layers - 1].mlp_post_norm, d.final_norm);
+        });
+        multiply(member, head, half.data(), {logits}, careful);
     }
 };
 
@@ -321,7 +270,7 @@ bool whole(const QkLinear& l, int64_t rows, int64_t cols) {
 
 int check(const QkDecoder& d) {
     if (d.n_layers < 1 || d.hidden < 1 || d.heads < 1 || d.kv_heads < 1 || d.heads % d.kv_heads || d.head_dim < 2 ||
-        d.head_dim % 2 || d.head_dim > 1024 || d.intermediate < 1 || d.vocabulary < 1)
+        d.head_dim % 2 || d.head_dim > MOST_DIM || d.intermediate < 1 || d.vocabulary < 1)
         return QK_BAD_SHAPE;
     if (!d.layers || !d.embedding || !d.final_norm) return QK_NULL;
     if (!whole(d.head, d.vocabulary, d.hidden)) return QK_BAD_SHAPE;
@@ -337,43 +286,43 @@ int check(const QkDecoder& d) {
     return QK_OK;
 }
 
+int check(const QkCache& c, const QkLayer& layer, int64_t length) {
+    if (!c.keys || !c.values) return QK_NULL;
+    return c.start < 0 || c.start > oldest_seen(layer, length) || length - c.start >= c.capacity ? QK_BAD_SHAPE : QK_OK;
+}
+
 }  // namespace
 
 int qk_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t m, int64_t rows,
              int64_t cols, int nthreads) {
     if (m < 0 || rows < 1 || cols < 1) return QK_BAD_SHAPE;
     if (!w || !x || !out) return QK_NULL;
-    static thread_local std::vector<float> wide;
-    try {
-        wide.resize((size_t)((m + 3) / 4 * 4 * cols));
-    } catch (const std::bad_alloc&) {
-        return QK_NO_MEMORY;
-    }
-    widen_all(x, wide.data(), m * cols, 1.0f);
-    const float* in = wide.data();
-    auto body = [&](int64_t begin, int64_t end) {
-        int64_t b = 0;
-        for (; b + 4 <= m; b += 4) dense4(w, in + b * cols, bias, out + b * rows, begin, end, rows, cols, cols);
-        for (; b < m; ++b) dense1(w, in + b * cols, bias, out + b * rows, begin, end, rows, cols, cols);
-    };
-    const int64_t piece = 131072 / cols;
-    over(rows, piece > 1 ? piece : 1, nthreads, body);
+    const StepKernels* kernels = nullptr;
+    for (int isa = 0; isa < QK_ISA_COUNT; ++isa)
+        if (const StepKernels* found = step_for(isa)) kernels = found;
+    auto body = [&](int64_t begin, int64_t end) { kernels->dense(w, x, bias, out, m, begin, end, rows, cols); };
+    const int64_t rows_a_piece = 131072 / cols;
+    parallel_for(rows, rows_a_piece > 1 ? rows_a_piece : 1, nthreads, body);
     return QK_OK;
 }
 
-int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, int64_t capacity, int64_t length,
-              const int64_t* tokens, const int64_t* positions, const int64_t* first, uint16_t* logits, int isa,
-              int nthreads) {
+int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, int64_t length, const int64_t* tokens,
+              const int64_t* positions, const int64_t* first, uint16_t* logits, int isa, int nthreads) {
     if (!decoder || !caches || !tokens || !positions || !first || !logits) return QK_NULL;
     if (const int bad = check(*decoder)) return bad;
-    if (batch < 1 || length < 0 || length >= capacity) return QK_BAD_SHAPE;
+    if (batch < 1 || batch > MOST_BATCH || length < 0) return QK_BAD_SHAPE;
+    for (int64_t l = 0; l < decoder->n_layers; ++l)
+        if (const int bad = check(caches[l], decoder->layers[l], length)) return bad;
     for (int64_t b = 0; b < batch; ++b)
         if (tokens[b] < 0 || tokens[b] >= decoder->vocabulary || positions[b] < 0 || first[b] < 0 || first[b] > length)
             return QK_BAD_SHAPE;
-    const OwnThreads threads;
     try {
-        Step step{*decoder, batch, capacity, length, positions, first, isa, nthreads, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-        return step.run(caches, tokens, logits);
+        Step step({*decoder, caches, batch, length, tokens, positions, first, logits, isa, nthreads});
+        if (const int bad = step.prepare()) return bad;
+        Team team(JOBS_A_LAYER * (decoder->n_layers + 1), nthreads);
+        auto program = [&](Member& member) { step.run(member); };
+        team.run(program);
+        return QK_OK;
     } catch (const std::bad_alloc&) {
         return QK_NO_MEMORY;
     }

@@ -44,7 +44,7 @@ class _Decoder(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = (("keys", _P), ("values", _P))
+    _fields_ = (("keys", _P), ("values", _P), ("capacity", _N), ("start", _N))
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,24 @@ class Decoder:
         """Length of the shortest rotary table."""
         return min(layer.cosine.shape[0] for layer in self.layers)
 
+    @functools.cached_property
+    def windows(self) -> tuple[int, ...]:
+        return tuple(layer.window for layer in self.layers)
+
     def struct(self) -> _Decoder:
         """The C structure; it points into this object's tensors."""
-        if "decoder" not in self._c:
+        if "both" not in self._c:
             layers = (_Layer * len(self.layers))(*map(_layer, self.layers))
             vocabulary, hidden = self.embedding.shape
             intermediate = _linear(self.layers[0].gate).rows
-            self._c["layers"] = layers
-            self._c["decoder"] = _Decoder(
+            decoder = _Decoder(
                 ctypes.addressof(layers), len(self.layers), hidden, intermediate, self.heads, self.kv_heads,
                 self.head_dim, vocabulary, _pointer(self.embedding, torch.bfloat16),
                 _pointer(self.final_norm, torch.bfloat16), _linear(self.head), self.embedding_scale,
                 self.attention_scale, self.epsilon, self.norm_offset, ACTIVATIONS.index(self.activation),
             )  # fmt: skip
-        result: _Decoder = self._c["decoder"]
+            self._c.setdefault("both", (decoder, layers))  # at once: a structure points into its own layers
+        result: _Decoder = self._c["both"][0]
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def _layer(l: Layer) -> _Layer:
 @functools.cache
 def _functions() -> tuple[Any, Any]:
     library = lib.library()
-    library.qk_decode.argtypes = [_P, _P, _N, _N, _N, _P, _P, _P, _P, _I, _I]
+    library.qk_decode.argtypes = [_P, _P, _N, _N, _P, _P, _P, _P, _I, _I]
     library.qk_dense.argtypes = [_P, _P, _P, _P, _N, _N, _N, _I]
     return library.qk_decode, library.qk_dense
 
@@ -175,22 +179,30 @@ def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, each bfloat16 [batch, kv_heads, capacity, head_dim]."""
+    """Keys and values of every layer, each bfloat16 [batch, kv_heads, capacity, head_dim], the capacity a layer's own.
+    starts: the entry in each layer's first slot; 0 but for layers with a window."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    starts: tuple[int, ...]
     _c: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> Cache:
-        pairs = zip(keys, values, strict=True)
-        each = [_Cache(_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16)) for k, v in pairs]
-        c = (_Cache * len(keys))(*each)
-        return cls(keys, values, c)
+    def of(
+        cls, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], starts: tuple[int, ...] = ()
+    ) -> Cache:
+        """Raises ValueError where a layer's values have another shape than its keys."""
+        starts = starts or (0,) * len(keys)
+        each = []
+        for k, v, start in zip(keys, values, starts, strict=True):
+            if k.shape != v.shape:
+                raise ValueError(f"keys have shape {tuple(k.shape)}, values {tuple(v.shape)}")
+            each.append(_Cache(_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16), k.shape[2], start))
+        return cls(keys, values, starts, (_Cache * len(keys))(*each))
 
     def __reduce__(self) -> Any:
         """Copies (deepcopy, pickle) point into their own tensors."""
-        return Cache.of, (self.keys, self.values)
+        return Cache.of, (self.keys, self.values, self.starts)
 
 
 def decode(
@@ -204,7 +216,7 @@ def decode(
 ) -> torch.Tensor:
     """Appends a token to each sequence and returns the next one's logits, bfloat16 [batch, vocabulary].
 
-    length     entries the cache already holds; it must have room for one more
+    length     entries the sequences already have; each layer has a slot for one more, and those that its window sees
     tokens, positions, first   int64 [batch]: token ids, rotary positions, the first cache entry a sequence may see
     Raises ValueError where the sizes do not fit or a token is not in the vocabulary.
     """
@@ -215,7 +227,7 @@ def decode(
     if int(positions.max()) >= decoder.positions:
         raise ValueError(f"position {int(positions.max())} is beyond the rotary tables")
     if status := _functions()[0](
-        ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, cache.keys[0].shape[2], length,
+        ctypes.addressof(decoder.struct()), ctypes.addressof(cache._c), batch, length,
         _pointer(tokens, torch.int64), _pointer(positions, torch.int64), _pointer(first, torch.int64),
         logits.data_ptr(), lib._isa(isa), lib._threads(),
     ):  # fmt: skip

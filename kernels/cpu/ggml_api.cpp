@@ -61,17 +61,17 @@ int qk_ggml_encode(const void* w, int w_dtype, const float* weight, const QkGrid
             const int64_t r = slice * LANES;
             const GgmlArgs args{*grid, (int)bytes, w_dtype, cols, weight, stats + 3 * slice};
             k->ggml(args, (const char*)w + r * cols * itemsize(w_dtype), out + r * (cols / size) * bytes,
-                    least(LANES, rows - r));
+                    std::min<int64_t>(LANES, rows - r));
         }
     };
     {
         // Conversion encodes several matrices at a time, each in a thread: a team of OpenMP for each of them would wait, at
         // every end, for threads that have no core.
         const OwnThreads mine;
-        over(up(rows, LANES), 1, nthreads, body);
+        parallel_for(ceil_div(rows, LANES), 1, nthreads, body);
     }
     double outside = 0.0;
-    for (int64_t slice = 0; slice < up(rows, LANES); ++slice) {  // in order: the sums do not depend on the threads
+    for (int64_t slice = 0; slice < ceil_div(rows, LANES); ++slice) {  // in order: the sums do not depend on the threads
         totals[0] += stats[3 * slice];
         totals[1] += stats[3 * slice + 1];
         outside += stats[3 * slice + 2];

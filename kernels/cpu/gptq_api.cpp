@@ -18,7 +18,7 @@ int over_channels(const ColumnArgs& args, void (*kernel)(const ColumnArgs&, int6
             kernel(args, first, left < LANES ? left : LANES);
         }
     };
-    over((args.out + LANES - 1) / LANES, 4, nthreads, body);
+    parallel_for((args.out + LANES - 1) / LANES, 4, nthreads, body);
     return QK_OK;
 }
 
@@ -54,7 +54,7 @@ int qk_gptq_search(const void* w, int w_dtype, const float* cost, void* scale, i
             if (code != QK_OK) status.compare_exchange_strong(expected, code);
         }
     };
-    over(rows, 4, nthreads, body);
+    parallel_for(rows, 4, nthreads, body);
     return status;
 }
 

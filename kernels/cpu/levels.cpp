@@ -91,35 +91,39 @@ struct Level {
     bool here = false;
     const RowKernels* rows = nullptr;
     PickFn tile = nullptr;
+    const StepKernels* step = nullptr;
     Level() = default;
-    Level(bool (*present)(), const RowKernels* (*kernels)(), PickFn pick) : here(present()), tile(pick) {
-        if (here) rows = kernels();  // its file may use the instructions anywhere
+    Level(bool (*present)(), const RowKernels* (*kernels)(), PickFn pick, const StepKernels* (*between)())
+        : here(present()), tile(pick) {
+        if (!here) return;
+        rows = kernels();  // its file may use the instructions anywhere
+        step = between();
     }
 };
 
 struct Levels {
     Level of[QK_ISA_COUNT];
     Levels() {
-        of[QK_SCALAR] = {always, scalar_kernels, scalar_tile};
+        of[QK_SCALAR] = {always, scalar_kernels, scalar_tile, scalar_step};
 #ifdef QKIT_HAS_AVX2
-        of[QK_AVX2] = {avx2, avx2_kernels, avx2_tile};
-        of[QK_AVX512] = {avx512, avx512_kernels, avx512_tile};
-        of[QK_AVX512VNNI] = {avx512vnni, avx512_kernels, avx512vnni_tile};
+        of[QK_AVX2] = {avx2, avx2_kernels, avx2_tile, avx2_step};
+        of[QK_AVX512] = {avx512, avx512_kernels, avx512_tile, avx512_step};
+        of[QK_AVX512VNNI] = {avx512vnni, avx512_kernels, avx512vnni_tile, avx512_step};
 #endif
 #ifdef QKIT_HAS_AVXVNNI
-        of[QK_AVXVNNI] = {avxvnni, avx2_kernels, avxvnni_tile};
+        of[QK_AVXVNNI] = {avxvnni, avx2_kernels, avxvnni_tile, avx2_step};
 #endif
 #ifdef QKIT_HAS_AVX512BF16
-        of[QK_AVX512BF16] = {avx512bf16, avx512_kernels, avx512bf16_tile};
+        of[QK_AVX512BF16] = {avx512bf16, avx512_kernels, avx512bf16_tile, avx512bf16_step};
 #endif
 #ifdef QKIT_HAS_AMX
-        of[QK_AMX] = {amx, avx512_kernels, amx_tile};
+        of[QK_AMX] = {amx, avx512_kernels, amx_tile, avx512bf16_step};
 #endif
 #ifdef QKIT_HAS_DOTPROD
-        of[QK_DOTPROD] = {dotprod, scalar_kernels, dotprod_tile};
+        of[QK_DOTPROD] = {dotprod, scalar_kernels, dotprod_tile, scalar_step};
 #endif
 #ifdef QKIT_HAS_I8MM
-        of[QK_I8MM] = {i8mm, scalar_kernels, i8mm_tile};
+        of[QK_I8MM] = {i8mm, scalar_kernels, i8mm_tile, scalar_step};
 #endif
     }
 };
@@ -139,6 +143,11 @@ const RowKernels* qkit::kernels_for(int isa) {
 PickFn qkit::matmul_for(int isa) {
     const Level* l = level(isa);
     return l ? l->tile : nullptr;
+}
+
+const StepKernels* qkit::step_for(int isa) {
+    const Level* l = level(isa);
+    return l ? l->step : nullptr;
 }
 
 int qk_has_isa(int isa) { return level(isa) != nullptr; }

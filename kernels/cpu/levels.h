@@ -2,12 +2,18 @@
 #pragma once
 #include "matmul_types.h"
 #include "rows.h"
+#include "step_types.h"
 
 namespace qkit {
 
 const RowKernels* scalar_kernels();
 const RowKernels* avx2_kernels();
 const RowKernels* avx512_kernels();
+
+const StepKernels* scalar_step();
+const StepKernels* avx2_step();
+const StepKernels* avx512_step();
+const StepKernels* avx512bf16_step();
 
 // The kernels that matmul_for hands out.
 Tile scalar_tile(int bits, int limbs, int64_t rows);

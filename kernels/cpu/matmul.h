@@ -70,7 +70,8 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                 }
             }
             Scales scales;
-            scales_of(a, b, half * LANES, scales);
+            if (MB == 1) scales_here(a, b, half * LANES, scales);
+            else scales_of(a, b, half * LANES, scales);
 #pragma GCC unroll 12
             for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 2
@@ -87,19 +88,19 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
 }
 
 #if !defined(__AVX512BF16__)
-struct Table {
+struct Codebook {
 #if defined(__AVX512F__)
     __m512 all;
-    explicit Table(const float* t) : all(_mm512_loadu_ps(t)) {}
-    QK_INLINE F at(const Table& t, I words, int shift) {
+    explicit Codebook(const float* t) : all(_mm512_loadu_ps(t)) {}
+    QK_INLINE F at(const Codebook& t, I words, int shift) {
         F r;  // a permutation reads the low four bits of each index
         r.v[0] = (RawF)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words.v[0], (unsigned)shift), t.all);
         return r;
     }
 #elif defined(__AVX2__)
     __m256 low, high;
-    explicit Table(const float* t) : low(_mm256_loadu_ps(t)), high(_mm256_loadu_ps(t + 8)) {}
-    QK_INLINE F at(const Table& t, I words, int shift) {
+    explicit Codebook(const float* t) : low(_mm256_loadu_ps(t)), high(_mm256_loadu_ps(t + 8)) {}
+    QK_INLINE F at(const Codebook& t, I words, int shift) {
         F r;
         QK_EACH {
             const __m256i i = _mm256_srli_epi32((__m256i)words.v[p], shift);
@@ -110,8 +111,8 @@ struct Table {
     }
 #else
     const float* all;
-    explicit Table(const float* t) : all(t) {}
-    QK_INLINE F at(const Table& t, I words, int shift) {
+    explicit Codebook(const float* t) : all(t) {}
+    QK_INLINE F at(const Codebook& t, I words, int shift) {
         uint32_t w[LANES];
         float v[LANES];
         std::memcpy(w, &words, sizeof w);
@@ -131,7 +132,7 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
     const __m512i table = _mm512_load_si512(half_table);
     typedef uint16_t X;
 #else
-    const Table table(a.table);
+    const Codebook table(a.table);
     typedef float X;
 #endif
     for (int half = 0; half < 2 / N16; ++half)
@@ -171,7 +172,7 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                     const int nibble = k < 4 ? 2 * k : 2 * k - 7;
                     F value[N16];
 #pragma GCC unroll 2
-                    for (int n = 0; n < N16; ++n) value[n] = Table::at(table, word[n], 4 * nibble);
+                    for (int n = 0; n < N16; ++n) value[n] = Codebook::at(table, word[n], 4 * nibble);
 #pragma GCC unroll 8
                     for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 2

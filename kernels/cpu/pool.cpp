@@ -13,15 +13,6 @@
 namespace qkit {
 namespace {
 
-// Tells the processor that this is a waiting loop.
-inline void rest() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 struct Job {
     RangeFn fn = nullptr;
     void* context = nullptr;
@@ -61,7 +52,7 @@ struct Pool {
     void loop() {
         for (;;) {
             bool joined = false;
-            for (int i = 0; i < SPINS && !(joined = join()); ++i) rest();
+            for (int i = 0; i < SPINS && !(joined = join()); ++i) relax();
             if (!joined) {
                 std::unique_lock<std::mutex> lock(mutex);
                 sleepers.fetch_add(1);
@@ -101,7 +92,7 @@ struct Pool {
         job.work();
         const int joined = helpers - seats.exchange(0);
         for (int i = 0; finished.load() < joined; ++i) {
-            if (i < SPINS) rest();
+            if (i < SPINS) relax();
             else std::this_thread::yield();
         }
     }

@@ -20,6 +20,15 @@ struct OwnThreads {
 
 typedef void (*RangeFn)(void* context, int64_t begin, int64_t end);
 
+// Tells the processor that this is a waiting loop.
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 // Calls fn over [0, n) in pieces of `piece`, on at most `nthreads` threads, the caller's among them. Runs in the
 // caller alone where there is one piece, where another thread holds the pool, or where no thread can be started.
 // Safe after fork(): the child starts a pool of its own.
@@ -28,7 +37,7 @@ void parallel_for(int64_t n, int64_t piece, int nthreads, RangeFn fn, void* cont
 
 // The same for a lambda body(begin, end), which must not throw.
 template <class Body>
-void over(int64_t n, int64_t piece, int nthreads, Body& body) {
+void parallel_for(int64_t n, int64_t piece, int nthreads, Body& body) {
     parallel_for(n, piece, nthreads, [](void* b, int64_t begin, int64_t end) { (*(Body*)b)(begin, end); }, &body);
 }
 

@@ -37,17 +37,18 @@ struct QkDecoder {
     int activation;  // QkActivation
 };
 
-// Keys and values of one layer: bfloat16 [batch][kv_heads][capacity][head_dim].
+// Keys and values of one layer: bfloat16 [batch][kv_heads][capacity][head_dim]. Entry t of a sequence (start <= t < length)
+// lies in slot t - start: a layer with a window drops what no query can see any more, and moves the rest to the front.
 struct QkCache {
     uint16_t *keys, *values;
+    int64_t capacity, start;
 };
 
-// Appends tokens[b] of each of `batch` sequences at `length` of the caches (length < capacity) and writes the logits of
-// the next token, bfloat16 [batch, vocabulary]. positions[b]: where the rotary tables are read. first[b]: the first
-// cached entry that sequence b may see (padding lies before it).
-QK_API int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, int64_t capacity, int64_t length,
-                     const int64_t* tokens, const int64_t* positions, const int64_t* first, uint16_t* logits, int isa,
-                     int nthreads);
+// Appends tokens[b] of each of `batch` (at most 32) sequences as entry `length` of the caches, which have a slot for it and
+// hold what it sees, and writes the logits of the next token, bfloat16 [batch, vocabulary]. positions[b]: where the rotary
+// tables are read. first[b]: the first entry that sequence b may see (padding lies before it).
+QK_API int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, int64_t length, const int64_t* tokens,
+                     const int64_t* positions, const int64_t* first, uint16_t* logits, int isa, int nthreads);
 
 // out [m, rows] = x [m, cols] @ w [rows, cols].T, all bfloat16, float accumulation: the dense linears of qk_decode.
 QK_API int qk_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t m, int64_t rows,

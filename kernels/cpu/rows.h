@@ -53,6 +53,8 @@ struct RowKernels {
     void (*ggml)(const GgmlArgs&, const void* w, uint8_t* out, int64_t n);
     // The matmul's ends: row `row` of a tile of activations, and y[0 .. n) = total + bias, rounded once; n <= 32.
     void (*prepare)(const PrepareArgs&, const void* x, int x_dtype, int64_t row);
+    // Whether two limbs are too few for some block of x [cols]: activations.h.
+    bool (*uneven)(const Block* blocks, int64_t n_blocks, const void* x, int x_dtype, int64_t cols);
     void (*finish)(const float* total, const void* bias, void* y, int dtype, int64_t n);
 };
 

@@ -21,13 +21,18 @@ QK_INLINE F load_scale(const void* scale, int64_t i, int dtype) {
 struct Scales {
     F scale[N16], scaled_zero[N16];
 };
-__attribute__((noinline)) void scales_of(const TileArgs& a, int64_t b, int64_t first, Scales& s) {
+QK_INLINE void scales_here(const TileArgs& a, int64_t b, int64_t first, Scales& s) {
     const int64_t at = a.blocks[b].group * WIDE + first;
 #pragma GCC unroll 2
     for (int n = 0; n < N16; ++n) {
         s.scale[n] = load_scale(a.scale, at + n * LANES, a.scale_dtype);
         s.scaled_zero[n] = a.zero ? s.scale[n] * to_float(load_u8(a.zero + at + n * LANES)) : s.scale[n];
     }
+}
+
+// The same as a call, which is nothing beside the products of several rows.
+__attribute__((noinline)) void scales_of(const TileArgs& a, int64_t b, int64_t first, Scales& s) {
+    scales_here(a, b, first, s);
 }
 
 // total[16] += what the limbs' sums of block b and row m stand for.

@@ -25,7 +25,7 @@ from .layout import LAYOUTS, STORED, assemble
 
 # Values per pass: the float32 scratch of one pass (4 MiB) stays in a core's share of the cache.
 CHUNK = 1 << 20
-_SLAB = 1 << 22  # values at a time: bounds what is held beside the result
+_SLAB = 1 << 18  # values at a time: bounds what is held beside the result
 _MOST = 1e9  # larger weights overflow the scales of every type
 
 

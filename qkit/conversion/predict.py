@@ -194,6 +194,8 @@ def _verifying(tasks: Sequence[Task], source: Source, fmt: Format, method: Metho
     for task in tasks:
         if task.scheme is not None:
             read = task.bytes_out if fmt.rows_follow else 2 * task.bytes_out + task.numel
+            if not fmt.rows_follow and task.scheme.bits < 4:  # which are held as four
+                read += task.numel // 2
             if fmt.rows_follow and row_ranges(task, source, fmt, method) is not None:
                 read = min(read, SLAB_BYTES)
             most = max(most, read + 3 * min(SLAB_BYTES, task.bytes_in))

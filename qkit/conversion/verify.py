@@ -79,7 +79,7 @@ def _weights(plan: Plan, task: Task, written: Tensors) -> Iterator[tuple[str, Ca
         tensors = {}
         for name, whole in task.outputs:
             local = name.removeprefix(place)
-            if step[local] == whole:  # the same for all rows: a table, a shape
+            if step[local] == whole or fmt.once(local):  # the same for all rows: a table, a shape
                 tensors[local] = written.read(name)
                 continue
             begin = first // ranges[0][1] * step[local].shape[0]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _BACK = (0, 4, 1, 5, 2, 6, 3, 7)
 _GROUP_SIZES = (32, 64, 128, CHANNEL)
+_SLAB = 1 << 18  # codes at a time
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,19 @@ class AWQReader:
 
 
 def _words(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, out] -> int32 [rows, out / 8]."""
+    """uint8 [rows, out] -> int32 [rows, out / 8]. Some rows at a time: bounds what is held beside the result."""
+    import torch
+
     from ..kernels import pack
 
-    ordered = codes.reshape(codes.shape[0], -1, 8)[:, :, list(_ORDER)]
-    return pack(ordered.reshape(codes.shape).contiguous(), 4)
+    rows, n = codes.shape
+    out = torch.empty(rows, n // 8, dtype=torch.int32)
+    step = max(1, _SLAB // n)
+    for a in range(0, rows, step):
+        part = codes[a : a + step]
+        ordered = part.reshape(len(part), -1, 8)[:, :, list(_ORDER)]
+        out[a : a + step] = pack(ordered.reshape(part.shape).contiguous(), 4)
+    return out
 
 
 def _codes(words: torch.Tensor) -> torch.Tensor:

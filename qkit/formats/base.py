@@ -87,6 +87,10 @@ class Format(Protocol):
         """Why a [out, in] weight cannot be stored in this format, or None (e.g. GPTQ: in and out % 32)."""
         ...
 
+    def once(self, local: str) -> bool:
+        """Whether a matrix has one of this output, whatever its rows, that says how many there are."""
+        return False
+
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         """Local name -> dtype and shape of every tensor `pack` will return, in writing order."""
         ...

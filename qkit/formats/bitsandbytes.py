@@ -85,6 +85,9 @@ class BitsAndBytes(Format):
         ]
         return {**choices, **dict.fromkeys(experts, kept)}, notes
 
+    def once(self, local: str) -> bool:
+        return local.startswith(_STATE)
+
     def out_metas(self, shape: tuple[int, int], scheme: LayerSpec) -> dict[str, TensorMeta]:
         out, in_ = shape
         if scheme.kind == "llm.int8":
@@ -107,15 +110,14 @@ class BitsAndBytes(Format):
     def pack(self, weight: Weight, scheme: LayerSpec | None = None, of: int | None = None) -> dict[str, torch.Tensor]:
         import torch
 
-        from ..kernels.codes import codes_of
+        from ..kernels.codes import codes_of, signed
         from ..kernels.weight import TABLES
 
         codes = codes_of(weight)
         if weight.kind == "int":
             # The scale was a float16 before it was divided: `Weight` has scales that multiply codes.
             absmax = (weight.scale.view(-1) * 127).half().float()
-            signed = (codes.to(torch.int16) - 128).to(torch.int8)
-            return {"weight": signed, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+            return {"weight": signed(codes), "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
         pairs = codes.view(-1, 2)
         tensors = {
             "weight": ((pairs[:, 0] << 4) | pairs[:, 1]).view(-1, 1),
@@ -248,6 +250,7 @@ def _unpack_int8(tensors: Mapping[str, torch.Tensor]) -> Weight:
     import torch
 
     from ..kernels import pack
+    from ..kernels.codes import unsigned
     from ..kernels.weight import Weight
 
     codes = tensors["weight"]
@@ -257,9 +260,7 @@ def _unpack_int8(tensors: Mapping[str, torch.Tensor]) -> Weight:
     if rows is not None and (rows.numel() != 1 or int(rows) != 0):
         raise QkitError("weight_format is not 0 (rows)", "save the model again with a current bitsandbytes")
     absmax = _typed(tensors, "SCB", "F32", codes.shape[0])
-    return Weight(
-        pack((codes.to(torch.int16) + 128).to(torch.uint8), 8), absmax.view(-1, 1) / 127, None, 8, codes.shape[1]
-    )
+    return Weight(pack(unsigned(codes), 8), absmax.view(-1, 1) / 127, None, 8, codes.shape[1])
 
 
 def _state(raw: torch.Tensor) -> dict[str, Any]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in every field of a word
 _OWN = ("desc_act", "checkpoint_format", "quantizer")  # ours to say, not the caller's
-_SLAB = 1 << 20  # codes of 2 and 3 bits at a time: bounds what is held beside the result
+_SLAB = 1 << 16  # codes of 2 and 3 bits at a time, 48 bytes each: bounds what is held beside the result
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel accepts, beside -1
 
 

@@ -15,7 +15,7 @@ from ..spec import LayerSpec
 if TYPE_CHECKING:
     import torch
 
-_SLAB = 1 << 22  # weights at a time: bounds what is held beside the result
+_SLAB = 1 << 18  # weights at a time: bounds what is held beside the result
 _LEAST = 1e-38  # absolute maxima below count as this
 
 

@@ -8,25 +8,20 @@ everything else. Results are those of the model up to rounding: activations are 
 from __future__ import annotations
 
 import functools
-from itertools import chain
-from operator import is_
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..models.cache_name import cache_name, name_in
-from .growing_cache import apart, grow, new
-from .head import Head
-from .linear import QuantLinear
+from .as_decoder import build, copied, settings_of, unsupported
+from .growing_cache import Kind, new, store_of
+from .watch import Watch
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-    from ..kernels.cpu.decoder import Decoder, Linear
+    from ..kernels.cpu.decoder import Decoder
 
-_GEMMA = ("gemma3_text",)
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *_GEMMA)
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length so far
 _FIRST_POSITIONS = 1024
 _KNOWN = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "token_type_ids"}
 _MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
@@ -35,10 +30,10 @@ _MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
 def attach(model: Any) -> str | None:
     """Gives `model` the fast decoding step; returns None, or why it keeps its own (logged nowhere: it still works).
 
-    The model becomes an instance of a subclass of its class. A copy or a pickle of it is of the class it had, and runs
-    its own weights by its own forward; `detach` turns it back."""
-    reason = _unsupported(model)
-    if reason is None:
+    The model becomes an instance of a subclass of its class, of the same name. A copy or a pickle of it has a step of
+    its own, which runs its own weights; `detach` turns it back."""
+    reason = unsupported(model)
+    if reason is None and "_qkit_runner" not in model.__dict__:
         model.__dict__["_qkit_runner"] = _Runner()
         model.__class__ = _fast_class(type(model))  # type: ignore[arg-type]
     return reason
@@ -53,255 +48,61 @@ def detach(model: Any) -> None:
 @functools.cache
 def _fast_class(base: type) -> type:
     """`base` with a forward that tries the fast step first."""
+    import torch
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self.__dict__.get("_qkit_runner")
-        output = None if args or runner is None else runner.step(self, kwargs)
-        return base.forward(self, *args, **kwargs) if output is None else output  # type: ignore[attr-defined]
+        # What is compiled is the model as it is written.
+        if not args and runner is not None and not torch.compiler.is_compiling():
+            output = runner.step(self, kwargs)
+            if output is not None:
+                return output
+        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = {k: v for k, v in self.__dict__.items() if k != "_qkit_runner"}
-        return new, (base,), state
+        return (_with_step if "_qkit_runner" in self.__dict__ else new), (base,), state
 
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), members)
 
 
-def _unsupported(model: Any) -> str | None:
-    """What speaks against the fast step for the model as it is now, or None."""
-    import torch
-
-    from ..kernels import backend
-    from ..models.kv_cache import is_rounded
-
-    config = model.config
-    if backend().startswith("torch"):
-        return backend()
-    if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type!r} is none of {', '.join(MODEL_TYPES)}"
-    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
-        return f"runs in bfloat16 on the CPU, not {model.dtype} on {model.device}"
-    if is_rounded(model):
-        return "keys and values are rounded on their way into the KV cache"
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in _ACTIVATIONS:
-        return f"activation {activation!r}"
-    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if getattr(config, name, None):
-            return name
-    for parameters in _rope_parameters(config).values():
-        if parameters.get("rope_type", "default") not in _ROPE_TYPES or parameters.get("partial_rotary_factor", 1) != 1:
-            return f"rotary embedding {parameters}"
-    try:
-        _linears(model)
-        _norms(model)
-        _own(model.get_input_embeddings().weight)
-    except (AttributeError, TypeError) as error:
-        return str(error)
-    return None
+def _with_step(base: type) -> Any:
+    """An empty instance of `base` with a step of its own, for copies and pickles."""
+    model = new(_fast_class(base))
+    model.__dict__["_qkit_runner"] = _Runner()
+    return model
 
 
-def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
-    """Per layer type; "" where all layers share one."""
-    given = config.rope_parameters or {}
-    nested = {k: v for k, v in given.items() if isinstance(v, dict)}
-    return nested or {"": given}
+@dataclass(frozen=True)
+class _Plan:
+    """The C structures of a model as `watch` saw it, for so many positions; None where its own forward is to run."""
 
+    watch: Watch
+    decoder: Decoder | None
+    positions: int
 
-def _kinds(config: Any) -> list[str]:
-    """Each layer's key in `_rope_parameters`."""
-    return [""] * config.num_hidden_layers if "" in _rope_parameters(config) else list(config.layer_types)
-
-
-def _linear(module: nn.Module) -> Linear:
-    """Raises TypeError for a module that is neither a packed nor a plain linear (an adapter, a hooked one)."""
-    import torch
-    from torch import nn
-
-    from ..kernels.cpu.decoder import Linear
-    from ..kernels.cpu.matmul import CpuWeight
-
-    if type(module) is QuantLinear:
-        _, state = module._prepared(torch.bfloat16)
-        if not isinstance(state, CpuWeight):
-            raise TypeError("a linear is not on the C++ kernels")
-        return Linear(state, None if module.bias is None else _own(module.bias))
-    if not (type(module) is nn.Linear or type(module) is Head) or module.weight.dtype != torch.bfloat16:
-        raise TypeError(f"a linear is a {type(module).__name__}")
-    return Linear(_own(module.weight), None if module.bias is None else _own(module.bias))
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The model's own memory, so that whatever is written to it counts. Raises TypeError where it is laid out otherwise
-    than the step reads it."""
-    import torch
-
-    if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
-        raise TypeError(f"a {tensor.dtype} tensor of strides {tensor.stride()}")
-    return tensor.detach()
-
-
-def _norms(model: Any) -> list[dict[str, torch.Tensor | None]]:
-    """The norms of each layer, by their names in `Layer`, and at the end {"final": ...}."""
-
-    def weight(module: Any) -> torch.Tensor | None:
-        return None if module is None else _own(module.weight)
-
-    gemma = model.config.model_type in _GEMMA
-    found = []
-    for layer in model.model.layers:
-        a = layer.self_attn
-        found.append(
-            {
-                "attention_norm": weight(layer.input_layernorm),
-                "attention_post_norm": weight(layer.post_attention_layernorm) if gemma else None,
-                "mlp_norm": weight(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm),
-                "mlp_post_norm": weight(layer.post_feedforward_layernorm) if gemma else None,
-                "q_norm": weight(getattr(a, "q_norm", None)),
-                "k_norm": weight(getattr(a, "k_norm", None)),
-            }
-        )
-    return [*found, {"final": weight(model.model.norm)}]
-
-
-def _linears(model: Any) -> list[Linear]:
-    found = [_linear(model.lm_head)]
-    for layer in model.model.layers:
-        a, m = layer.self_attn, layer.mlp
-        found += map(_linear, (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj))
-    return found
-
-
-class _Watch:
-    """A model's modules and tensors as they are now, to be compared before every step: by the dicts that hold them, so
-    that hundreds of modules take a fraction of a millisecond."""
-
-    def __init__(self, model: Any):
-        import torch
-
-        every = [module.__dict__ for module in model.modules()]
-        # Without the model's own, which holds this: it would outlive its last reference. Its hooks run anyway.
-        self.own = every[1:]
-        self.hooks = [own[name] for own in self.own for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self.children = [own["_modules"] for own in every]
-        self.tensors = [own[name] for own in every for name in ("_parameters", "_buffers")]
-        # References: what is replaced must not be freed, or its successor could have its id.
-        self.seen = self._members()
-        self.held = [member for member in self.seen if isinstance(member, torch.Tensor)]
-        self.state = self._versions()
-
-    def _members(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, (*self.children, *self.tensors)))]
-
-    def _versions(self) -> list[int] | None:
-        try:
-            return [*(t._version for t in self.held), *(t.data_ptr() for t in self.held)]
-        except RuntimeError:  # tensors made in inference mode count no versions
-            return None
-
-    def unhooked(self) -> bool:
-        """Whether nothing would be passed over by the fast step: hooks, and forwards that somebody assigned."""
-        from torch.nn.modules import module as nn_module
-
-        everywhere = nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
-        return not everywhere and not any(self.hooks) and not any("forward" in own for own in self.own)
-
-    def same(self) -> bool:
-        """Whether no module and no tensor was replaced, and no tensor changed in place."""
-        members = self._members()
-        if len(members) != len(self.seen) or not all(map(is_, members, self.seen)):
-            return False
-        # A module's own dicts may be replaced as a whole, as `__setstate__` does.
-        found = [own[name] for own in self.own for name in ("_forward_hooks", "_forward_pre_hooks")]
-        return all(map(is_, found, self.hooks)) and self.state is not None and self._versions() == self.state
-
-
-def _own_classes(model: Any) -> bool:
-    """Whether every module is transformers', torch's or ours: an adapter's stand-in computes something else."""
-    known = ("transformers.", "torch.nn.", "qkit.")
-    return all(type(module).__module__.startswith(known) for module in model.modules())
-
-
-def _build(model: Any, positions: int) -> Decoder:
-    import torch
-
-    from ..kernels.cpu.decoder import Decoder, Layer
-
-    config, inner = model.config, model.model
-    linears = iter(_linears(model))
-    head = next(linears)
-    *norms, last = _norms(model)
-    kinds = _kinds(config)
-    tables = {kind: _rotary(inner.rotary_emb, kind, positions) for kind in set(kinds)}
-    layers = []
-    for i in range(len(inner.layers)):
-        cosine, sine = tables[kinds[i]]
-        own = [next(linears) for _ in range(7)]
-        layers.append(Layer(*own, **norms[i], cosine=cosine, sine=sine, window=_window(config, i) or 0))  # type: ignore[arg-type]
-    embedding = model.get_input_embeddings()
-    scale = getattr(embedding, "embed_scale", None)
-    final = last["final"]
-    assert final is not None
-    first = inner.layers[0]
-    return Decoder(
-        layers=tuple(layers),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=first.self_attn.head_dim,
-        embedding=_own(embedding.weight),
-        final_norm=final,
-        head=head,
-        embedding_scale=1.0 if scale is None else float(scale.to(torch.bfloat16)),
-        attention_scale=first.self_attn.scaling,
-        epsilon=config.rms_norm_eps,
-        norm_offset=1.0 if config.model_type in _GEMMA else 0.0,
-        activation=_ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act],
-    )
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """Positions a query of this layer sees, or None for all."""
-    if getattr(config, "layer_types", None):
-        return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
-    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
-
-
-def _rotary(module: Any, kind: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [positions, head_dim / 2]: the model's own tables, before they are rounded to its type."""
-    import torch
-
-    ids = torch.arange(positions)[None]
-    like = torch.zeros(1)
-    with torch.no_grad():
-        cosine, sine = module(like, ids, kind) if kind else module(like, ids)
-    half = cosine.shape[-1] // 2
-    return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+    def holds(self, model: Any, positions: int) -> bool:
+        return (self.decoder is None or positions <= self.positions) and self.watch.same(model)
 
 
 class _Runner:
     """What the fast step keeps between steps. It holds the model's tensors, not the model."""
 
     def __init__(self) -> None:
-        self.decoder: Decoder | None = None
-        self.watch: _Watch | None = None
-        self.fits = False
-        self.positions = 0
+        self._plan: _Plan | None = None
+        self._lock = threading.Lock()
 
-    def _ready(self, model: Any, positions: int) -> bool:
-        """Whether the C structures describe the model as it is now, for that many positions."""
-        same = self.watch is not None and self.watch.same()
-        watch = self.watch if same and self.watch is not None else _Watch(model)
-        if not watch.unhooked() or watch.state is None:
-            return False
-        if not same or (self.fits and positions > self.positions):
-            self.decoder = None
-            self.fits = _own_classes(model) and _unsupported(model) is None
-            if self.fits:
-                self.positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
-                self.decoder = _build(model, self.positions)
-            self.watch = _Watch(model)  # packing a weight for its kernel replaces its buffers
-        return self.fits
+    def _decoder(self, model: Any, positions: int) -> Decoder | None:
+        """The model as it is now, or None where the step cannot stand for it. Threads share a plan, replaced whole."""
+        plan = self._plan
+        if plan is None or not plan.holds(model, positions):
+            with self._lock:
+                plan = self._plan
+                if plan is None or not plan.holds(model, positions):
+                    plan = self._plan = _plan(model, positions)
+        return plan.decoder
 
     def step(self, model: Any, given: dict[str, Any]) -> Any:
         """The model's output for one new token a sequence, or None where the model's own forward is needed."""
@@ -317,37 +118,63 @@ class _Runner:
             return None
         if torch.is_grad_enabled() or model.training or ids.shape[0] > _MAX_BATCH:
             return None
-        rest = given.keys() - {"input_ids", name, "attention_mask", "position_ids", "logits_to_keep"}
-        if any(given[k] is not None for k in rest - _KNOWN - {"use_cache"}) or given.get("use_cache") is False:
+        if not _only_logits(model.config, given, name):
             return None
-        config = model.config
-        if given.get("output_attentions") or given.get("output_hidden_states") or given.get("return_dict") is False:
+        batch, length, layers = ids.shape[0], cache.get_seq_length(), cache.layers
+        if length == 0 or len(layers) != model.config.num_hidden_layers or cache.offloading:
             return None
-        if config.output_attentions or config.output_hidden_states or config.return_dict is False:
-            return None
-        if any(apart(layer) for layer in cache.layers):
-            return None  # somebody assigned keys or values (beam search, a crop): the cache is on its own from there
-        length = cache.get_seq_length()
-        layers: list[Any] = cache.layers
-        if length == 0 or len(layers) != config.num_hidden_layers or getattr(layers[0], "record_past", False):
-            return None
-        batch = ids.shape[0]
         first = _first(given.get("attention_mask"), batch, length + 1)
-        if first is None:
+        positions = _positions(given.get("position_ids"), batch, length)
+        if first is None or positions is None:
             return None
-        position_ids = given.get("position_ids")
-        positions = torch.full((batch,), length) if position_ids is None else position_ids.reshape(-1).long()
-        if positions.numel() != batch or layers[0].keys.shape[0] != batch or layers[0].keys.dtype != torch.bfloat16:
+        decoder = self._decoder(model, int(positions.max()) + 1)
+        if decoder is None:
             return None
-        if not self._ready(model, int(positions.max()) + 1):
+        store = store_of(layers, length, Kind(decoder.windows, batch, decoder.kv_heads, decoder.head_dim))
+        if store is None:
             return None
-        assert self.decoder is not None
-        store = grow(cache, length)
-        tokens = ids.reshape(-1).long().contiguous()
-        logits = decode(self.decoder, store.cache, length, tokens, positions.contiguous(), first)
+        assert store.cache is not None
+        logits = decode(decoder, store.cache, length, ids.reshape(-1).long().contiguous(), positions, first)
         store.length += 1
         held: dict[str, Any] = {cache_name(): cache}
         return CausalLMOutputWithPast(logits=logits[:, None], **held)
+
+
+def _plan(model: Any, positions: int) -> _Plan:
+    positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
+    decoder = None
+    if unsupported(model) is None:
+        watch = Watch(model, settings_of(model), copied(model))
+        if watch.complete and not watch.hooked:
+            decoder = build(model, positions)
+    # Looked at again: packing a weight for its kernel replaces its buffers.
+    watch = Watch(model, [], []) if decoder is None else Watch(model, settings_of(model), copied(model))
+    return _Plan(watch, decoder, positions)
+
+
+def _only_logits(config: Any, given: dict[str, Any], name: str) -> bool:
+    """Whether all that is given is known here, and nothing is asked for but the logits and the cache."""
+    used = {"input_ids", name, "attention_mask", "position_ids", "logits_to_keep", "use_cache"}
+    if any(given[key] is not None for key in given.keys() - used - _KNOWN) or given.get("use_cache") is False:
+        return False
+    if not isinstance(given.get("logits_to_keep", 0), int):  # a tensor of indices
+        return False
+    for option in ("output_attentions", "output_hidden_states"):
+        if given.get(option) or getattr(config, option):
+            return False
+    return given.get("return_dict") is not False and config.return_dict is not False
+
+
+def _positions(given: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """Where the rotary tables are read, int64 [batch]; None for what is not a position a sequence, near its length."""
+    import torch
+
+    if given is None:
+        return torch.full((batch,), length)
+    positions = given.reshape(-1).long().contiguous()
+    if positions.numel() != batch or int(positions.min()) < 0 or int(positions.max()) > length + _FIRST_POSITIONS:
+        return None
+    return positions
 
 
 def _first(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:

@@ -1,18 +1,23 @@
 """A transformers DynamicCache whose keys and values lie in buffers with room to grow, for the fast decoding step.
 
-The cache and its layers stay what they were to everyone else: views of the buffers, and ordinary tensors from the
-moment that somebody assigns them.
+To everyone else the cache and its layers stay what they are: keys and values are views of the buffers, and a layer of
+which anything is assigned is an ordinary one from then on. Buffers that are full or whose entries are moved are
+replaced, not written over: whoever holds a view of one keeps what they saw.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from ..kernels.cpu.decoder import Cache
 
-HEADROOM = 256  # tokens a cache has room for when it is first copied; it doubles when they are used up
+HEADROOM = 256  # slots beyond the entries: at least so many of a full layer, which doubles, and of a sliding one always
+_HELD = ("keys", "values", "cumulative_length")
 
 
 def new(base: type) -> Any:
@@ -20,97 +25,153 @@ def new(base: type) -> Any:
     return object.__new__(base)
 
 
-class Buffers:
-    """Keys and values of every layer, with room to grow: entries [0, length), of a sliding layer only the last."""
+@dataclass(frozen=True)
+class Kind:
+    """What the step needs of a cache: the window of each layer, 0 for all; sequences, key-value heads, their size."""
 
-    def __init__(self, layers: list[Any], length: int, capacity: int):
-        import torch
+    windows: tuple[int, ...]
+    batch: int
+    heads: int
+    dim: int
 
+
+@dataclass(eq=False)
+class Store:
+    """Keys and values of a cache's layers: entries [starts[i], length) of layer i at the front of its buffers."""
+
+    kind: Kind
+    length: int
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)  # of the cache's layers: 0 for one that keeps everything
+    room: int = 0  # the length at which a buffer is full
+    cache: Cache | None = None
+
+    def view(self, i: int, name: str) -> torch.Tensor:
+        """What a layer of its class would hold: of a window all but one, since the next query brings its own."""
+        begin = max(0, self.length - self.windows[i] + 1) if self.windows[i] else 0
+        buffer: torch.Tensor = getattr(self, name)[i]
+        return buffer[:, :, begin - self.starts[i] : self.length - self.starts[i]]
+
+    def take(self, layer: Any) -> None:
+        """Copies the next layer's entries; the layer is a view of them from then on."""
+        base, i = _base(layer), len(self.keys)
+        window = getattr(layer, "sliding_window", 0)
+        keys, values = (_roomy(getattr(layer, name), HEADROOM) for name in ("keys", "values"))
+        self.keys.append(keys)
+        self.values.append(values)
+        self.windows.append(window)
+        self.starts.append(max(0, self.length - window + 1) if window else 0)
+        for name in _HELD:
+            layer.__dict__.pop(name, None)
+        layer.__dict__.update(_store=self, _index=i)
+        object.__setattr__(layer, "__class__", _grown_class(base))
+
+    def make_room(self) -> None:
+        """Buffers with a slot for one more entry. One for a sliding layer leaves behind what no query sees again."""
+        for i, window in enumerate(self.windows):
+            if self.starts[i] + self.keys[i].shape[2] > self.length:
+                continue
+            more = HEADROOM if window else max(HEADROOM, self.length)
+            self.keys[i], self.values[i] = (_roomy(self.view(i, name), more) for name in ("keys", "values"))
+            self.starts[i] = max(0, self.length - window + 1) if window else 0
+        self.settle()
+
+    def settle(self) -> None:
         from ..kernels.cpu.decoder import Cache
 
-        self.length, self.capacity = length, capacity
-        both = []
-        for name in ("keys", "values"):
-            grown = []
-            for layer in layers:
-                old = getattr(layer, name)
-                new = torch.empty(*old.shape[:2], capacity, old.shape[3], dtype=torch.bfloat16)
-                new[:, :, length - old.shape[2] : length] = old
-                grown.append(new)
-            both.append(tuple(grown))
-        self.cache: Cache = Cache.of(*both)
+        self.room = min(start + keys.shape[2] for start, keys in zip(self.starts, self.keys, strict=True))
+        self.cache = Cache.of(tuple(self.keys), tuple(self.values), tuple(self.starts))
 
 
-def apart(layer: Any) -> bool:
-    """Whether a grown layer's keys or values were assigned since: its store no longer is the cache."""
-    return "store" in layer.__dict__ and bool({"_plain_keys", "_plain_values"} & layer.__dict__.keys())
+def _roomy(entries: torch.Tensor, more: int) -> torch.Tensor:
+    """A copy of [batch, heads, entries, dim] with so many slots more."""
+    import torch
+
+    batch, heads, held, dim = entries.shape
+    buffer = torch.empty(batch, heads, held + more, dim, dtype=entries.dtype)
+    buffer[:, :, :held] = entries
+    return buffer
+
+
+def store_of(layers: list[Any], length: int, kind: Kind) -> Store | None:
+    """The store in which these layers lie, with room for one more entry, made where they do not lie in one together.
+
+    None where they hold something else than the `length` entries that the step would add to."""
+    store: Store | None = layers[0].__dict__.get("_store")
+    if store is None or store.kind != kind or not all(_lies_in(store, i, layer) for i, layer in enumerate(layers)):
+        if not all(map(functools.partial(_holds, length, kind), layers, kind.windows)):
+            return None
+        store = Store(kind, length)
+        for layer in layers:
+            store.take(layer)
+        store.settle()
+    elif length == store.room:
+        store.make_room()
+    return store
+
+
+def _lies_in(store: Store, i: int, layer: Any) -> bool:
+    own = layer.__dict__
+    return own.get("_store") is store and own["_index"] == i
+
+
+def _holds(length: int, kind: Kind, layer: Any, window: int) -> bool:
+    import torch
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    base, held = _base(layer), length
+    if base is DynamicSlidingWindowLayer:
+        if layer.sliding_window != window or layer.cumulative_length != length or getattr(layer, "record_past", False):
+            return False
+        held = min(length, window - 1)
+    elif base is not DynamicLayer:
+        return False
+    shape = (kind.batch, kind.heads, held, kind.dim)
+    both = (layer.keys, layer.values)
+    return all(
+        isinstance(t, torch.Tensor) and t.shape == shape and t.dtype == torch.bfloat16 and t.is_cpu for t in both
+    )
+
+
+def _base(layer: Any) -> type:
+    """The class of transformers' that a layer has, or had before it came to lie in a store."""
+    return type(layer).__mro__[1] if isinstance(layer, _Grown) else type(layer)
+
+
+class _Grown:
+    """A cache layer that lies in a store. Behind its old class among the bases: so its instances are laid out alike."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
+        if name in _HELD and "_store" in own:
+            if name != "cumulative_length":
+                return own["_store"].view(own["_index"], name)
+            if own["_store"].windows[own["_index"]]:
+                return own["_store"].length
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever assigns something gets an ordinary layer: what is assigned is not in the store."""
+        plain = self._plain()
+        self.__dict__.clear()
+        self.__dict__.update(plain)
+        object.__setattr__(self, "__class__", _base(self))
+        setattr(self, name, value)
+
+    def _plain(self) -> dict[str, Any]:
+        held = {name: getattr(self, name) for name in _HELD if hasattr(self, name)}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_store", "_index")} | held
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle is an ordinary layer with tensors of its own."""
+        state = self._plain()
+        return new, (_base(self),), state | {name: state[name].clone() for name in ("keys", "values")}
 
 
 @functools.cache
 def _grown_class(base: type) -> type:
-    """`base` (a DynamicLayer) whose keys and values are views of a `Buffers` until something assigns them."""
-
-    def view(name: str) -> property:
-        plain = f"_plain_{name}"
-
-        def get(self: Any) -> Any:
-            store = self.__dict__.get("store")
-            if plain in self.__dict__ or store is None:
-                return self.__dict__.get(plain)
-            window = getattr(self, "sliding_window", None)
-            begin = max(0, store.length - window + 1) if window else 0
-            return getattr(store.cache, name)[self.index][:, :, begin : store.length]
-
-        def put(self: Any, value: Any) -> None:
-            if self.__dict__.get("store") is not None and not apart(self):
-                self.__dict__["_cumulative"] = self.store.length  # what the store stops counting here
-            self.__dict__[plain] = value
-
-        return property(get, put)
-
-    def cumulative(self: Any) -> int:
-        store = self.__dict__.get("store")
-        return self.__dict__["_cumulative"] if store is None or "_plain_keys" in self.__dict__ else store.length
-
-    def set_cumulative(self: Any, value: int) -> None:
-        # update() counts new entries before it assigns the keys: from then on the layer is on its own
-        if self.__dict__.get("store") is not None and "_plain_keys" not in self.__dict__:
-            keys, values = self.keys, self.values
-            self.__dict__["_plain_keys"], self.__dict__["_plain_values"] = keys, values
-        self.__dict__["_cumulative"] = value
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        """A copy or a pickle is an ordinary layer with tensors of its own."""
-        held = ("store", "index", "_cumulative", "_plain_keys", "_plain_values")
-        state = {k: v for k, v in self.__dict__.items() if k not in held}
-        state |= {name: getattr(self, name).clone() for name in ("keys", "values")}
-        if sliding:
-            state["cumulative_length"] = self.cumulative_length
-        return new, (base,), state
-
-    sliding = hasattr(base, "sliding_window") or "Sliding" in base.__name__
-    members: dict[str, Any] = {"keys": view("keys"), "values": view("values"), "__reduce_ex__": reduce}
-    if sliding:
-        members["cumulative_length"] = property(cumulative, set_cumulative)
-    return type(f"Grown{base.__name__}", (base,), members)
-
-
-def grow(cache: Any, length: int) -> Buffers:
-    """The cache's store, made or enlarged so that one more entry fits. The cache stays a cache of its own type; none of
-    its layers is `apart`."""
-    layers = cache.layers
-    store: Buffers | None = getattr(layers[0], "store", None)
-    kept = all(getattr(layer, "store", None) is store for layer in layers)
-    if store is not None and kept and store.length == length < store.capacity:
-        return store
-    capacity = max(length + HEADROOM, 2 * length if store is not None else 0)
-    fresh = Buffers(layers, length, capacity)
-    for i, layer in enumerate(layers):
-        base = type(layer) if not type(layer).__name__.startswith("Grown") else type(layer).__mro__[1]
-        state = {k: v for k, v in layer.__dict__.items() if k not in ("keys", "values")}
-        if "cumulative_length" in state:
-            state["_cumulative"] = state.pop("cumulative_length")
-        grown: Any = object.__new__(_grown_class(base))
-        grown.__dict__.update(state, store=fresh, index=i)
-        layers[i] = grown
-    return fresh
+    return type(base.__name__, (base, _Grown), {"__module__": base.__module__, "__doc__": base.__doc__})

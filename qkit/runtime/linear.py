@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch.autograd.function import once_differentiable
 from ..kernels.codes import values_of
 from ..kernels.select import Kernel, Weight, select
 from ..spec import LayerSpec
+
+# What a layer holds, it holds in one place or the other: whoever moves or reads it whole has this lock. One for all
+# layers, since it is taken at their first call and seldom after that, and copies would need one of their own.
+_MOVING = threading.RLock()
 
 
 class QuantLinear(nn.Module):
@@ -48,7 +53,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("bias", bias)
-        # act dtype -> kernel and its view of the weight. Derived from the buffers: dropped when they change.
+        # act dtype -> kernel and its view of the weight. Derived from the buffers: dropped when they change. Replaced
+        # as a whole, so that it may be read without the lock.
         self._ready: dict[torch.dtype, tuple[Kernel, Any]] = {}
         self._compact: torch.dtype | None = None  # the one of these that holds the weight, where the buffers do not
 
@@ -63,25 +69,25 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> Weight:
         """The quantized weight as it was given, restored where the layer is compact."""
-        if self._compact is not None:
-            kernel, state = self._ready[self._compact]
-            return kernel.restore(state)
-        assert self.packed is not None and self.scale is not None
-        return Weight(self.packed, self.scale, self.zero, self.bits, self.in_features, self.kind, self.multiplier)
+        with _MOVING:
+            if self._compact is not None:
+                kernel, state = self._ready[self._compact]
+                return kernel.restore(state)
+            assert self.packed is not None and self.scale is not None
+            return Weight(self.packed, self.scale, self.zero, self.bits, self.in_features, self.kind, self.multiplier)
 
     def _columns(self) -> Weight:
         """The weight as kernels take it, its columns as they lie."""
         return replace(self.quantized(), order=None)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor the layer holds memory for."""
-        held: list[Any] = [self.packed, self.scale, self.zero, self.bias]
-        for _, state in self._ready.values():
-            held += vars(state).values() if hasattr(state, "__dict__") else []
-        return [t for t in held if isinstance(t, torch.Tensor)]
+        """Every tensor the layer holds memory for, once each."""
+        with _MOVING:
+            held = (self.packed, self.scale, self.zero, [state for _, state in self._ready.values()], self.bias)
+        return list({id(t): t for t in _tensors_in(held)}.values())
 
     def _expand(self) -> None:
-        """Puts the buffers back; kernels are chosen anew at the next call."""
+        """Puts the buffers back; kernels are chosen anew at the next call. Called with the lock."""
         if self._compact is not None:
             weight = self.quantized()
             self.packed, self.scale, self.zero = weight.packed, weight.scale, weight.zero
@@ -90,18 +96,24 @@ class QuantLinear(nn.Module):
 
     def _prepared(self, dtype: torch.dtype) -> tuple[Kernel, Any]:
         ready = self._ready.get(dtype)
-        if ready is None:
+        return self._prepare(dtype) if ready is None else ready
+
+    def _prepare(self, dtype: torch.dtype) -> tuple[Kernel, Any]:
+        with _MOVING:
+            if (ready := self._ready.get(dtype)) is not None:  # by another thread, meanwhile
+                return ready
             weight = self._columns()
             activations = self.activations
             kernel = select(weight, dtype, activations)
             if activations is not None and kernel.name == "reference":
                 activations = None
                 kernel = select(weight, dtype)
-            ready = self._ready[dtype] = (kernel, kernel.prepack(weight, activations))
+            ready = (kernel, kernel.prepack(weight, activations))
+            self._ready = {**self._ready, dtype: ready}
             if self._compact is None and kernel.name != "reference":  # which works on the buffers themselves
                 self._compact = dtype
                 self.packed = self.scale = self.zero = None
-        return ready
+            return ready
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] in float32, bfloat16 or float16 -> [..., out] in the same. Differentiable in x."""
@@ -126,34 +138,38 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        self._expand()
-        scale = self.scale
-        assert scale is not None
-        super()._apply(fn, recurse)
-        assert self.scale is not None
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        with _MOVING:
+            self._expand()
+            scale = self.scale
+            assert scale is not None
+            super()._apply(fn, recurse)
+            assert self.scale is not None
+            if self.scale.dtype != scale.dtype:
+                self.scale = scale.to(self.scale.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._compact is not None:
-            weight = self.quantized()
-            for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
-                if tensor is not None:
-                    destination[prefix + name] = tensor
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _MOVING:
+            if self._compact is not None:
+                weight = self.quantized()
+                for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero", weight.zero)):
+                    if tensor is not None:
+                        destination[prefix + name] = tensor
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._expand()
-        super()._load_from_state_dict(*args, **kwargs)
+        with _MOVING:
+            self._expand()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and deepcopy: the weight as its buffers."""
-        state = {**self.__dict__, "_ready": {}, "_compact": None}
-        if self._compact is not None:
-            w = self.quantized()
-            state["_buffers"] = {**self._buffers, "packed": w.packed, "scale": w.scale, "zero": w.zero}
-        return state
+        with _MOVING:
+            state = {**self.__dict__, "_ready": {}, "_compact": None}
+            if self._compact is not None:
+                w = self.quantized()
+                state["_buffers"] = {**self._buffers, "packed": w.packed, "scale": w.scale, "zero": w.zero}
+            return state
 
 
 class OrderedLinear(QuantLinear):
@@ -175,6 +191,21 @@ class OrderedLinear(QuantLinear):
 def quant_linear(weight: Weight, bias: torch.Tensor | None = None, activations: str | None = None) -> QuantLinear:
     """The layer for a weight of any kind."""
     return (QuantLinear if weight.order is None else OrderedLinear)(weight, bias, activations)
+
+
+def _tensors_in(held: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a kernel's state, which is whatever its `prepack` made: tensors, or objects of such."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (list, tuple)):
+        for each in held:
+            yield from _tensors_in(each)
+    elif isinstance(held, dict):
+        yield from _tensors_in(list(held.values()))
+    else:
+        slots = (name for base in type(held).__mro__ for name in getattr(base, "__slots__", ()))
+        names = (*getattr(held, "__dict__", ()), *slots)
+        yield from _tensors_in([getattr(held, name, None) for name in names])
 
 
 class _Differentiable(torch.autograd.Function):

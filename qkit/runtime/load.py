@@ -39,7 +39,6 @@ def load(
     import torch
 
     from ..sources import open_source
-    from . import decoder, head
     from .frame import Frame
 
     opened = open_source(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else source
@@ -51,10 +50,17 @@ def load(
         _generation_config(model, opened)
     model.eval()
     if target.type == "cpu":
-        head.lay_out(model)
-        if (reason := decoder.attach(model)) is not None:
-            _log.info("decoding runs the model's own steps: %s", reason)
+        quicken(model)
     return model
+
+
+def quicken(model: Any) -> None:
+    """What a loaded model on the CPU gets: a head laid out for torch, and the fast decoding step."""
+    from . import decoder, head
+
+    head.lay_out(model)
+    if (reason := decoder.attach(model)) is not None:
+        _log.info("decoding runs the model's own steps: %s", reason)
 
 
 def log_kernels(kernels: Counter[str], device: torch.device) -> None:

@@ -33,10 +33,9 @@ from ..models.families import is_kv_scale
 from ..spec import Scale
 from ..spec.dtypes import TensorMeta, torch_dtype
 from ..storage.safetensors import SafetensorsFile
-from . import head
 from .frame import activations_of
 from .linear import QuantLinear, quant_linear
-from .load import log_kernels
+from .load import log_kernels, quicken
 
 if TYPE_CHECKING:
     from ..formats import Format
@@ -226,7 +225,7 @@ class QkitQuantizer(HfQuantizer):  # type: ignore[misc]
         if formats.kv_cache(self.reader):
             kv_cache.check_scales(model)
         if model.device.type == "cpu":
-            head.lay_out(model)
+            quicken(model)
         log_kernels(kernels, model.device)
         return model
 

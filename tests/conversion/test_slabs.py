@@ -37,7 +37,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("slabs") / "m", vocab_size=1024, intermediate_size=640,
+    return make_model(tmp_path_factory.mktemp("slabs") / "m", vocab_size=1024, intermediate_size=1152,
                       tie_word_embeddings=False)  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 // Runs every level of the CPU library that this machine (or emulator) has, through the C ABI, against plain loops: for
 // machines without Python, for emulators, and under the sanitizers. Prints the levels; exits 1 at the first difference.
-#include "../../kernels/cpu/qkit_cpu.h"
+#include "../../kernels/cpu/qkit_decoder.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -288,6 +289,80 @@ void blocks(int64_t rows, int64_t cols, int dtype, bool weighed) {
     }
 }
 
+// bfloat16 of uniform numbers times `scale`, plus `more`.
+Array<uint16_t> halves(int64_t n, float scale, float more = 0.0f) {
+    Array<uint16_t> made(n);
+    for (int64_t i = 0; i < n; ++i) {
+        const float value = uniform() * scale + more;
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        made[i] = (uint16_t)(bits >> 16);
+    }
+    return made;
+}
+float wide(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// A decoding step: every level comes as close to the first as rounding lets it. Sizes are no multiples of a vector.
+void step(int64_t batch, int64_t length, int activation) {
+    const int64_t hidden = 40, wide_ = 56, heads = 6, kv = 2, dim = 24, vocabulary = 37, half = dim / 2;
+    const int64_t shapes[][2] = {{heads * dim, hidden}, {kv * dim, hidden}, {kv * dim, hidden}, {hidden, heads * dim},
+                                 {wide_, hidden},       {wide_, hidden},    {hidden, wide_},    {vocabulary, hidden}};
+    std::vector<std::unique_ptr<Weight>> packed;  // which point into themselves, and so stay where they are
+    std::vector<Array<uint16_t>> dense;
+    dense.reserve(8);
+    QkLinear linears[8];
+    for (int i = 0; i < 8; ++i) {
+        const int64_t rows = shapes[i][0], cols = shapes[i][1];
+        linears[i] = {{}, nullptr, nullptr, rows, cols};
+        if (i % 3 == 1) {
+            dense.push_back(halves(rows * cols, 0.3f));
+            linears[i].dense = dense.back().data();
+        } else {
+            packed.emplace_back(new Weight(make(rows, cols, 1, i % 3 ? 8 : 4, QK_F32, i < 4, false)));
+            linears[i].quantized = packed.back()->c;
+        }
+    }
+    const Array<uint16_t> norm = halves(hidden, 0.2f, 0.05f), own = halves(dim, 0.2f, 1.0f), embedding = halves(vocabulary * hidden, 1.0f);
+    Array<float> cosine((length + 1) * half), sine((length + 1) * half);
+    for (int64_t i = 0; i < (length + 1) * half; ++i) cosine[i] = std::cos(0.1f * (float)i), sine[i] = std::sin(0.1f * (float)i);
+    QkLayer layers[2];
+    for (QkLayer& l : layers) {
+        l = {linears[0], linears[1], linears[2], linears[3], linears[4], linears[5], linears[6], norm.at, norm.at, norm.at,
+             norm.at, own.at, own.at, cosine.data(), sine.data(), 0};
+    }
+    layers[1].window = 290;
+    const QkDecoder d = {layers, 2, hidden, wide_, heads, kv, dim, vocabulary, embedding.at, norm.at, linears[7], 1.0f, 0.2f,
+                         1e-5f, 0.0f, activation};
+    const int64_t start = length > 290 ? length - 290 : 0;
+    std::vector<Array<uint16_t>> cached;
+    for (int i = 0; i < 4; ++i) cached.push_back(halves(batch * kv * (length + 1 - (i < 2 ? 0 : start)) * dim, 1.0f));
+    std::vector<int64_t> tokens, positions, first;
+    for (int64_t b = 0; b < batch; ++b) tokens.push_back(b % vocabulary), positions.push_back(length), first.push_back(b % (length + 1));
+    Array<uint16_t> expected(0);
+    for (const int isa : levels) {
+        std::vector<Array<uint16_t>> own_cache = cached;
+        const QkCache caches[2] = {{own_cache[0].data(), own_cache[1].data(), length + 1, 0},
+                                   {own_cache[2].data(), own_cache[3].data(), length + 1 - start, start}};
+        Array<uint16_t> logits(batch * vocabulary);
+        CHECK(!qk_decode(&d, caches, batch, length, tokens.data(), positions.data(), first.data(), logits.data(), isa, 2), isa);
+        if (isa == levels[0]) expected = logits;
+        double off = 0.0, all = 0.0;
+        for (int64_t i = 0; i < batch * vocabulary; ++i) {
+            const double a = wide(logits[i]), b = wide(expected[i]);
+            off += (a - b) * (a - b), all += b * b;
+        }
+        CHECK(all > 0.0 && off <= 0.01 * 0.01 * all, isa);
+    }
+    CHECK(qk_decode(&d, nullptr, 1, 0, tokens.data(), positions.data(), first.data(), expected.data(), 0, 1) == QK_NULL, 0);
+    const QkCache full[2] = {{cached[0].data(), cached[1].data(), length, 0}, {cached[2].data(), cached[3].data(), length, 0}};
+    CHECK(qk_decode(&d, full, 1, length, tokens.data(), positions.data(), first.data(), expected.data(), 0, 1) == QK_BAD_SHAPE, 0);
+}
+
 // Against a bit at a time.
 void crc(int64_t n) {
     Array<uint8_t> data(n);
@@ -379,6 +454,8 @@ int main() {
             blocks(33, 512, dtype, weighed);
             blocks(3, 96, dtype, weighed);
         }
+    for (const int64_t batch : {1, 2, 7})
+        for (const int64_t length : {0, 13, 256, 300}) step(batch, length, (int)(length % 2));
     for (const int64_t n : {0, 1, 63, 64, 65, 1000}) crc(n);
     std::printf("ok\n");
 }

@@ -140,6 +140,30 @@ def test_hard_activations(isa: str, int8: bool) -> None:
             assert y[2].isnan().all() and torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("isa", lib.isas())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ratio", [100, 1000, 60000])
+def test_small_inputs_beside_a_large_one(isa: str, dtype: torch.dtype, ratio: int) -> None:
+    """A weight of zero beside the largest input: the output is of the small ones alone, and as close as with weights
+    that were rounded. Rows do not depend on whether another one is uneven."""
+    w = integers(40, 512, 128, 4, True)
+    codes = kernels.unpack(w.packed, 4, 512)
+    codes[:, ::128] = 8
+    w = Weight(kernels.pack(codes, 4), w.scale, None, 4, 512)
+    state, exact = matmul.prepack(w, None), reference.dequantize_weight(w, torch.float64)
+    x = torch.randn(5, 512).to(dtype)
+    even = lib.matmul(state.c, x, None, False, isa)
+    x[3] = 0.01 * torch.randn(512)
+    x[3, ::128] = 0.01 * ratio
+    y = lib.matmul(state.c, x, None, False, isa)
+    truth = x[3].double() @ exact.T
+    rounded = x[3].double() @ exact.to(dtype).double().T
+    limit = 0.6 * torch.finfo(dtype).eps + ratio * 2**-23  # of rounding the output, and of three limbs
+    allowed = 1.3 * (rounded - truth).norm() + limit * truth.norm()
+    assert (y[3].double() - truth).norm() <= allowed
+    assert torch.equal(y[[0, 1, 2, 4]], even[[0, 1, 2, 4]])
+
+
 def test_threads_do_not_change_the_result() -> None:
     w = integers(257, 512, 128, 4, False)
     state = matmul.prepack(w, None)

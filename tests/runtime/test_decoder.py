@@ -14,7 +14,7 @@ from models import make_model
 from qkit.kernels import backend
 from qkit.kernels.cpu.decoder import Cache, decode, dense
 from qkit.models.cache_name import cache_name
-from qkit.runtime import QuantLinear, decoder, growing_cache, load
+from qkit.runtime import QuantLinear, as_decoder, decoder, growing_cache, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="no C++ library")
 
@@ -236,13 +236,13 @@ def test_everything_else_is_left_to_the_model(folders: Any) -> None:
 
 def test_what_it_does_not_know_it_says(folders: Any) -> None:
     model = packed(folders("llama"))
-    assert decoder._unsupported(model) is None
-    assert "float32" in str(decoder._unsupported(load(folders("llama"), device="cpu", dtype="float32")))
+    assert as_decoder.unsupported(model) is None
+    assert "float32" in str(as_decoder.unsupported(load(folders("llama"), device="cpu", dtype="float32")))
     model.config.model_type = "olmo"
-    assert "olmo" in str(decoder._unsupported(model))
+    assert "olmo" in str(as_decoder.unsupported(model))
     model = packed(folders("llama"))
     model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
-    assert "Sequential" in str(decoder._unsupported(model))
+    assert "Sequential" in str(as_decoder.unsupported(model))
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (33, 64), (130, 200)])
@@ -267,7 +267,7 @@ def test_dense_rounds_once(shape: tuple[int, int], rows: int) -> None:
 @torch.no_grad()
 def test_decode_refuses_what_does_not_fit(folders: Any) -> None:
     model = packed(folders("llama"))
-    built = decoder._build(model, 16)
+    built = as_decoder.build(model, 16)
     empty = tuple(torch.zeros(1, 2, 4, 32).bfloat16() for _ in range(2))
     cache = Cache.of(empty, empty)
     one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)

@@ -6,16 +6,21 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import make_model
 from torch import nn
 
 from qkit.kernels import backend
+from qkit.models.cache_name import cache_name
 from qkit.runtime import decoder, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="the fast step needs the C++ library")
@@ -146,9 +151,84 @@ def _head(model: Any) -> torch.Tensor:
     return model.lm_head.weight  # type: ignore[no-any-return]
 
 
+def _other_norm(model: Any) -> None:
+    norm = nn.LayerNorm(model.config.hidden_size, dtype=torch.bfloat16).eval()
+    norm.weight.data.copy_(torch.linspace(-3, 3, norm.weight.numel()))
+    model.model.layers[0].input_layernorm = norm.requires_grad_(False)
+
+
+def _other_activation(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Tanhshrink()
+
+
+def _subclass(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.__class__ = type("Mine", (type(mlp),), {"forward": lambda self, x: x * 50})
+
+
+def _forward_of_a_class(model: Any) -> None:
+    """Of a class of this model alone: others are not to be changed."""
+    mlp = model.model.layers[0].mlp
+    kind = type(type(mlp).__name__, (type(mlp),), {"__module__": type(mlp).__module__})
+    mlp.__class__ = kind
+    recomputed(model, prompt()), stepped(model, prompt())
+    kind.forward = lambda self, x: x * 50
+
+
+def _epsilon(model: Any) -> None:
+    norm = model.model.layers[0].input_layernorm
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 100.0)
+
+
+def _scaling(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling = 30.0
+
+
+def _order(model: Any) -> None:
+    model.model.layers = nn.ModuleList([model.model.layers[1], model.model.layers[0]])
+
+
+def _fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
+def _registered_attention(model: Any) -> None:
+    def ones(module: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.ones_like(q).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("ones", ones)
+    model.set_attn_implementation("ones")
+
+
+def _renormalized(model: Any) -> None:
+    model.get_input_embeddings().max_norm = 0.05
+
+
+def _rotation(model: Any) -> None:
+    for name, buffer in model.model.rotary_emb.named_buffers():
+        if not name.startswith("original"):
+            buffer.data.add_(1.0)
+
+
+def _rotary_scale(model: Any) -> None:
+    for name in [name for name in vars(model.model.rotary_emb) if name.endswith("attention_scaling")]:
+        setattr(model.model.rotary_emb, name, 2.5)
+
+
+STAND_INS = [
+    _other_norm,
+    _other_activation,
+    _subclass,
+    _forward_of_a_class,
+    _order,
+    _fewer_layers,
+    _registered_attention,
+]
+SETTINGS = [_epsilon, _scaling, _renormalized, _rotation, _rotary_scale]
 WRITES = [_through_data(pick) for pick in (_input_norm, _mlp_norm, _last_norm, _embedding, _head)]
-CHANGES = [*WRITES, _hook, _pre_hook, _norm_in_place, _norm_replaced, _linear_in_place, _embedding_in_place, _stand_in,
-           _assigned_forward]  # fmt: skip
+CHANGES = [*WRITES, *STAND_INS, *SETTINGS, _hook, _pre_hook, _norm_in_place, _norm_replaced, _linear_in_place,
+           _embedding_in_place, _assigned_forward]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -218,6 +298,45 @@ def test_a_copy_runs_its_own_weights(model: Any, how: str) -> None:
         other.model.norm.weight.fill_(0.0 if "llama" in model.config.model_type else -1.0)
     assert float(stepped(other, ids).abs().max()) == 0.0
     assert torch.equal(stepped(model, ids), expected)
+
+
+def test_threads_share_one_plan(model: Any, monkeypatch: Any) -> None:
+    """The first steps of several threads, each with a cache of its own, and a change of the model between."""
+    built, together, build = [], threading.Barrier(3), decoder.build
+
+    def slow(*args: Any) -> Any:
+        built.append(threading.get_ident())
+        with suppress(threading.BrokenBarrierError):  # the others wait for the lock
+            together.wait(0.3)
+        return build(*args)
+
+    monkeypatch.setattr(decoder, "build", slow)
+    for change in (lambda: None, lambda: _norm_in_place(model)):
+        change()
+        built.clear()
+        together.reset()
+        texts = [prompt()[:, i:] for i in range(3)]
+        expected = [recomputed(model, ids) for ids in texts]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda ids: stepped(model, ids), texts))
+        assert all(map(close, found, expected)) and len(built) == 1
+
+
+def test_what_the_step_cannot_give_is_the_models(model: Any, monkeypatch: Any) -> None:
+    ids = prompt()
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True)[cache_name()]
+        taken = steps_taken(model, monkeypatch)
+        one = {"input_ids": ids[:, :1], "use_cache": True}
+        twice = model(**one, **{cache_name(): copy.deepcopy(cache)}, logits_to_keep=torch.tensor([0, 0]))
+        assert twice.logits.shape[:2] == (1, 2)
+        for position in (-3, 10**6):  # of which no table is made
+            at = {"position_ids": torch.tensor([[position]])}
+            found = model(**one, **at, **{cache_name(): copy.deepcopy(cache)}).logits
+            decoder.detach(model)
+            assert torch.equal(found, model(**one, **at, **{cache_name(): copy.deepcopy(cache)}).logits)
+            decoder.attach(model)
+    assert not any(taken)
 
 
 def test_a_model_is_freed(folder: Path) -> None:

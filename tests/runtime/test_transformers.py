@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_model
+from peft import LoraConfig, get_peft_model
 from results import QUICK
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
@@ -19,7 +21,9 @@ from transformers.quantizers import auto
 import qkit
 from qkit import transformers_hook
 from qkit.errors import QkitError
-from qkit.runtime import QuantLinear
+from qkit.kernels import backend
+from qkit.models.cache_name import cache_name
+from qkit.runtime import QuantLinear, decoder
 from qkit.runtime import transformers as transformers_quantizer
 from qkit.runtime.transformers import NAME, QkitConfig, register_transformers
 
@@ -113,6 +117,78 @@ def test_save_pretrained_writes_the_same_folder(case, folders, tables, tmp_path)
     )
     assert written == given
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def steps(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after the last of ids' columns, the last four fed one by one."""
+    with torch.no_grad():
+        out = model(input_ids=ids[:, :-4], use_cache=True)
+        for i in range(ids.shape[1] - 4, ids.shape[1]):
+            out = model(input_ids=ids[:, i : i + 1], use_cache=True, **{cache_name(): out[cache_name()]})
+    return out.logits[:, -1].float()
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).norm() / b.norm()) < 0.03
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Grows by whether the fast step was taken, at every forward of a model that has one."""
+    found: list[bool] = []
+    step = decoder._Runner.step
+    monkeypatch.setattr(decoder._Runner, "step", lambda *a: (out := step(*a), found.append(out is not None))[0])
+    return found
+
+
+def compiled(model: Any, tmp_path: Path) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
+def saved(model: Any, tmp_path: Path) -> Any:
+    model.save_pretrained(tmp_path / "saved")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def pickled(model: Any, tmp_path: Path) -> Any:
+    torch.save(model, tmp_path / "model")
+    return torch.load(tmp_path / "model", weights_only=False)
+
+
+def adapted(model: Any, tmp_path: Path) -> Any:
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, lora_alpha=32, init_lora_weights=False)
+    return get_peft_model(model, qkit.lora(config)).eval()
+
+
+# What is done with a model -> whether its fast step is one afterwards
+DERIVED = {
+    "itself": (lambda model, tmp_path: model, True),
+    "deepcopy": (lambda model, tmp_path: copy.deepcopy(model), True),
+    "torch.save": (pickled, True),
+    "save_pretrained": (saved, True),
+    "dequantize": (lambda model, tmp_path: model.dequantize(), True),
+    "peft": (adapted, False),
+    "compile": (compiled, False),
+}
+
+
+@pytest.mark.skipif(backend().startswith("torch"), reason="the fast step needs the C++ library")
+@pytest.mark.parametrize("how", DERIVED)
+@pytest.mark.parametrize("case", ["ct4", "ct8-channel"])
+def test_from_pretrained_has_the_fast_step(case, how, folders, tables, tmp_path, taken):
+    model = AutoModelForCausalLM.from_pretrained(folders(case))
+    assert type(model).__name__ in ("LlamaForCausalLM", "Gemma3ForCausalLM")
+    derive, fast = DERIVED[how]
+    model = derive(model, tmp_path)
+    ids = torch.randint(0, 250, (2, 70), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+    taken.clear()
+    assert close(steps(model, ids), expected)
+    assert taken == ([False, True, True, True, True] if fast else len(taken) * [False])
+    out = model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert out.shape == (2, 73)
 
 
 def test_double_quantization_is_not_saved_as_something_else(folders, tables, tmp_path):

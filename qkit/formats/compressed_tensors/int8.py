@@ -34,18 +34,15 @@ def metas(shape: tuple[int, int], spec: LayerSpec) -> dict[str, TensorMeta]:
 
 
 def pack(weight: Weight, spec: LayerSpec) -> dict[str, torch.Tensor]:
-    import torch
+    from ...kernels.codes import codes_of, signed
 
-    from ...kernels.codes import codes_of
-
-    signed = (codes_of(weight).to(torch.int16) - 128).to(torch.int8)
-    return {"weight": signed, "weight_scale": weight.scale}
+    return {"weight": signed(codes_of(weight)), "weight_scale": weight.scale}
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:
-    import torch
 
     from ...kernels import pack
+    from ...kernels.codes import unsigned
     from ...kernels.weight import Weight
 
     codes, scale = tensors["weight"], tensors["weight_scale"]
@@ -54,8 +51,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Weight:
     if scale.numel() == 1:  # of the whole tensor
         scale = scale.view(1, 1).expand(codes.shape[0], 1).contiguous()
     check_tensors({"weight": codes, "weight_scale": scale}, metas((codes.shape[0], codes.shape[1]), spec))
-    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
-    return Weight(pack(unsigned, 8), scale, None, 8, codes.shape[1])
+    return Weight(pack(unsigned(codes), 8), scale, None, 8, codes.shape[1])
 
 
 def arguments(spec: LayerSpec) -> dict[str, Any]:

@@ -6,10 +6,11 @@
 #include "packing.h"
 #include "quantize.h"
 #include "rows.h"
+#include "step.h"
 
 namespace {
 
-const qkit::RowKernels TABLE = {quantize, pack,    unpack, dequantize, search,
-                                feedback, descend, ggml,   prepare,    finish};
+const qkit::RowKernels ROW_KERNELS = {quantize, pack,    unpack, dequantize, search, feedback,
+                                       descend,  ggml,    prepare, uneven,    finish};
 
 }  // namespace

@@ -1,0 +1,260 @@
+// The kernels of step_types.h, over sixteen lanes.
+#pragma once
+#include <cmath>
+
+#include "lanes.h"
+#include "qkit_decoder.h"
+#include "step_types.h"
+
+namespace {
+
+using qkit::AttendArgs;
+
+QK_INLINE float total(F x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x.v[0]);
+#else
+    float f[LANES];
+    store(f, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) f[i] += f[i + half];
+    return f[0];
+#endif
+}
+QK_INLINE float largest(F x) {
+    float f[LANES];
+    store(f, x);
+    float most = f[0];
+    for (int i = 1; i < LANES; ++i) most = f[i] > most ? f[i] : most;
+    return most;
+}
+
+// To bfloat16 and back.
+QK_INLINE F rounded(F x) {
+    const I b = bits_of(x), nan = greater(b & splat(0x7fffffff), splat(0x7f800000));
+    const I kept = without(b + splat(0x7fff) + ((b >> 16) & splat(1)), splat(0xffff));
+    return from_bits(without(kept, nan) | (splat(0x7fc00000) & nan));
+}
+
+// The first n of sixteen lanes of what follows; n may be more.
+template <class W>
+QK_INLINE void store_part(typename W::T* to, F x, int64_t n) {
+    if (n >= LANES) return W::store16(to, x);
+    typename W::T tail[LANES];
+    W::store16(tail, x);
+    std::memcpy(to, tail, (size_t)n * sizeof(tail[0]));
+}
+
+// e**x within 2 units in the last place; that of -87 below; NaN stays.
+QK_INLINE F exponential(F x) {
+    x = min(splat(88.0f), max(splat(-87.0f), x));  // in this order: of NaN and another the second
+    const F magic = splat(MAGIC), n = fused(x, splat(1.44269504f), magic), whole = n - magic;
+    const F r = fused(whole, splat(-1.42860677e-6f), fused(whole, splat(-0.693145752f), x));
+    F p = splat(1.9875691e-4f);
+    p = fused(p, r, splat(1.3981999e-3f));
+    p = fused(p, r, splat(8.3334519e-3f));
+    p = fused(p, r, splat(4.1665795e-2f));
+    p = fused(p, r, splat(1.6666665e-1f));
+    p = fused(p, r, splat(5.0000001e-1f));
+    p = fused(p * r, r, r + splat(1.0f));
+    return p * from_bits((bits_of(n) - splat((int32_t)as_bits(MAGIC) - 127)) << 23);
+}
+
+void step_widen(const uint16_t* x, float* to, int64_t n, float scale) {
+    for (int64_t i = 0; i < n; i += LANES) store_part<F32>(to + i, load_padded<BF16>(x, i, n) * splat(scale), n - i);
+}
+
+void step_narrow(const float* x, uint16_t* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) store_part<BF16>(to + i, load_padded<F32>(x, i, n), n - i);
+}
+
+void step_add(float* x, const uint16_t* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES)
+        store_part<F32>(x + i, load_padded<F32>(x, i, n) + load_padded<BF16>(y, i, n), n - i);
+}
+
+void step_norm(const float* x, const uint16_t* weight, float offset, float* to, int64_t n, float epsilon) {
+    F squares = splat(0.0f);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F v = load_padded<F32>(x, i, n);
+        squares = fused(v, v, squares);
+    }
+    const F scale = splat(1.0f / std::sqrt(total(squares) / (float)n + epsilon)), more = splat(offset);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F w = load_padded<BF16>(weight, i, n) + more;
+        store_part<F32>(to + i, load_padded<F32>(x, i, n) * scale * w, n - i);
+    }
+}
+
+void step_rotate(float* x, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        const F a = load_padded<F32>(x, i, half), b = load_padded<F32>(x + half, i, half);
+        const F c = load_padded<F32>(cosine, i, half), s = load_padded<F32>(sine, i, half);
+        store_part<F32>(x + i, a * c - b * s, half - i);
+        store_part<F32>(x + half + i, fused(b, c, a * s), half - i);
+    }
+}
+
+// The model rounds what the activation gives before it multiplies.
+void step_gated(const uint16_t* gate, const uint16_t* up, uint16_t* to, int64_t n, int activation) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F g = load_padded<BF16>(gate, i, n), one = splat(1.0f);
+        F t = g;
+        if (activation == QK_GELU_TANH) t = splat(1.5957691216f) * fused(splat(0.044715f) * g * g, g, g);
+        const F y = rounded(g / (one + exponential(splat(0.0f) - t)));
+        store_part<BF16>(to + i, y * load_padded<BF16>(up, i, n), n - i);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Thirty-two bfloat16s, zeros beyond the first n.
+QK_INLINE __m512bh pairs(const uint16_t* x, int64_t n) {
+    if (n >= 2 * LANES) return (__m512bh)_mm512_loadu_si512(x);
+    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), x);
+}
+QK_INLINE F dot(F sum, __m512bh a, __m512bh b) {
+    sum.v[0] = (RawF)_mm512_dpbf16_ps((__m512)sum.v[0], a, b);
+    return sum;
+}
+#endif
+
+// Scores of G queries, [G][SPAN].
+template <int G>
+void scores_of(const AttendArgs& a, int64_t first, float* scores) {
+    const int64_t dim = a.dim;
+    const uint16_t* q = a.q + first * dim;
+#if !defined(__AVX512BF16__)
+    float wide[G * qkit::MOST_DIM];
+    for (int g = 0; g < G; ++g) step_widen(q + g * dim, wide + g * dim, dim, 1.0f);
+#endif
+    for (int64_t t = 0; t < a.n; ++t) {
+        const uint16_t* key = a.keys + t * dim;
+        F sum[G];
+        for (int g = 0; g < G; ++g) sum[g] = splat(0.0f);
+        int64_t i = 0;
+#if defined(__AVX512BF16__)
+        for (; i < dim; i += 2 * LANES) {
+            const __m512bh k = pairs(key + i, dim - i);
+            for (int g = 0; g < G; ++g) sum[g] = dot(sum[g], k, pairs(q + g * dim + i, dim - i));
+        }
+#else
+        for (; i + LANES <= dim; i += LANES) {
+            const F k = BF16::load16(key + i);
+            for (int g = 0; g < G; ++g) sum[g] = fused(k, load(wide + g * dim + i), sum[g]);
+        }
+        if (i < dim) {
+            const F k = load_padded<BF16>(key, i, dim);
+            for (int g = 0; g < G; ++g) sum[g] = fused(k, load_padded<F32>(wide + g * dim, i, dim), sum[g]);
+        }
+#endif
+        for (int g = 0; g < G; ++g) scores[g * qkit::SPAN + t] = total(sum[g]) * a.scale;
+    }
+}
+
+// n scores to their exponentials.
+QK_INLINE void softmax(float* scores, int64_t n, float& most, float& sum) {
+    for (int64_t i = n; i % LANES; ++i) scores[i] = -INFINITY;
+    F high = load(scores), all = splat(0.0f);
+    for (int64_t i = LANES; i < n; i += LANES) high = max(high, load(scores + i));
+    most = largest(high);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F e = exponential(load(scores + i) - splat(most));
+        store(scores + i, e);
+        all = all + e;  // those beyond n are far below what a float beside 1 can show
+    }
+    sum = total(all);
+}
+
+// Values weighed by the scores of G queries, COLUMNS vectors of the head's outputs at a time.
+template <int G, int COLUMNS>
+void values_of(const AttendArgs& a, int64_t first, int64_t begin, const float* scores) {
+    F sum[G][COLUMNS];
+    for (int g = 0; g < G; ++g)
+        for (int c = 0; c < COLUMNS; ++c) sum[g][c] = splat(0.0f);
+    for (int64_t t = 0; t < a.n; ++t) {
+        const uint16_t* value = a.values + t * a.dim;
+        F v[COLUMNS];
+        for (int c = 0; c < COLUMNS; ++c)
+            v[c] = COLUMNS == 1 ? load_padded<BF16>(value, begin, a.dim) : BF16::load16(value + begin + c * LANES);
+        for (int g = 0; g < G; ++g) {
+            const F weight = splat(scores[g * qkit::SPAN + t]);
+            for (int c = 0; c < COLUMNS; ++c) sum[g][c] = fused(v[c], weight, sum[g][c]);
+        }
+    }
+    for (int g = 0; g < G; ++g)
+        for (int c = 0; c < COLUMNS; ++c) {
+            const int64_t at = begin + c * LANES;
+            store_part<F32>(a.out + (first + g) * a.dim + at, sum[g][c], a.dim - at);
+        }
+}
+
+template <int G>
+void attend_some(const AttendArgs& a, int64_t first) {
+    constexpr int COLUMNS = REGISTER_BYTES == 64 ? 4 : 2;
+    alignas(64) float scores[G * qkit::SPAN];
+    scores_of<G>(a, first, scores);
+    for (int g = 0; g < G; ++g) softmax(scores + g * qkit::SPAN, a.n, a.most[first + g], a.total[first + g]);
+    int64_t at = 0;
+    for (; at + COLUMNS * LANES <= a.dim; at += COLUMNS * LANES) values_of<G, COLUMNS>(a, first, at, scores);
+    for (; at < a.dim; at += LANES) values_of<G, 1>(a, first, at, scores);
+}
+
+void step_attend(const AttendArgs& a) {
+    int64_t g = 0;
+    for (; g + 4 <= a.group; g += 4) attend_some<4>(a, g);
+    for (; g + 2 <= a.group; g += 2) attend_some<2>(a, g);
+    for (; g < a.group; ++g) attend_some<1>(a, g);
+}
+
+// One row of the weight times M vectors. One at a time: of several streams the processor fetches ahead at half the rate.
+template <int M>
+QK_INLINE void dense_row(const uint16_t* w, const uint16_t* x, int64_t cols, float* y) {
+    constexpr int SETS = M == 1 ? 2 : 1;  // few accumulators would wait for one another
+    F sum[SETS][M];
+    for (int s = 0; s < SETS; ++s)
+        for (int m = 0; m < M; ++m) sum[s][m] = splat(0.0f);
+#if defined(__AVX512BF16__)
+    constexpr int64_t STEP = 2 * LANES;
+    const auto more = [&](int s, int64_t i, int64_t n) __attribute__((always_inline)) {
+        const __m512bh part = pairs(w + i, n);
+        for (int m = 0; m < M; ++m) sum[s][m] = dot(sum[s][m], part, pairs(x + m * cols + i, n));
+    };
+#else
+    constexpr int64_t STEP = LANES;
+    const auto more = [&](int s, int64_t i, int64_t n) __attribute__((always_inline)) {
+        const bool whole = n >= LANES;
+        const F part = whole ? BF16::load16(w + i) : load_padded<BF16>(w, i, cols);
+        for (int m = 0; m < M; ++m) {
+            const uint16_t* v = x + m * cols;
+            sum[s][m] = fused(part, whole ? BF16::load16(v + i) : load_padded<BF16>(v, i, cols), sum[s][m]);
+        }
+    };
+#endif
+    int64_t i = 0;
+    for (; i + SETS * STEP <= cols; i += SETS * STEP)
+        for (int s = 0; s < SETS; ++s) more(s, i + s * STEP, STEP);
+    for (; i < cols; i += STEP) more(0, i, cols - i);
+    for (int m = 0; m < M; ++m) y[m] = total(SETS == 2 ? sum[0][m] + sum[SETS - 1][m] : sum[0][m]);
+}
+
+template <int M>
+void dense_rows(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t begin, int64_t end,
+                int64_t rows, int64_t cols) {
+    for (int64_t r = begin; r < end; ++r) {
+        float y[M];
+        dense_row<M>(w + r * cols, x, cols, y);
+        for (int m = 0; m < M; ++m) out[m * rows + r] = to_bf16(y[m] + (bias ? BF16::get(bias + r) : 0.0f));
+    }
+}
+
+void step_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t m, int64_t begin,
+                int64_t end, int64_t rows, int64_t cols) {
+    int64_t b = 0;
+    for (; b + 4 <= m; b += 4) dense_rows<4>(w, x + b * cols, bias, out + b * rows, begin, end, rows, cols);
+    for (; b < m; ++b) dense_rows<1>(w, x + b * cols, bias, out + b * rows, begin, end, rows, cols);
+}
+
+const qkit::StepKernels STEP = {step_widen, step_narrow, step_add,    step_norm,
+                                step_rotate, step_gated, step_attend, step_dense};
+
+}  // namespace
