@@ -26,7 +26,7 @@ import qkit
 from qkit.kernels.cpu import lib
 from qkit.kernels.cpu.decoder import dense
 from qkit.kernels.cpu.matmul import CpuWeight
-from qkit.runtime import as_decoder
+from qkit.runtime import as_decoder, decoder
 
 
 def seconds(call: Callable[[], object], times: int) -> list[float]:
