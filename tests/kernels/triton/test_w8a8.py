@@ -43,6 +43,37 @@ def test_codes_of_activations(monkeypatch, dtype, at_once):
             assert torch.equal(sums, values.sum(1).int())
 
 
+@pytest.mark.parametrize("at_once", [8192, 64], ids=["one read", "two reads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_comes_out_as_nan(monkeypatch, dtype, at_once):
+    """A token that holds NaN or infinity, wherever it stands, and no other token."""
+    monkeypatch.setattr(activations, "_AT_ONCE", at_once)
+    x = torch.randn(6, 150, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, column, value in ((0, 3, torch.nan), (1, 149, torch.inf), (2, 70, -torch.inf), (3, 0, -torch.nan)):
+        x[row, column] = value
+    x[3, 1] = torch.inf
+    for kind in activations.KINDS:
+        _, scale, _ = activations.quantize_rows(x, kind, 256)
+        assert scale[:4].isnan().all() and scale[4:].isfinite().all()
+    for w, kind in ((make("int", 8, 150, 1, True), "int8"), (make("fp8", 8, 150, 1), "fp8")):
+        packed, exact = w8a8.prepack(w, kind), reference.matmul(x, w, None, kind)
+        for native in (True, False):
+            monkeypatch.setattr(w8a8, "_card", lambda index, native=native: (native, 1))
+            got = w8a8.matmul(x, packed)
+            assert exact[:4].isnan().all() and got[:4].isnan().all()
+            assert torch.allclose(got[4:], exact[4:], rtol=1e-2, atol=1e-2)
+
+
+def test_scales_that_are_almost_zero():
+    """Below float32's normal numbers a scale is rounded, and a value over it may be more than the largest code."""
+    x = torch.tensor([[1e-45, 0], [190 * 2.0**-149, -190 * 2.0**-149], [600 * 2.0**-149, 0]])
+    for kind in activations.KINDS:
+        codes, scale, _ = activations.quantize_rows(x, kind, 128)
+        values, expected = reference.quantize_activations(x, kind.split()[0])
+        assert torch.equal(scale, expected[:, 0]) and torch.equal(codes.float()[:, :2], values)
+        assert values.isfinite().all() and values[2, 0] > 0
+
+
 CASES = [
     ("int", 48, 200, 1, False, torch.float16),
     ("int", 130, 100, 1, True, torch.bfloat16),
