@@ -113,7 +113,7 @@ def prepack(weight: Weight | Sequence[Weight], paired: bool = False) -> Packed:
     def join(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(tensors, 1).flatten(0, 1) if paired else torch.cat(tensors)
 
-    multiplier = join([torch.full((w.out_features,), w.multiplier, device=w.device) for w in weights])
+    multiplier = join([_by_row(w) for w in weights])
     scale, row = _scales(first.kind, join([_raw_scale(w) for w in weights]), multiplier)
     out = row.shape[0]
     rows = -(-out // N_MULTIPLE) * N_MULTIPLE
@@ -187,6 +187,19 @@ def _words(kind: str, bits: int, packed: torch.Tensor, in_features: int, rows: i
         for h in range(2):
             words |= plane_codes[..., h] << _bit(kind, bits, j, h)
     return words
+
+
+def nan_rows(w: Weight) -> torch.Tensor:
+    """bool [out]: outputs with a weight or a scale that is e4m3's NaN, which kernels, moving its bits, take for 480."""
+    stored = {"fp8": w.packed, "nvfp4": w.scale}.get(w.kind)
+    if stored is None:
+        return torch.zeros(w.out_features, dtype=torch.bool, device=w.device)
+    return ((stored.contiguous().view(torch.uint8) & 0x7F) == 0x7F).any(1)
+
+
+def _by_row(w: Weight) -> torch.Tensor:
+    """float32 [out]: what every output of a weight is multiplied by; NaN makes the output NaN, as it must."""
+    return torch.where(nan_rows(w), float("nan"), torch.full((w.out_features,), w.multiplier, device=w.device))
 
 
 def _raw_scale(w: Weight) -> torch.Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..weight import FLOATS, Weight
 from .activations import quantize_rows
-from .layout import why_not_dynamic
+from .layout import nan_rows, why_not_dynamic
 
 _MULTIPLE = 128  # both dimensions of a weight are padded to it, so that no load of it is masked
 
@@ -125,7 +125,8 @@ def prepack(w: Weight, activations: str) -> Packed8:
     fill = 128 if w.kind == "int" else 0
     codes = torch.full((rows, width), fill, dtype=torch.uint8, device=w.device)
     codes[:out, :in_] = w.packed.contiguous().view(torch.uint8)[:, :in_]
-    scale = torch.nn.functional.pad(w.float_scale(), (0, 0, 0, rows - out)).t().contiguous()
+    scale = torch.where(nan_rows(w)[:, None], float("nan"), w.float_scale())
+    scale = torch.nn.functional.pad(scale, (0, 0, 0, rows - out)).t().contiguous()
     shift = None
     if w.kind == "int":
         codes = (codes ^ 128).view(torch.int8)

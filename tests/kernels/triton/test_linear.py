@@ -174,6 +174,35 @@ def test_dequantize_rounds_once(dtype: torch.dtype) -> None:
             assert torch.equal(plain, expected), weight
 
 
+@pytest.mark.parametrize("c", [SPLIT, LARGE, DEQUANTIZE], ids=["split", "weights scaled", "dequantize"])
+def test_what_is_not_finite_comes_out_so(c: Config) -> None:
+    """Where the oracle has NaN, from activations, scales or codes, so has every route; its neighbours stay numbers."""
+    for kind, bits, group, scale_dtype in (
+        ("int", 4, 32, torch.float16),
+        ("int", 8, 0, torch.float32),
+        ("mxfp4", 4, 32, torch.uint8),
+        ("nvfp4", 4, 16, torch.float8_e4m3fn),
+        ("fp8", 8, 0, torch.float32),
+        ("fp8", 8, 32, torch.bfloat16),
+    ):
+        w = make(kind, bits, group, False, scale_dtype, 12, 96)
+        bad = {torch.uint8: 255, torch.float8_e4m3fn: 127}.get(scale_dtype)  # both types' NaN
+        if bad is None:
+            w.scale[3, -1] = torch.nan
+        else:
+            w.scale.view(torch.uint8)[3, -1] = bad
+        if kind == "fp8":
+            w.packed.view(torch.uint8)[5, 40] = 0xFF
+        state = triton.layer(w)
+        assert torch.equal(triton.restore(state).scale.view(torch.uint8), w.scale.view(torch.uint8))
+        for value in (torch.nan, torch.inf, 0.0):
+            x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).half()
+            x[-1, 7] = value
+            expected, got = reference.matmul(x, w), run(c, x, state.packed)
+            assert torch.equal(got.isnan(), expected.isnan()), (kind, value)
+            assert torch.equal(got.isinf(), expected.isinf()), (kind, value)
+
+
 def test_gradients_reach_activations_and_bias() -> None:
     w = make("int", 4, 64, True, torch.float16, 24, 128)
     x = torch.randn(2, 128).half().requires_grad_()

@@ -64,6 +64,16 @@ def test_what_is_not_finite_comes_out_as_nan(monkeypatch, dtype, at_once):
             assert torch.allclose(got[4:], exact[4:], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["e4m3", "as half"])
+def test_weights_that_are_nan_stay_so(monkeypatch, native):
+    monkeypatch.setattr(w8a8, "_card", lambda index: (native, 1))
+    w = make("fp8", 8, 150, 1)
+    w.packed.view(torch.uint8)[5, 40] = 0xFF
+    x = torch.randn(2, 150, generator=torch.Generator().manual_seed(0))
+    got = w8a8.matmul(x, w8a8.prepack(w, "fp8"))
+    assert torch.equal(got.isnan(), reference.matmul(x, w, None, "fp8").isnan()) and got[:, 5].isnan().all()
+
+
 def test_scales_that_are_almost_zero():
     """Below float32's normal numbers a scale is rounded, and a value over it may be more than the largest code."""
     x = torch.tensor([[1e-45, 0], [190 * 2.0**-149, -190 * 2.0**-149], [600 * 2.0**-149, 0]])
