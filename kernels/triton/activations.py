@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode import wide
+from .planes import wide
 
 # A row up to this many values stays in registers between the absmax and the codes; a longer one is read twice.
 _AT_ONCE = 8192
@@ -89,8 +89,8 @@ def quantize_rows(x: torch.Tensor, kind: str, padded: int) -> tuple[torch.Tensor
 
     kind  "int8": int8 codes, scale = absmax / 127, and `sums` is the sum of a row's codes. "fp8": float8_e4m3fn,
           scale = absmax / 448. "fp8 as half": the same values as float16, for cards without fp8 products.
-    An all-zero row has scale 1; one that holds NaN or infinity has scale NaN, and any codes. Codes from `in` to `padded` are 0. The codes are those of
-    `reference.quantize_activations`, bit for bit.
+    An all-zero row has scale 1; one that holds NaN or infinity has scale NaN, and any codes. Codes from `in` to
+    `padded` are 0. The codes are those of `reference.quantize_activations`, bit for bit.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
