@@ -50,9 +50,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	for b in benchmarks/cpu_kernels.py benchmarks/cpu_matmul.py benchmarks/convert_speed.py; do $(BIN)/python $$b || exit 1; done
 
-# checks, times and reports every Triton kernel on the GPU that is here; ten minutes at most
-bench-gpu: $(STAMP)
-	$(BIN)/python benchmarks/gpu.py
+# checks, times and reports every Triton kernel on the GPU that is here; ten minutes at most. With torch and triton
+# alone it needs no installation
+bench-gpu:
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 # the committed table of registers, spills and instructions per weight, ours and other packages'
 triton-static: $(STAMP)

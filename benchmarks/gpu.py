@@ -1,18 +1,23 @@
 """Checks and times every GPU kernel on the GPU that is present, in at most ten minutes.
 
-    python benchmarks/gpu.py [--out profiles] [--minutes 10] [--no-check]
+    python benchmarks/gpu.py [--out profiles/reports] [--minutes 10] [--no-check] [--tune]
 
-First what the card can do: memory read and copied, bfloat16 products. Then every kernel against the oracle; a wrong
-one ends the run with exit code 1. Then products of Llama 8B's and 70B's layers at M = 1, 16, 64 and 512: torch, qkit
-and, where installed, Marlin (vLLM), bitsandbytes and gemlite, in turns. Each call is a CUDA graph and finds the caches
-cold. Writes gpu-<card>.json and .md; the last line of stdout is the same JSON. Without a GPU: one line, exit code 2.
+Needs torch and triton, no installation of qkit: any checkout will do. First what the card can do: memory read and
+copied, bfloat16 products. Then every kernel against the oracle; a wrong one ends the run with exit code 1. With --tune
+launch configurations for the layers below are measured and kept in profiles/triton. Then products of Llama 8B's and
+70B's layers at M = 1, 16, 64, 256 and 4096, bfloat16 activations: torch, qkit and, where they can be imported, Marlin
+(vLLM), bitsandbytes and gemlite, in turns. Each call is a CUDA graph and finds the caches cold. Writes gpu-<card>.json
+and .md; the last line of stdout is the same JSON. Without a GPU: one line, exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import json
+import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -25,6 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from checkout import ROOT
+
 # out, in. The order is that of importance: a budget that runs out leaves the last ones.
 SHAPES = {
     "8B gate/up": (28672, 4096),
@@ -36,7 +43,8 @@ SHAPES = {
     "70B qkv": (10240, 8192),
     "70B o": (8192, 8192),
 }
-ROWS = (1, 16, 64, 512)
+ROWS = (1, 16, 64, 256, 4096)
+BASE = "torch bfloat16"  # what speed-ups are over
 ROUNDS = 5  # turns of each contender
 CALLS = 12  # timed calls in a turn
 
@@ -112,24 +120,50 @@ def ceilings(timer: Timer) -> dict[str, float]:
     }
 
 
-def check(device: str, clock: Clock, small: bool = False) -> dict[str, Any]:
-    """Runs `gpu_parts.checks`: how many, the worst against its bound, what failed, what there was no time for."""
-    from gpu_parts.checks import checks
+def check(device: str, clock: Clock, small: bool = False, workers: int = 0) -> dict[str, Any]:
+    """Runs `gpu_parts.checks`: how many, the worst against its bound, what failed, what there was no time for.
 
-    done, failed, skipped, worst = 0, [], 0, 0.0
-    for name, run, bound in checks(device, small):
-        if clock.left() < 0:
-            skipped += 1
-            continue
+    workers  processes that share the checks out, and what they compile; 0: here"""
+    from gpu_parts import checks
+
+    number = len(list(checks.checks(device, small)))
+    found: list[checks.Outcome] = []
+    if not workers:
+        for i in range(number):
+            if clock.left() > 0:
+                found.append(checks.outcome(i, device, small))
+    else:
+        # Spawned, not forked: CUDA does not outlive a fork.
+        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        running = [pool.submit(checks.outcome, i, device, small) for i in range(number)]
         try:
-            error = run()
-        except Exception as fault:  # a kernel that does not launch is a failure to report, like a wrong one
-            failed.append(f"{name}: {type(fault).__name__}: {str(fault)[:200]}")
-            continue
-        done, worst = done + 1, max(worst, error / bound)
-        if not error <= bound:
-            failed.append(f"{name}: {error:.2f} times the error of rounding, at most {bound:g}")
-    return {"cases": done, "worst_over_bound": worst, "failed": failed, "skipped": skipped}
+            for future in concurrent.futures.as_completed(running, timeout=clock.left()):
+                found.append(future.result())
+        except concurrent.futures.TimeoutError:
+            pass
+        except concurrent.futures.BrokenExecutor as fault:
+            found.append(checks.Outcome(f"a process of {workers}", f"{type(fault).__name__}: {fault}", 0.0))
+        for process in list(pool._processes.values()) if clock.left() <= 0 else ():
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+    failed = [f"{one.name}: {one.fault}" for one in found if one.fault]
+    worst = max((one.over_bound for one in found), default=0.0)
+    return {"cases": len(found), "worst_over_bound": worst, "failed": failed, "skipped": max(0, number - len(found))}
+
+
+def tune(clock: Clock) -> None:
+    """Measures launch configurations for `SHAPES` at `ROWS`, and writes them to the card's file in profiles/triton."""
+    from gpu_parts.checks import make
+
+    from qkit.kernels import triton
+    from qkit.kernels.triton import tune as tuning
+
+    for about, shape in SHAPES.items():
+        if clock.left() < 0:
+            break
+        packed = triton.prepack(make("int", 4, 128, False, shape, "cuda"))
+        best = tuning.tune(packed, torch.bfloat16, ROWS)
+        print(f"{about}: " + ", ".join(f"{m} {c}" for m, (c, _) in best.items()), file=sys.stderr, flush=True)
 
 
 def rows_for(
@@ -142,7 +176,7 @@ def rows_for(
 ) -> list[dict[str, Any]]:
     """Figures of one product: seconds, bytes/s over the weight, x and y, share of the ceiling, speed-up over torch."""
     out, in_ = shape
-    base = statistics.median(times["torch float16"])
+    base = statistics.median(times[BASE])
     rows = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -183,9 +217,10 @@ def measure(
         found, missing = contenders(shape, "cuda")
         absent |= missing
         for m in ROWS:
-            x = torch.randn(m, shape[1], device="cuda", dtype=torch.float16)
+            plain = torch.randn(m, shape[1], device="cuda")
             runs = {}
             for c in found:
+                x = plain.to(c.dtype)
                 try:
                     runs[c.name] = timer.prepare(lambda c=c, x=x: c.run(x))  # type: ignore[misc]
                 except Exception as error:
@@ -219,7 +254,7 @@ def markdown(report: dict[str, Any]) -> str:
         rows = [row for row in report["rows"] if row["layer"] == about]
         lines += ["", f"## {about}, {rows[0]['out']} x {rows[0]['in']}", ""]
         lines += [
-            "| M | | median | min | GB/s | of read | of bf16 peak | torch float16 x |",
+            f"| M | | median | min | GB/s | of read | of bf16 peak | {BASE} x |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
@@ -236,9 +271,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("profiles"))
+    parser.add_argument("--out", type=Path, default=ROOT / "profiles" / "reports")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--no-check", action="store_true", help="time only")
+    parser.add_argument("--tune", action="store_true", help="measure launch configurations first, and keep the best")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -259,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": device.name,
         "memory_bytes": device.total_memory,
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/gpu.py",
+        "command": "python benchmarks/gpu.py" + " --tune" * args.tune,
         "versions": {
             "qkit": qkit.__version__,
             "torch": torch.__version__,
@@ -269,12 +305,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ceilings": ceilings(timer),
     }
     print(json.dumps(report["ceilings"]), file=sys.stderr, flush=True)
-    # Compiling takes most of a check: half of the time at most.
+    # Compiling takes most of a check: half of the time at most, many at a time.
     half = Clock(clock.left() / 2)
     report["checks"] = (
-        {"cases": 0, "worst_over_bound": 0.0, "failed": [], "skipped": 0} if args.no_check else check("cuda", half)
+        {"cases": 0, "worst_over_bound": 0.0, "failed": [], "skipped": 0}
+        if args.no_check
+        else check("cuda", half, workers=max(1, min(8, (os.cpu_count() or 2) // 2)))
     )
     print(json.dumps(report["checks"]), file=sys.stderr, flush=True)
+    if args.tune and not report["checks"]["failed"]:
+        tune(Clock(clock.left() / 2))
     rows, absent, left_out = ([], {}, []) if report["checks"]["failed"] else measure(timer, report["ceilings"], clock)
     report |= {"rows": rows, "absent": absent, "left_out": left_out}
     slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")

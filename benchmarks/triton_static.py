@@ -3,7 +3,7 @@
     python benchmarks/triton_static.py                  # write profiles/triton-static.csv
     python benchmarks/triton_static.py --check          # compare with it and with the gates; exit 1 on a regression
     python benchmarks/triton_static.py --peers          # other packages' kernels, too (their packages are downloaded)
-    python benchmarks/triton_static.py --only gemv --targets sm_80,sm_90 --print
+    python benchmarks/triton_static.py --only nf4 --targets sm_80,sm_90 --print
 
 A row: registers, stack and spills, shared memory, and in the main loop the matrix instructions, 128-bit loads,
 conversions, and thread-instructions per weight beside the budget (`triton_gates/targets.py` has the formula). Rows of
@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does by default; 3.10 would not
 
+import checkout  # noqa: F401
 from triton_gates import table
 from triton_gates.cases import cases
 from triton_gates.targets import TARGETS, target
@@ -45,9 +47,11 @@ def write(rows: dict[tuple[Any, ...], table.Compiled], out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a row fails a gate")
+    parser.add_argument("--gates", action="store_true", help="--check the gates alone, all cases (another Triton)")
     parser.add_argument("--sample", action="store_true", help="only what the test suite compiles")
     parser.add_argument("--peers", action="store_true", help="compile other packages' kernels, too")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--rows", default="", help="comma-separated values of M; default: all")
     parser.add_argument("--targets", default="", help="comma-separated; default: all")
     parser.add_argument("--print", action="store_true", help="write nothing, only print")
     parser.add_argument("--out", type=Path, default=table.COMMITTED)
@@ -59,26 +63,30 @@ def main() -> int:
     before = table.load(args.out)
     rows = dict(before)
     faults: list[str] = []
-    chosen = [case for case in cases() if args.only in case.kernel]
+    rows_asked = {int(m) for m in args.rows.split(",") if m}
+    chosen = [case for case in cases() if args.only in case.kernel and (not rows_asked or case.m in rows_asked)]
     if args.peers:
         from triton_gates.peers import peer_cases
 
         chosen += [case for case in peer_cases() if args.only in case.kernel or args.only in case.package]
-    whole = not (args.only or args.targets or args.sample)
+    whole = not (args.only or args.rows or args.targets or args.sample)
     seen = set()
     writes = not args.check and not args.print
     for case in chosen:
         if writes and seen:  # a run that is interrupted keeps what it has
             write(rows, args.out)
         for on in targets:
-            if (case.only and on.name not in case.only) or (args.sample and on.name not in case.sample):
+            left_out = case.only and on.name not in case.only and not args.gates
+            if left_out or (args.sample and on.name not in case.sample):
                 continue
             for row in table.rows_of(case, on):
                 print(show(row), flush=True)
                 rows[row.key] = row
                 seen.add(row.key)
                 if case.package == "qkit":
-                    faults += table.faults(row, case, before.get(row.key) if args.check else None)
+                    # Another Triton's code is held to what makes it run, not to the last instruction.
+                    held = replace(case, budget=False) if args.gates else case
+                    faults += table.faults(row, held, before.get(row.key) if args.check and not args.gates else None)
     if whole:  # what no longer exists leaves the table
         ours = {case.package.split()[0] for case in chosen}
         gone = [key for key in before if key[0] in ours and key not in seen]

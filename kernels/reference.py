@@ -236,13 +236,13 @@ def quantize_activations(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torc
     """Dynamic per-token quantization: x [..., in] -> (values as float32, scale float32 [..., 1]).
 
     "int8": scale = max|x| / 127, round to nearest even. "fp8": scale = max|x| / 448, rounded to e4m3. An all-zero
-    token has scale 1.
+    token has scale 1; one that holds NaN or infinity comes out as NaN.
     """
-    most = {"int8": 127.0, "fp8": 448.0}[kind]
-    scale = x.float().abs().amax(-1, keepdim=True) / most
+    largest = {"int8": 127.0, "fp8": 448.0}[kind]
+    scale = x.float().abs().amax(-1, keepdim=True) / largest
     scale = torch.where(scale == 0, 1.0, scale)
-    t = x.float() / scale
-    return (t.round().clamp_(-127, 127) if kind == "int8" else t.to(torch.float8_e4m3fn).float()), scale
+    t = (x.float() / scale).clamp_(-largest, largest)  # a scale that is almost 0 is rounded itself
+    return (t.round() if kind == "int8" else t.to(torch.float8_e4m3fn).float()), scale
 
 
 def matmul(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import reference, triton
+from . import reference
 from .cpu import matmul as cpu
 from .problem import Kernel, Problem, problem
-from .triton import dynamic
+from .triton import KERNELS as TRITON
 from .weight import Weight
 
 __all__ = ["KERNELS", "Kernel", "Problem", "Weight", "problem", "select"]
@@ -31,14 +31,7 @@ def _reference_matmul(x: torch.Tensor, state: tuple[Weight, str | None], bias: t
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel(
-        "triton",
-        triton.supports,
-        lambda w, activations: triton.layer(w),
-        lambda x, state, bias: triton.linear(x, state.packed, bias),
-        triton.restore,
-    ),
-    Kernel("triton-w8a8", dynamic.supports, dynamic.prepack, dynamic.matmul, dynamic.restore),
+    *TRITON,
     Kernel("cpu", cpu.supports, cpu.prepack, cpu.matmul, cpu.restore),
     Kernel(
         "reference", lambda p: None, lambda w, activations: (w, activations), _reference_matmul, lambda state: state[0]

@@ -61,6 +61,8 @@ def pretend(target: Target) -> Iterator[list[Launch]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction, MockTensor
 
+    from qkit.kernels.triton import device
+
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -92,8 +94,10 @@ def pretend(target: Target) -> Iterator[list[Launch]]:
         torch.version.hip = "6.4" if target.backend == "hip" else None
         for name, stand_in in stand_ins.items():
             setattr(torch.cuda, name, stand_in)
+        device._card.cache_clear()
         yield launches
     finally:
+        device._card.cache_clear()
         JITFunction.run = run  # type: ignore[method-assign]
         driver._active, torch.version.hip = previous, hip
         for name, original in kept.items():

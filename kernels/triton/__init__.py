@@ -1,33 +1,28 @@
 """Triton kernels for CUDA and ROCm devices. Importing this imports neither triton nor a driver.
 
-prepack(weights, paired=False) -> Packed     the kernels' layout, from one `Weight` or several to be merged
-linear(x, packed, bias=None)                 the product; SiLU(gate) * up where the weights are paired
-dequantize(packed, dtype)                    the plain matrix
-supports(problem)                            None, or why not
-tune.tune(packed, rows, ...)                 measures configurations and keeps the best
+KERNELS                        the records: weights alone quantized, and activations too (`quantized`)
+prepack(weight) -> Packed      the kernels' layout
+linear(x, packed, bias=None)   the product
+dequantize(packed, dtype)      the plain matrix
+tune.tune(packed, rows, ...)   measures configurations and keeps the best
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import reference
+from ..problem import Kernel, Problem
 from ..weight import Weight
-from . import layout
+from . import layout, quantized
+from .device import unavailable
 from .layout import Packed, prepack
 
-if TYPE_CHECKING:
-    from ..problem import Problem
-
-__all__ = ["Layer", "Packed", "dequantize", "layer", "linear", "prepack", "restore", "supports"]
+__all__ = ["KERNELS", "Layer", "Packed", "dequantize", "layer", "linear", "prepack", "restore", "supports"]
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-LEAST = (8, 0)  # compute capability
 
 
 def supports(p: Problem) -> str | None:
@@ -39,19 +34,6 @@ def supports(p: Problem) -> str | None:
     return unavailable(p.device) or layout.why_not(p.kind, p.group_size, p.shape[1])
 
 
-def unavailable(device: torch.device) -> str | None:
-    """None where Triton kernels can run on `device` here, else why not."""
-    if device.type != "cuda":
-        return f"runs on CUDA and ROCm devices, not on {device.type}"
-    if reference.forced():
-        return "QKIT_REFERENCE=1"
-    if torch.version.hip is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < LEAST:  # bfloat16 products and asynchronous copies: Triton fails there with pages of PTX
-            return f"needs compute capability {LEAST[0]}.{LEAST[1]}, this GPU has {capability[0]}.{capability[1]}"
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
 @dataclass(frozen=True)
 class Layer:
     """A packed weight and what it takes to give the `Weight` back: its scales, where they cannot be worked out."""
@@ -60,6 +42,10 @@ class Layer:
     scale: torch.Tensor | None
     scale_dtype: torch.dtype
     multiplier: float
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds memory for."""
+        return [t for t in (*self.packed.parts(), self.scale) if isinstance(t, torch.Tensor)]
 
 
 def layer(w: Weight) -> Layer:
@@ -85,9 +71,8 @@ def restore(state: Layer) -> Weight:
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in] @ weight.T + bias -> [..., out] in x's dtype, accumulated in float32.
 
-    bias [out] in any float type. Where the weight is `paired` (rows gate 0, up 0, gate 1, ...; the bias likewise) the
-    result is silu(gate) * up, [..., out / 2].
-    Raises TypeError for activations that are neither float16 nor bfloat16, ValueError for a wrong shape or device.
+    bias [out] in any float type. Raises TypeError for activations that are neither float16 nor bfloat16, ValueError
+    for a wrong shape or device.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}, expected torch.float16 or torch.bfloat16")
@@ -103,11 +88,7 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) ->
         bias = bias.to(x.dtype).contiguous()
     from . import ops  # noqa: F401  registers the operators; triton comes with it
 
-    p = packed
-    return torch.ops.qkit.triton_linear(
-        x, p.words, p.scale, p.zero, p.row, p.table, bias, p.kind, p.bits, p.group_size, p.out_features, p.in_features,
-        p.paired,
-    )  # fmt: skip
+    return torch.ops.qkit.triton_linear(x, bias, *packed.parts())  # type: ignore[no-any-return]
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -116,7 +97,16 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
         raise TypeError(f"dtype is {dtype}, expected torch.float16 or torch.bfloat16")
     from . import ops  # noqa: F401
 
-    p = packed
-    return torch.ops.qkit.triton_dequantize(
-        p.words, p.scale, p.zero, p.row, p.table, p.kind, p.bits, p.group_size, p.out_features, p.in_features, dtype
-    )
+    return torch.ops.qkit.triton_dequantize(dtype, *packed.parts())  # type: ignore[no-any-return]
+
+
+KERNELS = (
+    Kernel(
+        "triton",
+        supports,
+        lambda w, activations: layer(w),
+        lambda x, state, bias: linear(x, state.packed, bias),
+        restore,
+    ),
+    quantized.KERNEL,
+)

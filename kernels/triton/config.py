@@ -1,22 +1,25 @@
-"""Launch configurations: which kernel and which tile for how many rows. Tuned ones from a cache, else a rule.
+"""Launch configurations: which tile for how many rows. Tuned ones from a cache, else a rule.
 
 The cache is JSON under `profiles/triton/`, one file a device:
 
-    {"device": "NVIDIA H100 80GB HBM3", "arch": "sm_90", "triton": "3.9.0",
-     "configs": {"int4 g128 z float16 4096x4096": {"1": ["gemv", 1, 64, 4, 2, 8], "16": ["gemm", 16, 128, 4, 4, 4]}}}
+    {"device": "NVIDIA H100 80GB HBM3", "triton": "3.9.0",
+     "configs": {"int4 g128 z float16 4096x4096": {"1": ["gemm", 8, 64, 4, 6, 8], "16": ["gemm", 16, 128, 4, 4, 4]}}}
 
 An entry is Config's fields in order. Rows are bucketed to powers of two. A device without a file gets the rule; nothing
-is tuned unless `tune.tune` is called.
+is tuned unless `tune.tune` is called, which `benchmarks/gpu.py --tune` does.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
+from .device import Card, card
+from .layout import BY_BYTES, Packed
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent.parent / "profiles" / "triton"
 LARGEST_BUCKET = 8192
@@ -25,7 +28,7 @@ LARGEST_BUCKET = 8192
 class Config(NamedTuple):
     """A launch.
 
-    route   "gemv" (one row, integer weights, no matrix units), "gemm" or "dequantize"
+    route   "gemm" or "dequantize"
     bm, bn  tokens and outputs a tile; split: parts that K is split into
     """
 
@@ -47,6 +50,10 @@ class Key(NamedTuple):
     dtype: torch.dtype
     padded_n: int
     in_features: int
+
+    @classmethod
+    def of(cls, p: Packed, dtype: torch.dtype) -> Key:
+        return cls(p.kind, p.bits, p.group, p.zero is not None, dtype, p.words.shape[1], p.in_features)
 
     def text(self) -> str:
         group = f" g{self.group_size}" if self.group_size else ""
@@ -72,13 +79,13 @@ def rule(key: Key, rows: int, processors: int, amd: bool = False) -> Config:
     blocks = -(-key.in_features // (512 // key.bits))
     if rows >= 512:
         return Config("dequantize", 0, 0, 0, 0, 1)
-    if rows == 1 and key.kind == "int" and amd:  # no eight-token matrix instruction there: most of sixteen is wasted
-        return Config("gemv", 1, 128, 4, 2, _split(key.padded_n // 128, blocks, 4 * processors))
-    if rows <= 64:
+    # Weights of a byte, and codebooks, whose pairs are loaded, spill beside 64 tokens at four warps.
+    if rows <= (32 if key.bits == 8 or key.kind in BY_BYTES else 64):
         bm = max(16 if amd else 8, bucket(rows))
         # A wide tile spreads what a turn of the loop costs beside its weights; 64 tokens leave registers for half.
         bn = 128 if bm <= 32 else 64
-        return Config("gemm", bm, bn, 4, 2 if amd else 4, _split(key.padded_n // bn, blocks, 3 * processors))
+        stages = 2 if amd else 4
+        return Config("gemm", bm, bn, 4, stages, _split(key.padded_n // bn, blocks, 3 * processors))
     bm = 64 if amd or rows <= 64 * 3 else 128  # 128 x 128 fills RDNA's registers
     tiles = key.padded_n // 128 * -(-rows // bm)
     return Config("gemm", bm, 128, 8, 2 if amd else 3, _split(tiles, blocks, processors))
@@ -96,12 +103,12 @@ def path_of(device_name: str, folder: pathlib.Path | None = None) -> pathlib.Pat
     return (folder or FOLDER) / ("".join(c if c.isalnum() else "-" for c in device_name.lower()) + ".json")
 
 
-def save(path: pathlib.Path, device: str, arch: str, tuned: dict[str, dict[str, Config]]) -> None:
+def save(path: pathlib.Path, device: str, tuned: dict[str, dict[str, Config]]) -> None:
     """Writes a cache file, sorted, so that the same configurations are the same bytes."""
     import triton
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"device": device, "arch": arch, "triton": triton.__version__, "configs": tuned}
+    document = {"device": device, "triton": triton.__version__, "configs": tuned}
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
@@ -118,40 +125,27 @@ def load(path: pathlib.Path) -> dict[str, dict[int, Config]]:
 
 def _config(fields: list) -> Config:
     c = Config(*fields)
-    if c.route not in ("gemv", "gemm", "dequantize") or any(type(v) is not int or v < 0 for v in c[1:]):
+    if c.route not in ("gemm", "dequantize") or any(type(v) is not int or v < 0 for v in c[1:]):
         raise ValueError(f"{fields} is no configuration")
     return c
 
 
-class _Device(NamedTuple):
-    processors: int
-    amd: bool
-    tuned: dict[str, dict[int, Config]]
+@functools.lru_cache
+def _tuned(name: str) -> dict[str, dict[int, Config]]:
+    return load(path_of(name))
 
 
-@lru_cache
-def _device(index: int) -> _Device:
-    """Asked once a device, on the first product."""
-    found = torch.cuda.get_device_properties(index)
-    return _Device(found.multi_processor_count, torch.version.hip is not None, load(path_of(found.name)))
-
-
-_chosen: dict[tuple[Key, int, int | None], Config] = {}
+@functools.lru_cache(maxsize=4096)
+def _chosen(key: Key, rows: int, on: Card) -> Config:
+    return _tuned(on.name).get(key.text(), {}).get(rows) or rule(key, rows, on.processors, on.amd)
 
 
 def choose(key: Key, rows: int, device: torch.device) -> Config:
     """The tuned configuration for the bucket of `rows`, else the rule's."""
-    at = (key, bucket(rows), device.index)
-    if at not in _chosen:
-        if device.type != "cuda":  # the interpreter
-            return rule(key, at[1], 4)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        d = _device(index)
-        _chosen[at] = d.tuned.get(key.text(), {}).get(at[1]) or rule(key, at[1], d.processors, d.amd)
-    return _chosen[at]
+    return _chosen(key, bucket(rows), card(device))
 
 
 def forget() -> None:
     """Reads the caches again on the next product."""
-    _chosen.clear()
-    _device.cache_clear()
+    _chosen.cache_clear()
+    _tuned.cache_clear()

@@ -9,21 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import dot, factor, narrow, plane, scale_value, twice, wide, zero_pair
+from .planes import dot, factor, narrow, plane, scale_value, twice, wide, zero_pair
 
 
 @triton.jit
-def epilogue(acc, rn, rm, row, bias, y, M, N, LATE: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr):
-    """acc [BN, BM] * row + bias, silu(even) * odd where PAIRED, to y [M, N or N / 2]."""
+def epilogue(acc, rn, rm, row, bias, y, M, N, LATE: tl.constexpr, BIAS: tl.constexpr):
+    """acc [BN, BM] * row * LATE + bias, to y [M, N]."""
     v = acc * (tl.load(row + rn) * LATE)[:, None]
     if BIAS:
         v += wide(tl.load(bias + rn, mask=rn < N, other=0.0))[:, None]
-    if PAIRED:
-        gate, up = tl.split(tl.permute(tl.reshape(v, [v.shape[0] // 2, 2, v.shape[1]]), (0, 2, 1)))
-        # exp(-gate) may overflow to infinity: the quotient is then the 0 it should be.
-        v = gate / (1.0 + tl.exp(-gate)) * up
-        rn = tl.min(tl.reshape(rn, [v.shape[0], 2]), 1) // 2
-        N = N // 2
     mask = (rm < M)[:, None] & (rn < N)[None, :]
     tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], narrow(tl.trans(v), y.dtype.element_ty), mask=mask)
 
@@ -32,7 +26,7 @@ def epilogue(acc, rn, rm, row, bias, y, M, N, LATE: tl.constexpr, BIAS: tl.const
 def gemm_kernel(
     x, words, scale, zero, row, table, bias, y, partial, M, N, K, PADDED_N, STRIDE_X,
     KIND: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    EVEN_K: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr, SCALE_SUM: tl.constexpr,
+    EVEN_K: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, SCALE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] (rows STRIDE_X apart) -> y [M, N], or the partial sums of one of SPLIT parts -> partial [SPLIT, M, N].
@@ -50,8 +44,8 @@ def gemm_kernel(
     WEIGHT_SCALE: tl.constexpr = GROUP > 0 and not SCALE_SUM
     # A float16 operand may stay off by its factor until the end, a bfloat16 one would be subnormal.
     UNDO: tl.constexpr = SMALL and not WEIGHT_SCALE and DTYPE == tl.bfloat16
-    UP: tl.constexpr = factor(KIND, DTYPE)
-    LATE: tl.constexpr = SPARE if (WEIGHT_SCALE or UNDO or not SMALL) else UP
+    FACTOR: tl.constexpr = factor(KIND, DTYPE)
+    LATE: tl.constexpr = SPARE if (WEIGHT_SCALE or UNDO or not SMALL) else FACTOR
     BY_BLOCK: tl.constexpr = GROUP % BLOCK == 0
 
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -75,7 +69,7 @@ def gemm_kernel(
             g = b // (GROUP // BLOCK)
             s = scale_value(tl.load(scale + g * PADDED_N + rn), KIND)[:, None]
             if WEIGHT_SCALE:
-                s2 = twice(s * (UP / SPARE), DTYPE)
+                s2 = twice(s * (FACTOR / SPARE), DTYPE)
             if ZERO:
                 z2 = zero_pair(tl.load(zero + g * PADDED_N + rn)[:, None], BITS, DTYPE)
             t = tl.zeros([BN, BM], tl.float32)
@@ -90,7 +84,7 @@ def gemm_kernel(
                 g = (b * BLOCK + j * PLANE) // GROUP if BLOCK % GROUP else b * (BLOCK // GROUP) + j * PLANE // GROUP
                 s = scale_value(tl.load(scale + g * PADDED_N + rn), KIND)[:, None]
                 if WEIGHT_SCALE:
-                    s2 = twice(s * (UP / SPARE), DTYPE)
+                    s2 = twice(s * (FACTOR / SPARE), DTYPE)
                 if ZERO:
                     z2 = zero_pair(tl.load(zero + g * PADDED_N + rn)[:, None], BITS, DTYPE)
             v = plane(w, z2, s2, table, j, KIND, BITS, DTYPE, ZERO, WEIGHT_SCALE, ASM, UNDO)
@@ -110,19 +104,18 @@ def gemm_kernel(
         p = partial + (tl.program_id(2) * M + rm).to(tl.int64)[:, None] * PADDED_N + rn[None, :]
         tl.store(p, tl.trans(acc * LATE), mask=(rm < M)[:, None])
     else:
-        epilogue(acc, rn, rm, row, bias, y, M, N, LATE, BIAS, PAIRED)
+        epilogue(acc, rn, rm, row, bias, y, M, N, LATE, BIAS)
 
 
 @triton.jit
 def reduce_kernel(
-    partial, row, bias, y, M, N, PADDED_N, SPLIT: tl.constexpr, BIAS: tl.constexpr, PAIRED: tl.constexpr,
-    BN: tl.constexpr,
+    partial, row, bias, y, M, N, PADDED_N, SPLIT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """partial [SPLIT, M, PADDED_N] -> y [M, N or N / 2]: always in the same order, so results repeat bit by bit."""
+    """partial [SPLIT, M, PADDED_N] -> y [M, N]: always in the same order, so results repeat bit by bit."""
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rm = tl.program_id(1) + tl.arange(0, 1)
     acc = tl.zeros([BN, 1], tl.float32)
     for s in tl.static_range(SPLIT):
         part = partial + (s * M + rm).to(tl.int64)[None, :] * PADDED_N + rn[:, None]
         acc += tl.load(part, mask=(rn < N)[:, None], other=0.0)
-    epilogue(acc, rn, rm, row, bias, y, M, N, 1.0, BIAS, PAIRED)
+    epilogue(acc, rn, rm, row, bias, y, M, N, 1.0, BIAS)

@@ -14,8 +14,8 @@ lie within one group, and blocks of 64. A tile of rows of one block is contiguou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +36,6 @@ class Packed:
     row     float32 [padded_n]
     table   int32 [2, 256], the values of a byte's two codes as float16 and as bfloat16 (`pair_table`); None but for
             nf4 and fp4
-    paired  rows alternate between two weights (gate and up): the SiLU-mul epilogue takes neighbouring outputs
     """
 
     words: torch.Tensor
@@ -46,10 +45,9 @@ class Packed:
     table: torch.Tensor | None
     kind: str
     bits: int
+    group_size: int
     out_features: int
     in_features: int
-    group_size: int
-    paired: bool = False
 
     @property
     def plane(self) -> int:
@@ -62,8 +60,17 @@ class Packed:
         return self.plane * 16 // self.bits
 
     @property
+    def group(self) -> int:
+        """Inputs that share one of `scale`; 0 where there is none."""
+        return 0 if self.scale is None else self.group_size
+
+    @property
     def device(self) -> torch.device:
         return self.words.device
+
+    def parts(self) -> tuple[Any, ...]:
+        """What `Packed` is made of, in its order: as operators take it."""
+        return tuple(vars(self).values())
 
 
 def plane_of(kind: str) -> int:
@@ -78,7 +85,7 @@ def why_not(kind: str, group_size: int, in_features: int) -> str | None:
     return None
 
 
-def why_not_dynamic(
+def why_not_quantized(
     kind: str, bits: int, group_size: int, in_features: int, symmetric: bool, activations: str
 ) -> str | None:
     """None where `w8a8` multiplies such a weight by such activations, quantized as they come; else why not."""
@@ -91,50 +98,27 @@ def why_not_dynamic(
     return None
 
 
-def prepack(weight: Weight | Sequence[Weight], paired: bool = False) -> Packed:
-    """One weight, or several over the same inputs joined along the outputs, ragged sizes padded once.
-
-    paired: two weights of one shape (gate, up) whose rows alternate.
-    Raises ValueError where kinds, groups or shapes differ, and for a group size that does not fill planes.
-    """
-    weights = [weight] if isinstance(weight, Weight) else list(weight)
-    first = weights[0]
-    alike = {(w.kind, w.bits, w.in_features, w.group_size, w.zero is None, w.scale.dtype, w.device) for w in weights}
-    if len(alike) > 1:
-        raise ValueError(
-            f"weights that differ in kind, bits, inputs, group size, zero or scale type: {sorted(map(str, alike))}"
-        )
-    if paired and (len(weights) != 2 or weights[0].out_features != weights[1].out_features):
-        raise ValueError(f"pairing takes two weights of one shape, not {[w.out_features for w in weights]} outputs")
-    reason = why_not(first.kind, first.group_size, first.in_features)
+def prepack(w: Weight) -> Packed:
+    """Raises ValueError for a group size that does not fill planes."""
+    reason = why_not(w.kind, w.group_size, w.in_features)
     if reason is not None:
         raise ValueError(f"the Triton layout {reason}")
-
-    def join(tensors: list[torch.Tensor]) -> torch.Tensor:
-        if len(tensors) == 1:
-            return tensors[0]
-        return torch.stack(tensors, 1).flatten(0, 1) if paired else torch.cat(tensors)
-
-    multiplier = join([torch.full((w.out_features,), w.multiplier, device=w.device) for w in weights])
-    scale, row = _scales(first.kind, join([_raw_scale(w) for w in weights]), multiplier)
+    scale, row = _scales(w)
     out = row.shape[0]
     rows = -(-out // N_MULTIPLE) * N_MULTIPLE
-    words = _words(first.kind, first.bits, join([w.packed for w in weights]), first.in_features, rows)
-    groups = -(-words.shape[0] * plane_of(first.kind) * 16 // first.bits // first.group_size)
+    words = _words(w.kind, w.bits, w.packed, w.in_features, rows)
+    groups = -(-words.shape[0] * plane_of(w.kind) * 16 // w.bits // w.group_size)
     return Packed(
         words=words,
         scale=None if scale is None else _columns(scale, rows, groups),
-        zero=None
-        if first.zero is None
-        else _columns(join([w.zero for w in weights if w.zero is not None]), rows, groups),
+        zero=None if w.zero is None else _columns(w.zero, rows, groups),
         row=torch.nn.functional.pad(row, (0, rows - out)),
-        table=pair_table(first.kind).to(first.device) if first.kind in BY_BYTES else None,
-        kind=first.kind,
-        bits=first.bits,
+        table=pair_table(w.kind).to(w.device) if w.kind in BY_BYTES else None,
+        kind=w.kind,
+        bits=w.bits,
+        group_size=w.group_size,
         out_features=out,
-        in_features=first.in_features,
-        group_size=first.group_size,
-        paired=paired,
+        in_features=w.in_features,
     )
 
 
@@ -195,20 +179,26 @@ def _words(kind: str, bits: int, packed: torch.Tensor, in_features: int, rows: i
     return words
 
 
-def _raw_scale(w: Weight) -> torch.Tensor:
-    return w.scale.view(torch.uint8) if w.kind == "nvfp4" else w.scale
+def nan_rows(w: Weight) -> torch.Tensor:
+    """bool [out]: outputs with a weight or a scale that is e4m3's NaN, which kernels, moving its bits, take for 480."""
+    stored = {"fp8": w.packed, "nvfp4": w.scale}.get(w.kind)
+    if stored is None:
+        return torch.zeros(w.out_features, dtype=torch.bool, device=w.device)
+    return ((stored.contiguous().view(torch.uint8) & 0x7F) == 0x7F).any(1)
 
 
-def _scales(kind: str, scale: torch.Tensor, multiplier: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Scales [out, groups] as stored -> (scales for the kernel or None, row [out])."""
-    if kind == "nvfp4":
-        return scale, multiplier
-    if kind == "mxfp4":
-        most = scale.amax(1, keepdim=True)
-        row = torch.ldexp(multiplier, most[:, 0].int() - 127)
-        row = torch.where(most[:, 0] == 255, float("nan"), row)  # e8m0's NaN makes the output NaN, as it must
-        return (scale.int() - most.int() + 127).clamp_(min=0).to(torch.uint8), row
-    scale = scale.float() * multiplier.unsqueeze(1)
+def _scales(w: Weight) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Scales [out, groups] for the kernel or None, and row [out]; NaN there makes the output NaN, as it must."""
+    multiplier = torch.full((w.out_features,), w.multiplier, device=w.device)
+    multiplier = torch.where(nan_rows(w), float("nan"), multiplier)
+    if w.kind == "nvfp4":
+        return w.scale.view(torch.uint8), multiplier
+    if w.kind == "mxfp4":
+        largest = w.scale.amax(1, keepdim=True)
+        row = torch.ldexp(multiplier, largest[:, 0].int() - 127)
+        row = torch.where(largest[:, 0] == 255, float("nan"), row)  # e8m0's NaN
+        return (w.scale.int() - largest.int() + 127).clamp_(min=0).to(torch.uint8), row
+    scale = w.scale.float() * multiplier.unsqueeze(1)
     if scale.shape[1] == 1:
         return None, scale[:, 0]
     # A power of two per row brings every scale into float16's normal range, whatever type it was stored in.

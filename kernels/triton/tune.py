@@ -10,6 +10,7 @@ import triton
 
 from . import config, ops
 from .config import Config, Key
+from .device import card
 from .layout import Packed
 
 # Bytes written between runs, so that weights come from memory and not from a cache: more than any card's L2.
@@ -27,9 +28,6 @@ def candidates(key: Key, rows: int, processors: int, amd: bool = False) -> list[
         ways = [s for s in (1, 2, 4, 8, 16) if blocks // s >= 2 or s == 1]
         return sorted(ways, key=lambda s: abs(tiles * s - 2 * processors))[:2]
 
-    if rows == 1 and key.kind == "int":
-        for bn, warps in ((16, 2), (32, 4), (64, 4), (128, 4)):
-            found += [Config("gemv", 1, bn, warps, 3, s) for s in parts(key.padded_n // bn)]
     if rows <= 64:
         for bn, warps, stages in ((64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 4, 4), (128, 8, 4)):
             found += [Config("gemm", tokens, bn, warps, stages, s) for s in parts(key.padded_n // bn)]
@@ -58,23 +56,17 @@ def tune(
     """
     if packed.device.type != "cuda":
         raise ValueError(f"tuning needs a weight on a CUDA or ROCm device, not on {packed.device}")
-    found = torch.cuda.get_device_properties(packed.device)
-    amd = torch.version.hip is not None
-    group = 0 if packed.scale is None else packed.group_size
-    key = Key(
-        packed.kind, packed.bits, group, packed.zero is not None, dtype, packed.words.shape[1], packed.in_features
-    )
+    on, key = card(packed.device), Key.of(packed, dtype)
     best: dict[int, tuple[Config, float]] = {}
     for m in sorted({config.bucket(r) for r in rows}):
         x = torch.randn(m, packed.in_features, dtype=dtype, device=packed.device)
-        timed = [(measure(c, x, packed), c) for c in candidates(key, m, found.multi_processor_count, amd)]
+        timed = [(measure(c, x, packed), c) for c in candidates(key, m, on.processors, on.amd)]
         seconds, chosen = min((t, c) for t, c in timed if t is not None)
         best[m] = (chosen, seconds)
-    path = config.path_of(found.name, folder)
+    path = config.path_of(on.name, folder)
     kept = {k: {str(b): c for b, c in v.items()} for k, v in config.load(path).items()}
     kept[key.text()] = {**kept.get(key.text(), {}), **{str(m): c for m, (c, _) in best.items()}}
-    arch = getattr(found, "gcnArchName", None) if amd else f"sm_{found.major}{found.minor}"
-    config.save(path, found.name, str(arch), kept)
+    config.save(path, on.name, kept)
     config.forget()
     return best
 
@@ -82,14 +74,13 @@ def tune(
 def measure(c: Config, x: torch.Tensor, p: Packed, repeats: int = 20) -> float | None:
     """Median seconds of one product with cold caches, or None where the configuration does not fit the device."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=x.device)
-    arguments = (x, p.words, p.scale, p.zero, p.row, p.table, None, p.kind, p.bits, p.group_size, p.out_features)
     times = []
     for i in range(repeats + 2):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         try:
-            ops.run(c, *arguments, p.in_features, p.paired)
+            ops.run(c, x, p)
         except triton.runtime.errors.OutOfResources:
             return None
         end.record()

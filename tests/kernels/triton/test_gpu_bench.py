@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
@@ -29,7 +32,7 @@ def test_checks_pass_in_the_interpreter(monkeypatch):
     some = [check for check in every if check[0].startswith(CHECKED)]
     assert len(some) == len(CHECKED)
     monkeypatch.setattr(checks, "checks", lambda device, small: some)
-    result = gpu.check("cpu", gpu.Clock(60), small=True)
+    result = gpu.check("cpu", gpu.Clock(600), small=True)
     assert result["cases"] == len(some) and not result["failed"] and result["worst_over_bound"] <= 1
 
 
@@ -62,8 +65,8 @@ def test_turns_are_taken_until_time_is_up():
 
 def test_report():
     top = {"read_bytes_per_s": 2e12, "copy_bytes_per_s": 1.8e12, "bf16_flops": 4e14}
-    times = {"torch float16": [2e-5, 2e-5, 4e-5], "qkit w4a16 g128": [1e-5, 9e-6, 1e-5]}
-    sizes = {"torch float16": 4096 * 4096 * 2, "qkit w4a16 g128": 4096 * 4096 // 2}
+    times = {"torch bfloat16": [2e-5, 2e-5, 4e-5], "qkit w4a16 g128": [1e-5, 9e-6, 1e-5]}
+    sizes = {"torch bfloat16": 4096 * 4096 * 2, "qkit w4a16 g128": 4096 * 4096 // 2}
     rows = gpu.rows_for("8B o", (4096, 4096), 1, times, sizes, top)
     assert [row["speedup"] for row in rows] == [1.0, 2.0]
     assert rows[1]["of_bandwidth"] == pytest.approx((4096 * 4096 / 2 + 2 * 8192) / 1e-5 / 2e12)
@@ -72,3 +75,49 @@ def test_report():
     text = gpu.markdown(report | dict(rows=rows, absent={"marlin": "ImportError: vllm"}, left_out=["70B o"]))
     assert "read 2000 GB/s" in text and "1 failed" in text and "- marlin: ImportError: vllm" in text
     assert "| 1 | qkit w4a16 g128 | 10.0 us | 9.0 us | 840 | 42% | 1% | 2.00 |" in text
+
+
+def test_checks_are_shared_out():
+    """Each runs in one of the processes; what there is no time for is counted."""
+    result = gpu.check("nowhere", gpu.Clock(600), small=True, workers=2)
+    assert result["cases"] == len(list(checks.checks("cpu", True))) == len(result["failed"]) and not result["skipped"]
+    assert all("nowhere" in fault for fault in result["failed"])
+
+
+def test_tuning_keeps_what_was_fastest(monkeypatch, tmp_path):
+    from qkit.kernels.triton import config, device, layout, tune
+
+    monkeypatch.setattr(gpu, "SHAPES", {"o": (128, 4096)})
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    monkeypatch.setattr(layout.Packed, "device", property(lambda self: torch.device("cuda", 0)))
+    monkeypatch.setattr(tune, "card", lambda where: device.Card("A Card", 4, (9, 0), False, True))
+    monkeypatch.setattr(torch, "randn", lambda *size, dtype, device: torch.empty(size))
+    monkeypatch.setattr(checks, "make", lambda *about, make=checks.make: make(*about[:-1], "cpu"))
+    monkeypatch.setattr(tune, "measure", lambda c, x, packed: 1.0 if c.stages == 6 or c.route == "dequantize" else 2.0)
+    gpu.tune(gpu.Clock(60))
+    kept = config.load(config.path_of("A Card"))["int4 g128 bfloat16 128x4096"]
+    assert {m: (c.route, c.stages) for m, c in kept.items()} == {
+        m: ("gemm", 6) if m <= 64 else ("dequantize", 0) for m in gpu.ROWS
+    }
+
+
+def test_needs_no_installation(tmp_path):
+    """torch and triton on the path and a checkout: no installed qkit, nor a hook of site-packages that knows one."""
+    for package in Path(torch.__file__).parents[1].iterdir():
+        if "qkit" not in package.name:
+            (tmp_path / package.name).symlink_to(package)
+    script = f"""
+import runpy, sys
+sys.argv = ["gpu.py"]
+try:
+    runpy.run_path({gpu.__file__!r}, run_name="__main__")
+except SystemExit as done:
+    assert done.code == 2, done.code
+import qkit.kernels.triton.ops, qkit.kernels.select
+print(qkit.kernels.triton.__file__)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "QKIT_DEV"} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-S", "-c", script]
+    result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()) == Path(gpu.__file__).parents[1] / "kernels/triton/__init__.py"

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from qkit.kernels import reference
 from qkit.kernels.select import KERNELS, problem
-from qkit.kernels.triton import activations, dynamic, w8a8
+from qkit.kernels.triton import activations, device, quantized, w8a8
 from qkit.kernels.weight import Weight
 
 
@@ -23,6 +23,11 @@ def make(kind: str, out: int, in_: int, groups: int, zero: bool = False) -> Weig
     scale = (torch.rand(out, groups, generator=generator) * 0.01 + 0.001).bfloat16()
     zeros = torch.randint(0, 256, (out, groups), generator=generator, dtype=torch.uint8) if zero else None
     return Weight(reference.pack(codes, 8), scale, zeros, 8, in_, kind)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, fp8: bool, processors: int = 1) -> None:
+    """The card that the launchers are told of."""
+    monkeypatch.setattr(device, "INTERPRETER", device.INTERPRETER._replace(fp8=fp8, processors=processors))
 
 
 @pytest.mark.parametrize("at_once", [8192, 64], ids=["one read", "two reads"])
@@ -43,6 +48,47 @@ def test_codes_of_activations(monkeypatch, dtype, at_once):
             assert torch.equal(sums, values.sum(1).int())
 
 
+@pytest.mark.parametrize("at_once", [8192, 64], ids=["one read", "two reads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_comes_out_as_nan(monkeypatch, dtype, at_once):
+    """A token that holds NaN or infinity, wherever it stands, and no other token."""
+    monkeypatch.setattr(activations, "_AT_ONCE", at_once)
+    x = torch.randn(6, 150, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, column, value in ((0, 3, torch.nan), (1, 149, torch.inf), (2, 70, -torch.inf), (3, 0, -torch.nan)):
+        x[row, column] = value
+    x[3, 1] = torch.inf
+    for kind in activations.KINDS:
+        _, scale, _ = activations.quantize_rows(x, kind, 256)
+        assert scale[:4].isnan().all() and scale[4:].isfinite().all()
+    for w, kind in ((make("int", 8, 150, 1, True), "int8"), (make("fp8", 8, 150, 1), "fp8")):
+        packed, exact = w8a8.prepack(w, kind), reference.matmul(x, w, None, kind)
+        for native in (True, False):
+            stand_in(monkeypatch, native)
+            got = w8a8.matmul(x, packed)
+            assert exact[:4].isnan().all() and got[:4].isnan().all()
+            assert torch.allclose(got[4:], exact[4:], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["e4m3", "as half"])
+def test_weights_that_are_nan_stay_so(monkeypatch, native):
+    stand_in(monkeypatch, native)
+    w = make("fp8", 8, 150, 1)
+    w.packed.view(torch.uint8)[5, 40] = 0xFF
+    x = torch.randn(2, 150, generator=torch.Generator().manual_seed(0))
+    got = w8a8.matmul(x, w8a8.prepack(w, "fp8"))
+    assert torch.equal(got.isnan(), reference.matmul(x, w, None, "fp8").isnan()) and got[:, 5].isnan().all()
+
+
+def test_scales_that_are_almost_zero():
+    """Below float32's normal numbers a scale is rounded, and a value over it may be more than the largest code."""
+    x = torch.tensor([[1e-45, 0], [190 * 2.0**-149, -190 * 2.0**-149], [600 * 2.0**-149, 0]])
+    for kind in activations.KINDS:
+        codes, scale, _ = activations.quantize_rows(x, kind, 128)
+        values, expected = reference.quantize_activations(x, kind.split()[0])
+        assert torch.equal(scale, expected[:, 0]) and torch.equal(codes.float()[:, :2], values)
+        assert values.isfinite().all() and values[2, 0] > 0
+
+
 CASES = [
     ("int", 48, 200, 1, False, torch.float16),
     ("int", 130, 100, 1, True, torch.bfloat16),
@@ -58,7 +104,7 @@ def test_matmul(monkeypatch, kind, out, in_, groups, zero, dtype, native):
     if kind == "int" and not native:
         pytest.skip("int8 has one path")
     # 64 units: a split reduction for few rows
-    monkeypatch.setattr(w8a8, "_card", lambda index: (native, 64))
+    stand_in(monkeypatch, native, 64)
     w = make(kind, out, in_, groups, zero)
     activations_kind = "int8" if kind == "int" else "fp8"
     packed = w8a8.prepack(w, activations_kind)
@@ -78,11 +124,11 @@ def test_matmul(monkeypatch, kind, out, in_, groups, zero, dtype, native):
 
 
 def test_split_is_deterministic_and_chosen_by_size():
-    few = w8a8.config(1, 4096, 4096, 0, False, 132)
-    assert (few.block_m, few.split_k) == (16, 4) and w8a8.config(2, 4096, 4096, 0, False, 132) == few
-    assert w8a8.config(512, 4096, 4096, 0, False, 132).split_k == 1
-    assert w8a8.config(1, 128256, 4096, 0, False, 132).split_k == 1
-    assert w8a8.config(1, 4096, 4096, 64, False, 132).block_k == 64
+    few = w8a8.tiles(1, 4096, 4096, 0, False, 132)
+    assert (few.block_m, few.split_k) == (16, 4) and w8a8.tiles(2, 4096, 4096, 0, False, 132) == few
+    assert w8a8.tiles(512, 4096, 4096, 0, False, 132).split_k == 1
+    assert w8a8.tiles(1, 128256, 4096, 0, False, 132).split_k == 1
+    assert w8a8.tiles(1, 4096, 4096, 64, False, 132).block_k == 64
 
 
 def test_op_is_opaque_and_differentiable():
@@ -92,8 +138,7 @@ def test_op_is_opaque_and_differentiable():
     w8a8.matmul(x, packed).sum().backward()
     straight_through = reference.dequantize_weight(w, torch.float32).sum(0)
     assert x.grad is not None and torch.allclose(x.grad, straight_through.expand(3, -1), rtol=1e-5, atol=1e-5)
-    about = (packed.codes, packed.scale, packed.shift, None, packed.kind, 48, 96, packed.group_size)
-    torch.library.opcheck(w8a8._op, (x.detach(), *about), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(w8a8._op, (x.detach(), None, *packed.parts()), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_entry_of_select():
@@ -105,10 +150,12 @@ def test_entry_of_select():
         back = entry.restore(state)
         assert torch.equal(back.packed, w.packed) and torch.equal(back.scale, w.scale) and back.kind == w.kind
         assert back.zero is w.zero
+        held = (state.packed.codes, state.packed.scale, state.packed.shift, w.scale, w.zero)
+        assert [id(t) for t in state.tensors()] == [id(t) for t in held if t is not None]
         p = problem(w, torch.float16, kind)
         assert "not on cpu" in str(entry.supports(p))
-        assert dynamic.supports(replace(p, device=torch.device("cuda"))) is None
-        assert "int8 or fp8" in str(dynamic.supports(replace(p, activations=None)))
+        assert quantized.supports(replace(p, device=torch.device("cuda"))) is None
+        assert "int8 or fp8" in str(quantized.supports(replace(p, activations=None)))
 
 
 def test_wrong_inputs_are_refused():

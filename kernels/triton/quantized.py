@@ -1,4 +1,7 @@
-"""`w8a8` as an entry of `select.KERNELS`. Importing this imports neither triton nor a driver."""
+"""8-bit weights times activations quantized per token, `w8a8`, as a record.
+
+Importing this imports neither triton nor a driver.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import reference
+from ..problem import Kernel, Problem
 from ..weight import FLOATS, Weight
-from . import unavailable
-from .layout import why_not_dynamic
+from .device import unavailable
+from .layout import why_not_quantized
 
 if TYPE_CHECKING:
-    from ..problem import Problem
     from .w8a8 import Packed8
 
 
@@ -23,7 +26,7 @@ def supports(p: Problem) -> str | None:
         return "takes activations quantized to int8 or fp8"
     if p.act_dtype not in FLOATS:
         return f"takes float32, float16 or bfloat16 activations, not {p.act_dtype}"
-    return unavailable(p.device) or why_not_dynamic(
+    return unavailable(p.device) or why_not_quantized(
         p.kind, p.bits, p.group_size, p.shape[1], p.symmetric, p.activations
     )
 
@@ -37,9 +40,14 @@ class Layer:
     zero: torch.Tensor | None
     multiplier: float
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds memory for."""
+        held = (self.packed.codes, self.packed.scale, self.packed.shift, self.scale, self.zero)
+        return [t for t in held if t is not None]
+
 
 def prepack(w: Weight, activations: str | None) -> Layer:
-    """Raises ValueError for a weight that `layout.why_not_dynamic` refuses."""
+    """Raises ValueError for a weight that `layout.why_not_quantized` refuses."""
     from . import w8a8
 
     return Layer(w8a8.prepack(w, str(activations)), w.scale, w.zero, w.multiplier)
@@ -58,3 +66,6 @@ def restore(state: Layer) -> Weight:
     codes = p.codes[: p.out_features, : p.in_features]
     codes = codes.view(torch.uint8) ^ 128 if p.kind == "int" else codes
     return Weight(reference.pack(codes, 8), state.scale, state.zero, 8, p.in_features, p.kind, state.multiplier)
+
+
+KERNEL = Kernel("triton-w8a8", supports, prepack, matmul, restore)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import factor, narrow, plane, scale_value, wide, zero_pair
+from .planes import factor, narrow, plane, scale_value, wide, zero_pair
 
 
 @triton.jit

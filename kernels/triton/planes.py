@@ -92,10 +92,12 @@ def pairs(v, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def apart(v, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """What `pairs` gave -> DTYPE [n, 2 * words]."""
+def apart(v, DTYPE: tl.constexpr, ASM: tl.constexpr, EXACT: tl.constexpr):
+    """What `pairs` gave -> DTYPE [n, 2 * words]. EXACT: DTYPE holds the values, so there is nothing to round."""
     if ASM:
         r = halves(v, DTYPE)
+    elif DTYPE == tl.bfloat16 and EXACT:
+        r = (v.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     elif DTYPE == tl.bfloat16:
         r = narrow(v, DTYPE)
     else:
@@ -180,8 +182,8 @@ def scale_value(s, KIND: tl.constexpr):
     return s.to(tl.float32)
 
 
-@triton.jit
-def factor(KIND: tl.constexpr, DTYPE: tl.constexpr):
+@triton.constexpr_function
+def factor(KIND, DTYPE):
     """What a value of `plane` must still be multiplied by: 1 but for the small floats, which keep their exponents."""
     if KIND == "mxfp4" or KIND == "nvfp4":
         return 2.0**14 if DTYPE == tl.float16 else 2.0**126
@@ -206,15 +208,15 @@ def plane(
     if KIND == "nf4" or KIND == "fp4":
         v = tl.load(table + ((w >> (8 * j)) & 0xFF))
     elif KIND == "mxfp4" or KIND == "nvfp4":  # s, e e m: to the low bits of the exponent and the top of the mantissa
-        up: tl.constexpr = 9 if DTYPE == tl.float16 else 6
+        left: tl.constexpr = 9 if DTYPE == tl.float16 else 6
         rest: tl.constexpr = 0x0E000E00 if DTYPE == tl.float16 else 0x01C001C0
-        m = (w << (up - 4 * j)) if up >= 4 * j else (w >> (4 * j - up))
+        m = (w << (left - 4 * j)) if left >= 4 * j else (w >> (4 * j - left))
         v = sign_or(w << (12 - 4 * j), m & rest, ASM)
     elif KIND == "fp8":
         s = (w << 8) if j == 0 else w
-        down: tl.constexpr = 1 if DTYPE == tl.float16 else 4
+        right: tl.constexpr = 1 if DTYPE == tl.float16 else 4
         kept: tl.constexpr = 0x3F803F80 if DTYPE == tl.float16 else 0x07F007F0
-        v = sign_or(s, (s >> down) & kept, ASM)
+        v = sign_or(s, (s >> right) & kept, ASM)
     elif BITS == 4:
         v = and_or(w >> (4 * j), 0x000F000F, 0x64006400 if DTYPE == tl.float16 else 0x43004300, ASM)
     elif DTYPE == tl.float16:
@@ -239,4 +241,4 @@ def plane(
     elif UNDO:  # bfloat16 2**126 and 2**120
         both: tl.constexpr = 0x7B807B80 if KIND == "fp8" else 0x7E807E80
         v = mul(v, tl.full([1, 1], both, tl.int32), DTYPE, ASM)
-    return apart(v, DTYPE, ASM)
+    return apart(v, DTYPE, ASM, not SCALE)
