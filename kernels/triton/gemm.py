@@ -22,7 +22,7 @@ def epilogue(acc, rn, rm, row, bias, y, M, N, LATE: tl.constexpr, BIAS: tl.const
     tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], narrow(tl.trans(v), y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x, words, scale, zero, row, table, bias, y, partial, M, N, K, PADDED_N, STRIDE_X,
     KIND: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
@@ -107,7 +107,7 @@ def gemm_kernel(
         epilogue(acc, rn, rm, row, bias, y, M, N, LATE, BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     partial, row, bias, y, M, N, PADDED_N, SPLIT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip

@@ -42,7 +42,7 @@ def _finish(acc, scale, row, sums, shift, bias, y, M, N, rm, rn, ROW: tl.constex
     tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _w8a8(
     x, w, scale, row, sums, shift, bias, y, M, N, K, PADDED_N,
     GROUP: tl.constexpr, AS_HALF: tl.constexpr, SPLIT_K: tl.constexpr, ACC: tl.constexpr,
@@ -85,7 +85,7 @@ def _w8a8(
         tl.store(y + at, acc, mask=(rm < M)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _sum_parts(
     parts, scale, row, sums, shift, bias, y, M, N, PADDED_N,
     GROUP: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,

@@ -8,7 +8,7 @@ from allocated import most
 
 from qkit.kernels import Weight, reference
 from qkit.kernels.select import KERNELS
-from qkit.kernels.triton import dynamic, layer, restore
+from qkit.kernels.triton import layer, quantized, restore
 
 OUT, IN = 256, 2048
 
@@ -35,8 +35,8 @@ def test_prepacking_takes_little_beside_the_weight(bits: int, zeros: bool, kind:
 def test_prepacking_for_int8_activations_takes_little_beside_the_weight() -> None:
     weight = made(8, group=IN)
     size = weight.packed.nbytes
-    assert most(dynamic.prepack, weight, "int8") <= 2.2 * size
-    assert most(dynamic.restore, dynamic.prepack(weight, "int8")) <= 4.2 * size
+    assert most(quantized.prepack, weight, "int8") <= 2.2 * size
+    assert most(quantized.restore, quantized.prepack(weight, "int8")) <= 4.2 * size
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -146,3 +146,21 @@ def test_sample_of_the_table_compiled_anew():
     command = [sys.executable, str(BENCHMARKS / "triton_static.py"), "--check", "--sample"]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_the_number_of_rows_makes_no_binary_of_its_own() -> None:
+    """An engine's batches have dozens of sizes: a kernel specialized on them is compiled again for those that 16 divides,
+    and for one."""
+    code = """
+from qkit.kernels.triton import activations, dequantized, gemm, w8a8
+for module in (activations, dequantized, gemm, w8a8):
+    for name, kernel in vars(module).items():
+        for p in getattr(kernel, "params", ()):
+            if p.name == "M":
+                print(name, p.do_not_specialize)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = dict(line.split() for line in done.stdout.splitlines())
+    launched = {"gemm_kernel", "reduce_kernel", "_w8a8", "_sum_parts"}
+    assert launched <= found.keys() and all(found[name] == "True" for name in launched)
