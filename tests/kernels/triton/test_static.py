@@ -149,8 +149,8 @@ def test_sample_of_the_table_compiled_anew():
 
 
 def test_the_number_of_rows_makes_no_binary_of_its_own() -> None:
-    """An engine's batches have dozens of sizes: a kernel specialized on them is compiled again for those that 16 divides,
-    and for one."""
+    """An engine's batches have dozens of sizes: a kernel specialized on them would be compiled anew for one, and where
+    16 divides them."""
     code = """
 from qkit.kernels.triton import activations, dequantized, gemm, w8a8
 for module in (activations, dequantized, gemm, w8a8):
