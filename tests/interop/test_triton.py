@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import clients
 import pytest
+
+from interop import clients
 
 ROOT = Path(__file__).parents[2]
 
