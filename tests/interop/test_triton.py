@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from interop import clients
 
 ROOT = Path(__file__).parents[2]
