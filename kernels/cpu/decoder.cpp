@@ -265,6 +265,7 @@ struct Step : Asked {
 };
 
 bool whole(const QkLinear& l, int64_t rows, int64_t cols) {
+    if (!l.dense && l.int8 && l.quantized.table) return false;
     return l.rows == rows && l.cols == cols && (l.dense || (l.quantized.rows == rows && l.quantized.cols == cols));
 }
 

@@ -18,7 +18,7 @@ _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("quantized", lib.QkWeight), ("dense", _P), ("bias", _P), ("rows", _N), ("cols", _N))
+    _fields_ = (("quantized", lib.QkWeight), ("dense", _P), ("bias", _P), ("rows", _N), ("cols", _N), ("int8", _I))
 
 
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -141,9 +141,9 @@ def _linear(l: Linear) -> _Linear:
     bias = _pointer(l.bias, torch.bfloat16)
     if isinstance(l.weight, CpuWeight):
         c = l.weight.c
-        return _Linear(c, None, bias, c.rows, c.cols)
+        return _Linear(c, None, bias, c.rows, c.cols, l.weight.int8)
     rows, cols = l.weight.shape
-    return _Linear(lib.QkWeight(), _pointer(l.weight, torch.bfloat16), bias, rows, cols)
+    return _Linear(lib.QkWeight(), _pointer(l.weight, torch.bfloat16), bias, rows, cols, 0)
 
 
 def _layer(l: Layer) -> _Layer:

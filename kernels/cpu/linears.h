@@ -16,8 +16,9 @@ class Products {
     Products(int64_t batch, int isa) : batch_(batch), isa_(isa) {}
 
     // A QkStatus. careful: for uneven inputs.
-    int find(const QkWeight& w, bool careful, const Product*& found) {
-        const int limbs = limbs_of(w, QK_BF16, 0, careful);
+    int find(const QkLinear& l, bool careful, const Product*& found) {
+        const QkWeight& w = l.quantized;
+        const int limbs = limbs_of(w, QK_BF16, l.int8, careful);
         for (const Product& p : made_)
             if (p.bits == w.bits && p.cols == w.cols && p.groups == w.groups && p.limbs == limbs) {
                 found = &p;
@@ -61,8 +62,8 @@ struct Group {
         Linear& to = linears[count++];
         to.of = &l;
         if (l.dense) return QK_OK;
-        if (const int bad = products.find(l.quantized, false, to.usual)) return bad;
-        if (const int bad = products.find(l.quantized, true, to.careful)) return bad;
+        if (const int bad = products.find(l, false, to.usual)) return bad;
+        if (const int bad = products.find(l, true, to.careful)) return bad;
         for (int i = 0; i < count - 1 && !to.shares; ++i) {
             const Linear& other = linears[i];
             to.shares = other.usual == to.usual && !other.of->quantized.zero == !l.quantized.zero;

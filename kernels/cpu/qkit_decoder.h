@@ -13,6 +13,7 @@ struct QkLinear {
     const uint16_t* dense;
     const uint16_t* bias;  // bfloat16 [rows] or null
     int64_t rows, cols;
+    int int8;  // quantized: its inputs are quantized to int8, per sequence
 };
 
 // Norms are bfloat16, the model's own: read at every step, so that writes to them count. Null: the architecture has none

@@ -318,7 +318,7 @@ void step(int64_t batch, int64_t length, int activation) {
     QkLinear linears[8];
     for (int i = 0; i < 8; ++i) {
         const int64_t rows = shapes[i][0], cols = shapes[i][1];
-        linears[i] = {{}, nullptr, nullptr, rows, cols};
+        linears[i] = {{}, nullptr, nullptr, rows, cols, i == 5};
         if (i % 3 == 1) {
             dense.push_back(halves(rows * cols, 0.3f));
             linears[i].dense = dense.back().data();

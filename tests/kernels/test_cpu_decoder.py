@@ -27,16 +27,22 @@ def seed() -> Iterator[None]:
 
 
 def linear(out: int, in_: int, bits: int, group: int, bias: bool = False) -> tuple[Linear, torch.Tensor]:
-    """bits 0: dense; -4: a codebook. And its weight in float64."""
+    """bits 0: dense; -4: a codebook; 88: 8 bits, whose inputs are quantized to int8. And its weight in float64."""
     b = torch.randn(out).bfloat16() if bias else None
     if bits == 0:
         w = (torch.randn(out, in_) / in_**0.5).bfloat16()
         return Linear(w, b), w.double()
+    activations = "int8" if bits == 88 else None
+    bits = 8 if activations else bits
     codes = torch.randint(0, 1 << abs(bits), (out, in_), dtype=torch.uint8)
     scale = (torch.rand(out, in_ // group) + 0.5) / in_**0.5 / (1 << (abs(bits) - 2))
     zero = torch.randint(6, 10, scale.shape, dtype=torch.uint8) if bits == 4 and bias else None
     w = Weight(kernels.pack(codes, abs(bits)), scale, zero, abs(bits), in_, "nf4" if bits < 0 else "int")
-    return Linear(matmul.prepack(w, None), b), reference.dequantize_weight(w, torch.float64)
+    return Linear(matmul.prepack(w, activations), b), reference.dequantize_weight(w, torch.float64)
+
+
+def exactly(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 class Model:
@@ -96,6 +102,9 @@ class Model:
         x = r(self.c.embedding[tokens].double() * self.c.embedding_scale)
 
         def linear(l: Linear, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            if isinstance(l.weight, matmul.CpuWeight) and l.weight.int8 and r is not exactly:
+                step = x.abs().amax(-1, keepdim=True) / 127
+                x = (x / step).round() * step
             return r(x @ w.T + (0 if l.bias is None else l.bias.double()))
 
         def heads(y: torch.Tensor) -> torch.Tensor:
@@ -123,7 +132,7 @@ class Model:
             g = linear(*gate, h)
             act = torch.nn.functional.gelu(g, approximate="tanh") if self.gemma else torch.nn.functional.silu(g)
             x = x + self.norm(linear(*down, r(r(act) * linear(*up, h))), layer.mlp_post_norm)
-        return r(self.norm(x, self.c.final_norm)) @ self.head.T
+        return linear(self.c.head, self.head, r(self.norm(x, self.c.final_norm)))
 
     def caches(self, batch: int, length: int) -> list[list[torch.Tensor]]:
         return [
@@ -139,6 +148,7 @@ MODELS = [
     (7, 1, 80, (0,), 5, True),
     (4, 1, 64, (8, -4), 400, True),
     (8, 2, 128, (-4, 4), 0, False),
+    (4, 2, 32, (88,), 0, False),
 ]
 
 
@@ -149,7 +159,7 @@ def differs(model: Model, isa: str | None, batch: int, length: int) -> tuple[flo
     first = torch.arange(batch) * min(length, 3) // max(1, batch - 1)
     positions = length - first
     old = [[t[:, :, :length] for t in each] for each in (keys, values)]
-    exact = model.step(*old, tokens, positions, first, lambda x: x)
+    exact = model.step(*old, tokens, positions, first, exactly)
     rounded = model.step(*old, tokens, positions, first, lambda x: x.bfloat16().double())
     cache = Cache.of(tuple(keys), tuple(values))
     y = decode(model.c, cache, length, tokens, positions, first, isa).double()
@@ -201,3 +211,15 @@ def test_what_is_no_number_stays_in_its_sequence(isa: str, where: str) -> None:
         values[1][1, 0, 7] = float("nan")
     y = run()
     assert y[1].isnan().all() and torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_inputs_are_int8_where_the_scheme_says_so() -> None:
+    """As the layer's own kernel computes them: nearer to the step that rounds inputs so than to the exact one."""
+    model = Model(*MODELS[5], layers=2)
+    keys, values = model.caches(8, 30)
+    tokens, zero = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    old = [[t[:, :, :30] for t in each] for each in (keys, values)]
+    exact = model.step(*old, tokens, zero + 30, zero, exactly)
+    rounded = model.step(*old, tokens, zero + 30, zero, lambda x: x.bfloat16().double())
+    y = decode(model.c, Cache.of(tuple(keys), tuple(values)), 30, tokens, zero + 30, zero).double()
+    assert (y - rounded).norm() < 0.85 * (rounded - exact).norm()
