@@ -12,6 +12,7 @@ import os
 import torch
 
 from .errors import NonFiniteError, ScaleOverflowError
+from .problem import Kernel
 from .weight import TABLES, Weight
 
 
@@ -252,9 +253,19 @@ def matmul(
 
     activations  None: weights are rounded to x.dtype first. "int8" or "fp8": x is quantized per token
                  (`quantize_activations`) and multiplied in float32.
+    Raises ValueError for another number of inputs.
     """
+    if x.shape[-1] != w.in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes {w.in_features} inputs")
     if activations is None:
         return torch.nn.functional.linear(x, dequantize_weight(w, x.dtype), bias)
     values, scale = quantize_activations(x, activations)
     y = torch.nn.functional.linear(values, dequantize_weight(w, torch.float32)) * scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _of_state(x: torch.Tensor, state: tuple[Weight, str | None], bias: torch.Tensor | None) -> torch.Tensor:
+    return matmul(x, state[0], bias, state[1])
+
+
+KERNEL = Kernel("reference", lambda p: None, lambda w, activations: (w, activations), _of_state, lambda state: state[0])

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import reference
+from ..problem import Kernel, Problem
 from ..weight import TABLES, Weight
 from . import lib
-
-if TYPE_CHECKING:
-    from ..problem import Problem
 
 _WIDE = 32  # outputs in a block of the layout (matmul_types.h)
 
@@ -114,3 +111,6 @@ def matmul(x: torch.Tensor, state: CpuWeight, bias: torch.Tensor | None) -> torc
         return reference.matmul(x, restore(state), bias, "int8" if state.int8 else None)
     y = lib.matmul(c, x.reshape(-1, c.cols).contiguous(), bias, state.int8)
     return y.view(*x.shape[:-1], c.rows)
+
+
+KERNEL = Kernel("cpu", supports, prepack, matmul, restore)
