@@ -151,16 +151,8 @@ bool uneven(const qkit::Block* blocks, int64_t n_blocks, const void* x, int x_dt
             high = max(high, v);
             all = all + v;
         }
-        float most[LANES], sum[LANES];
-        store(most, high);
-        store(sum, all);
-        for (int half = LANES / 2; half; half /= 2)
-            for (int i = 0; i < half; ++i) {
-                most[i] = most[i + half] > most[i] ? most[i + half] : most[i];
-                sum[i] += sum[i + half];
-            }
-        const float others = sum[0] - most[0];  // zero: nothing there to lose
-        if (others > 0.0f && most[0] * (float)(size - 1) > ratio * others && most[0] < INFINITY) return true;
+        const float most = largest(high), others = total(all) - most;  // zero: nothing there to lose
+        if (others > 0.0f && most * (float)(size - 1) > ratio * others && most < INFINITY) return true;
     }
     return false;
 }

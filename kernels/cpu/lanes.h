@@ -103,6 +103,26 @@ QK_INLINE F fused(F a, F b, F c) {
     return c;
 }
 
+// Over the lanes, half by half; `largest` as `>` has it.
+QK_INLINE float total(F x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x.v[0]);
+#else
+    float f[LANES];
+    store(f, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) f[i] += f[i + half];
+    return f[0];
+#endif
+}
+QK_INLINE float largest(F x) {
+    float f[LANES];
+    store(f, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) f[i] = f[i + half] > f[i] ? f[i + half] : f[i];
+    return f[0];
+}
+
 // AVX-VNNI's instruction, or, for tests on machines that lack it, what it computes.
 #if defined(QKIT_EMULATE_AVXVNNI)
 QK_INLINE __m256i dpbusd(__m256i acc, __m256i u, __m256i s) {
@@ -303,12 +323,13 @@ struct F32 {
 struct BF16 {
     typedef uint16_t T;
     QK_INLINE F load16(const T* x) { return from_bits(load_u16(x) << 16); }
-    QK_INLINE void store16(T* to, F x) {
+    // In the low halves; the shift is arithmetic, so that the upper ones are copies of the sign.
+    QK_INLINE I bits(F x) {
         const I b = bits_of(x), nan = greater(b & splat(0x7fffffff), splat(0x7f800000));
-        // The shift is arithmetic: store_u16 drops the upper half, sign copies included.
         const I rounded = (b + splat(0x7fff) + ((b >> 16) & splat(1))) >> 16;
-        store_u16(to, without(rounded, nan) | (splat(0x7fc0) & nan));
+        return without(rounded, nan) | (splat(0x7fc0) & nan);
     }
+    QK_INLINE void store16(T* to, F x) { store_u16(to, bits(x)); }
     QK_INLINE float get(const T* x) { return as_float((uint32_t)*x << 16); }
     QK_INLINE T put(float x) { return to_bf16(x); }
 };

@@ -10,31 +10,8 @@ namespace {
 
 using qkit::AttendArgs;
 
-QK_INLINE float total(F x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x.v[0]);
-#else
-    float f[LANES];
-    store(f, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) f[i] += f[i + half];
-    return f[0];
-#endif
-}
-QK_INLINE float largest(F x) {
-    float f[LANES];
-    store(f, x);
-    float most = f[0];
-    for (int i = 1; i < LANES; ++i) most = f[i] > most ? f[i] : most;
-    return most;
-}
-
 // To bfloat16 and back.
-QK_INLINE F rounded(F x) {
-    const I b = bits_of(x), nan = greater(b & splat(0x7fffffff), splat(0x7f800000));
-    const I kept = without(b + splat(0x7fff) + ((b >> 16) & splat(1)), splat(0xffff));
-    return from_bits(without(kept, nan) | (splat(0x7fc00000) & nan));
-}
+QK_INLINE F rounded(F x) { return from_bits(BF16::bits(x) << 16); }
 
 // The first n of sixteen lanes of what follows; n may be more.
 template <class W>

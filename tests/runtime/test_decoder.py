@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_model
+from steps import steps_taken
 
 from qkit.kernels import backend
 from qkit.kernels.cpu.decoder import Cache, decode, dense
@@ -99,9 +100,7 @@ def test_as_close_as_the_models_own_step(
 ) -> None:
     make = packed if quantized else (lambda folder, dtype=torch.bfloat16: load(folder, device="cpu", dtype=dtype))
     model, exact = make(folders(family)), make(folders(family), torch.float32)
-    calls = []
-    original = decoder._Runner.step
-    monkeypatch.setattr(decoder._Runner, "step", lambda *given: calls.append(original(*given)) or calls[-1])
+    taken = steps_taken(monkeypatch)
     # 75 and more entries: beyond the sliding windows of 64
     prompt, more = tokens(model, rows, 70), tokens(model, rows, 8, 1)
     truth = steps(own(exact), own(exact)(prompt, use_cache=True).past_key_values, more)
@@ -109,7 +108,7 @@ def test_as_close_as_the_models_own_step(
     fast_cache = copy.deepcopy(plain_cache)
     plain = steps(own(model), plain_cache, more)
     fast = steps(model, fast_cache, more)
-    assert len(calls) == 8 and all(c is not None for c in calls)
+    assert taken == 8 * [True]
     assert error(fast, truth) <= 1.2 * error(plain, truth) + 1e-3
     assert fast_cache.get_seq_length() == plain_cache.get_seq_length() == 78
     for ours, theirs in zip(fast_cache.layers, plain_cache.layers, strict=True):
@@ -193,9 +192,7 @@ def test_a_replaced_weight_is_noticed(folders: Any) -> None:
 @pytest.mark.parametrize("held", ["as loaded", "float32", "strided"])
 def test_a_write_to_the_bias_of_a_packed_linear_counts(folders: Any, held: str, monkeypatch: Any) -> None:
     """Past autograd, where it counts no version. A bias that the step would have to copy is left to the model."""
-    calls = []
-    original = decoder._Runner.step
-    monkeypatch.setattr(decoder._Runner, "step", lambda *given: calls.append(original(*given)) or calls[-1])
+    taken = steps_taken(monkeypatch)
     model = packed(folders("qwen2"))
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
     for layer in layers:
@@ -209,7 +206,7 @@ def test_a_write_to_the_bias_of_a_packed_linear_counts(folders: Any, held: str, 
     for layer in layers:
         layer.bias.data.add_(torch.linspace(-9, 9, layer.bias.numel()))
     after = steps(model, copy.deepcopy(cache), more)
-    assert [call is not None for call in calls] == [held == "as loaded"] * 2
+    assert taken == [held == "as loaded"] * 2
     assert error(after, before) > 0.05 and error(after, steps(own(model), cache, more)) < 0.05
 
 

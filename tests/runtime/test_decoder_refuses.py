@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from models import make_model
+from steps import steps_taken
 from torch import nn
 
 from qkit.kernels import backend
@@ -58,19 +59,6 @@ def stepped(model: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float((a - b).norm() / b.norm()) < 0.03
-
-
-def steps_taken(model: Any, monkeypatch: Any) -> list[bool]:
-    taken: list[bool] = []
-    step = decoder._Runner.step
-
-    def watched(self: Any, *args: Any) -> Any:
-        out = step(self, *args)
-        taken.append(out is not None)
-        return out
-
-    monkeypatch.setattr(decoder._Runner, "step", watched)
-    return taken
 
 
 def _hook(model: Any) -> None:
@@ -257,7 +245,7 @@ def test_writes_to_the_small_tensors_of_attention_count(tmp_path: Path, family: 
 
 
 def test_global_hooks_count(model: Any, monkeypatch: Any) -> None:
-    taken = steps_taken(model, monkeypatch)
+    taken = steps_taken(monkeypatch)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     try:
         stepped(model, prompt())
@@ -326,7 +314,7 @@ def test_what_the_step_cannot_give_is_the_models(model: Any, monkeypatch: Any) -
     ids = prompt()
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True)[cache_name()]
-        taken = steps_taken(model, monkeypatch)
+        taken = steps_taken(monkeypatch)
         one = {"input_ids": ids[:, :1], "use_cache": True}
         twice = model(**one, **{cache_name(): copy.deepcopy(cache)}, logits_to_keep=torch.tensor([0, 0]))
         assert twice.logits.shape[:2] == (1, 2)
@@ -355,7 +343,7 @@ def test_detach(model: Any, monkeypatch: Any) -> None:
     decoder.detach(model)
     decoder.detach(model)
     assert type(model) is base
-    taken = steps_taken(model, monkeypatch)
+    taken = steps_taken(monkeypatch)
     assert close(stepped(model, ids), expected) and not taken
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_model
+from steps import steps_taken
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -50,17 +51,7 @@ def model(folder: Path) -> Any:
 
 @pytest.fixture
 def taken(monkeypatch: Any) -> list[bool]:
-    """Grows by whether the step was taken, at every forward."""
-    found: list[bool] = []
-    step = decoder._Runner.step
-
-    def watched(self: Any, *args: Any) -> Any:
-        out = step(self, *args)
-        found.append(out is not None)
-        return out
-
-    monkeypatch.setattr(decoder._Runner, "step", watched)
-    return found
+    return steps_taken(monkeypatch)
 
 
 def text(rows: int, length: int, seed: int = 0) -> torch.Tensor:

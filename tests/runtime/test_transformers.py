@@ -15,6 +15,7 @@ from models import make_model
 from peft import LoraConfig, get_peft_model
 from results import QUICK
 from safetensors.torch import load_file, save_file
+from steps import steps_taken
 from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 from transformers.quantizers import auto
 
@@ -23,7 +24,7 @@ from qkit import transformers_hook
 from qkit.errors import QkitError
 from qkit.kernels import backend
 from qkit.models.cache_name import cache_name
-from qkit.runtime import QuantLinear, decoder
+from qkit.runtime import QuantLinear
 from qkit.runtime import transformers as transformers_quantizer
 from qkit.runtime.transformers import NAME, QkitConfig, register_transformers
 
@@ -134,11 +135,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Grows by whether the fast step was taken, at every forward of a model that has one."""
-    found: list[bool] = []
-    step = decoder._Runner.step
-    monkeypatch.setattr(decoder._Runner, "step", lambda *a: (out := step(*a), found.append(out is not None))[0])
-    return found
+    return steps_taken(monkeypatch)
 
 
 def compiled(model: Any, tmp_path: Path) -> Any:
