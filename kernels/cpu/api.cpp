@@ -44,7 +44,7 @@ void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t 
 
 }  // namespace
 
-int qk_abi(void) { return 8; }
+int qk_abi(void) { return 9; }
 
 int qk_use_openmp(const char* library) { return library && use_openmp(library); }
 

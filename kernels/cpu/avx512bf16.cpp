@@ -1,7 +1,7 @@
 // AVX-512 BF16 on top of avx512vnni.cpp. Only products gain.
 #include "levels.h"
 #include "matmul.h"
-#include "step.h"
+#include "prompt.h"
 
 namespace qkit {
 const StepKernels* avx512bf16_step() { return &STEP; }

@@ -1,4 +1,4 @@
-"""`qk_decode`: one decoding step of a whole model in one call. See qkit_decoder.h."""
+"""`qk_decode`, `qk_prompt`: a decoding step of a whole model, or a piece of a prompt, in one call (qkit_decoder.h)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import lib
 from .matmul import CpuWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # position = QkActivation
+PROMPT = 240  # tokens that `prompt` takes at a time
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
@@ -108,6 +109,12 @@ class Decoder:
     def windows(self) -> tuple[int, ...]:
         return tuple(layer.window for layer in self.layers)
 
+    @functools.cached_property
+    def takes_prompts(self) -> bool:
+        """Whether `prompt` serves it: every linear of a block packed, and heads of a size that it knows."""
+        packed = all(isinstance(getattr(layer, name).weight, CpuWeight) for layer in self.layers for name in _LINEARS)
+        return packed and self.head_dim % 8 == 0 and self.head_dim <= 256
+
     def struct(self) -> _Decoder:
         """The C structure; it points into this object's tensors."""
         if "both" not in self._c:
@@ -154,11 +161,12 @@ def _layer(l: Layer) -> _Layer:
 
 
 @functools.cache
-def _functions() -> tuple[Any, Any]:
+def _functions() -> tuple[Any, Any, Any]:
     library = lib.library()
     library.qk_decode.argtypes = [_P, _P, _N, _N, _P, _P, _P, _P, _I, _I]
     library.qk_dense.argtypes = [_P, _P, _P, _P, _N, _N, _N, _I]
-    return library.qk_decode, library.qk_dense
+    library.qk_prompt.argtypes = [_P, _P, _N, _N, _P, _P, _N, _P, _I, _I]
+    return library.qk_decode, library.qk_dense, library.qk_prompt
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -200,6 +208,14 @@ class Cache:
             each.append(_Cache(_pointer(k, torch.bfloat16), _pointer(v, torch.bfloat16), k.shape[2], start))
         return cls(keys, values, starts, (_Cache * len(keys))(*each))
 
+    def sequence(self, b: int) -> Any:
+        """The C structures of one sequence's keys and values."""
+        each = [
+            _Cache(k[b].data_ptr(), v[b].data_ptr(), k.shape[2], start)
+            for k, v, start in zip(self.keys, self.values, self.starts, strict=True)
+        ]
+        return (_Cache * len(each))(*each)
+
     def __reduce__(self) -> Any:
         """Copies (deepcopy, pickle) point into their own tensors."""
         return Cache.of, (self.keys, self.values, self.starts)
@@ -232,4 +248,37 @@ def decode(
         logits.data_ptr(), lib._isa(isa), lib._threads(),
     ):  # fmt: skip
         lib._raise(status, "qk_decode")
+    return logits
+
+
+def prompt(
+    decoder: Decoder,
+    cache: Cache,
+    sequence: int,
+    length: int,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    first: int,
+    want: bool,
+    isa: str | None = None,
+) -> torch.Tensor | None:
+    """Appends tokens, at most `PROMPT`, to one sequence of the cache: entries length .. length + n. Returns the logits
+    of the token after the last, bfloat16 [vocabulary], or None where they are not wanted. The model must take prompts.
+
+    length     entries it has; each layer has slots for n more, and those that the window of the first sees
+    tokens, positions   int64 [n]: token ids, rotary positions; first: the first entry that any of them may see
+    Raises ValueError where the sizes do not fit or a token is not in the vocabulary.
+    """
+    logits = torch.empty(decoder.embedding.shape[0], dtype=torch.bfloat16) if want else None
+    if len(cache.keys) != len(decoder.layers) or not 0 <= sequence < cache.keys[0].shape[0]:
+        raise ValueError(f"the cache is of {len(cache.keys)} layers and {cache.keys[0].shape[0]} sequences")
+    if int(positions.max()) >= decoder.positions:
+        raise ValueError(f"position {int(positions.max())} is beyond the rotary tables")
+    own = cache.sequence(sequence)
+    if status := _functions()[2](
+        ctypes.addressof(decoder.struct()), ctypes.addressof(own), len(tokens), length,
+        _pointer(tokens, torch.int64), _pointer(positions, torch.int64), first,
+        None if logits is None else logits.data_ptr(), lib._isa(isa), lib._threads(),
+    ):  # fmt: skip
+        lib._raise(status, "qk_prompt")
     return logits

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import NonFiniteError, ScaleOverflowError
 
-ABI = 8
+ABI = 9
 # position = QkIsa; of those a machine has, a later one is faster
 ISAS = ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "dotprod", "i8mm")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # QkDtype

@@ -10,27 +10,29 @@ namespace qkit {
 
 constexpr int64_t WEIGHT_PIECE = 16384;  // bytes of weights that are worth a thread's while: about a microsecond
 
-// The products of one step: few shapes of weights recur in all layers.
+// The products of so many rows: few shapes of weights recur in all layers.
 class Products {
   public:
-    Products(int64_t batch, int isa) : batch_(batch), isa_(isa) {}
+    Products(int64_t rows, int isa) : rows(rows), isa_(isa) {}
+
+    const int64_t rows;
 
     // A QkStatus. careful: for uneven inputs.
     int find(const QkLinear& l, bool careful, const Product*& found) {
         const QkWeight& w = l.quantized;
-        const int limbs = limbs_of(w, QK_BF16, l.int8, careful);
+        const int limbs = limbs_of(w, QK_BF16, l.int8, careful, rows, isa_);
         for (const Product& p : made_)
-            if (p.bits == w.bits && p.cols == w.cols && p.groups == w.groups && p.limbs == limbs) {
+            if (p.bits == w.bits && p.cols == w.cols && p.groups == w.groups && p.limbs == limbs &&
+                p.table == (w.table != nullptr)) {
                 found = &p;
                 return QK_OK;
             }
         made_.emplace_back();
         found = &made_.back();
-        return made_.back().plan(w, batch_, QK_BF16, limbs, isa_);
+        return made_.back().plan(w, rows, QK_BF16, limbs, isa_);
     }
 
   private:
-    const int64_t batch_;
     const int isa_;
     std::deque<Product> made_;  // which does not move them
 };
@@ -42,25 +44,31 @@ struct Linear {
     bool shares = false;  // what an earlier linear of the group has laid out there
     char* base = nullptr;
 
-    int64_t items() const { return ceil_div(of->rows, WIDE); }
+    // Blocks of 32 outputs, each once for as many rows as a chunk of the product has.
+    int64_t items(bool uneven) const {
+        const Product* p = uneven ? careful : usual;
+        return p ? p->items(of->quantized, p->tiles) : ceil_div(of->rows, WIDE);
+    }
     int64_t piece() const { return ceil_div(WEIGHT_PIECE, WIDE * of->cols * (usual ? of->quantized.bits : 16) / 8); }  // in items
 
-    // Blocks begin .. end of the outputs of a quantized linear.
-    void multiply(uint16_t* out, int64_t batch, int64_t begin, int64_t end, bool uneven) const {
+    // Items begin .. end of a quantized linear.
+    void multiply(uint16_t* out, int64_t rows, int64_t begin, int64_t end, bool uneven) const {
         const Product& p = uneven ? *careful : *usual;
-        p.multiply(of->quantized, base, p.tiles, batch, (const char*)of->bias, (char*)out, begin, end);
+        p.multiply(of->quantized, base, p.tiles, rows, (const char*)of->bias, (char*)out, begin, end);
     }
 };
 
-// Linears of the same input, bfloat16 [batch][cols].
+// Linears of the same input, bfloat16 [rows][cols].
 struct Group {
     Linear linears[3];
     int count = 0;
+    int64_t rows = 0;
     int64_t bytes = 0;  // of its inputs, each laid out in its own way
 
     int add(const QkLinear& l, Products& products) {
         Linear& to = linears[count++];
         to.of = &l;
+        rows = products.rows;
         if (l.dense) return QK_OK;
         if (const int bad = products.find(l, false, to.usual)) return bad;
         if (const int bad = products.find(l, true, to.careful)) return bad;
@@ -81,10 +89,10 @@ struct Group {
     }
 
     // Before rows are laid out.
-    void clear(int64_t batch) const {
+    void clear() const {
         each([&](const Linear& l) {
-            l.usual->clear(l.base, l.usual->tiles, batch);
-            l.careful->clear(l.base, l.careful->tiles, batch);
+            l.usual->clear(l.base, l.usual->tiles, rows);
+            l.careful->clear(l.base, l.careful->tiles, rows);
         });
     }
     bool uneven(const uint16_t* in, int64_t row) const {

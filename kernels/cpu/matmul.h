@@ -14,6 +14,9 @@
 #include "lanes.h"
 #include "matmul_types.h"
 #include "scales.h"
+#if defined(__AVX512BF16__)
+#include "bf16_tile.h"
+#endif
 
 namespace {
 
@@ -235,6 +238,9 @@ constexpr Tile table_tile_if() {
 }
 
 Tile pick(int bits, int limbs, int64_t rows) {
+#if defined(__AVX512BF16__)
+    if (limbs == 0 && rows >= qkit::STRIP) return wide_tile_of(bits, rows);
+#endif
     switch (limbs * 16 + bits) {
         case 16 + 4: return tile_of<4, 1>(rows);
         case 16 + 8: return tile_of<8, 1>(rows);

@@ -76,7 +76,7 @@ namespace {
 int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, char* out, int64_t m, int int8, int isa,
              int nthreads) {
     Product p;
-    if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, false), isa)) return bad;
+    if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, false, m, isa), isa)) return bad;
     if (p.limbs == 2) {
         std::atomic<bool> uneven{false};
         auto look = [&](int64_t begin, int64_t end) {
@@ -85,7 +85,7 @@ int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, ch
         };
         parallel_for(m, ceil_div(32768, w.cols), nthreads, look);
         if (uneven.load())
-            if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, true), isa)) return bad;
+            if (const int bad = p.plan(w, m, x_dtype, limbs_of(w, x_dtype, int8, true, m, isa), isa)) return bad;
     }
     const int64_t row = w.cols * itemsize(x_dtype);
     const int64_t tile_bytes = p.tile_bytes();

@@ -6,6 +6,7 @@ namespace qkit {
 
 constexpr int64_t WIDE = 32;  // outputs in a block of the layout
 constexpr int64_t BLOCK_INPUTS = 128;  // inputs under one activation scale, at most
+constexpr int STRIP = 12;              // rows of Layout::STRIPS
 
 // Consecutive inputs under one scale, at most 128; start and steps count eights of (padded) inputs.
 struct Block {
@@ -18,6 +19,7 @@ enum class Layout {
     ROWS,    // fixed point: int8 [blocks][rows / 16][limbs][16][row_bytes], zero padded
     FLOATS,  // codebook: float [inputs][rows]
     PAIRS,   // codebook: bfloat16 [inputs / 8][4][rows][2], see activations.h
+    STRIPS,  // any codes: the same, by twelve rows: [rows / 12][inputs / 8][4][12][2]
 };
 
 // One tile of activations and one block of outputs. x, start, x_scale, x_sum: what `prepare` wrote for the tile.
@@ -29,6 +31,7 @@ struct TileArgs {
     int scale_dtype;
     const Block* blocks;
     int64_t rows, row_bytes;
+    int64_t strip;  // Layout::STRIPS: words from one to the next
     const void* x;
     const int32_t* start;  // [blocks][virtual rows]: what the sums begin with
     const float* x_scale;  // [blocks][rows]
@@ -39,7 +42,8 @@ struct PrepareArgs {
     const Block* blocks;
     int64_t n_blocks, cols;
     int64_t rows, row_bytes;  // of the tile
-    int limbs;                // 0: codebook
+    int64_t strip;            // as in TileArgs
+    int limbs;                // 0: multiplied as floats
     Layout layout;
     bool symmetric;
     int32_t middle;  // 2**(bits-1)
@@ -56,7 +60,8 @@ struct Tile {
     Layout layout;
 };
 
-// The kernel for tiles of `rows` rows. limbs 0: codebook.
+// The kernel for tiles of `rows` rows. limbs 0: activations are multiplied as floats, by a codebook's values or, with
+// Layout::STRIPS, integers as well.
 typedef Tile (*PickFn)(int bits, int limbs, int64_t rows);
 
 // Null where this build or this machine lacks the ISA.

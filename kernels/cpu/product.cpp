@@ -15,13 +15,14 @@ constexpr int64_t PANEL = 4;  // blocks of inputs a tile takes at a time: 8 KiB 
 // The size of tile that takes least time: products for its rows (those that pad the last tile included), and for each tile
 // once more what unpacks the codes, about as much as three quarters of a row. A tile product does the work of eight.
 bool Product::choose(PickFn pick, int64_t m) {
-    static const int64_t SIZES[] = {1, 2, 3, 4, 6, 8, 12, 16, 32, 48};
+    static const int64_t SIZES[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48};
     int64_t cheapest = 0;
     for (const int64_t size : SIZES) {
         const Tile found = pick(bits, limbs, size);
-        if (!found.run) continue;
+        if (!found.run || (limbs == 0 && !table && found.layout != Layout::STRIPS)) continue;
         const int64_t row = limbs > 1 ? 8 * limbs : 8;
-        const int64_t cost = ceil_div(m, size) * (size * (found.layout == Layout::ROWS ? row / 8 : row) + 6);
+        const int64_t codes = found.layout == Layout::STRIPS ? 5 * bits : 6;
+        const int64_t cost = ceil_div(m, size) * (size * (found.layout == Layout::ROWS ? row / 8 : row) + codes);
         if (cheapest && cost >= cheapest) continue;
         cheapest = cost;
         tile = found;
@@ -35,10 +36,10 @@ int Product::plan(const QkWeight& w, int64_t m, int dtype, int wanted, int isa) 
     const PickFn pick = matmul_for(isa);
     kernels = kernels_for(isa);
     if (!kernels || !pick) return QK_BAD_ISA;
-    bits = w.bits, cols = w.cols, groups = w.groups, x_dtype = dtype, limbs = wanted;
-    if (!choose(pick, m)) return QK_BAD_SHAPE;
+    bits = w.bits, cols = w.cols, groups = w.groups, x_dtype = dtype, limbs = wanted, table = w.table;
     // Only bfloat16 inputs may be multiplied as bfloat16.
-    if (tile.layout == Layout::PAIRS && x_dtype != QK_BF16 && !choose(matmul_for(QK_AVX512), m)) return QK_BAD_SHAPE;
+    const bool floats = limbs == 0 && x_dtype != QK_BF16 && matmul_for(QK_AVX512) && pick(bits, 0, 1).layout == Layout::PAIRS;
+    if (!choose(floats ? matmul_for(QK_AVX512) : pick, m)) return QK_BAD_SHAPE;
 
     inputs = ceil_div(cols, 8) * 8;
     blocks.clear();
@@ -52,11 +53,13 @@ int Product::plan(const QkWeight& w, int64_t m, int dtype, int wanted, int isa) 
     chunk = CHUNK / rows;
     width = rows * (limbs ? limbs : 1);
     row_bytes = ceil_div(longest * 8, 64) * 64;
+    strip = inputs / 2 * STRIP;
     switch (tile.layout) {
         case Layout::QUADS: x_bytes = inputs * width; break;
         case Layout::ROWS: x_bytes = n_blocks * row_bytes * width; break;
         case Layout::FLOATS: x_bytes = inputs * width * 4; break;
-        case Layout::PAIRS: x_bytes = inputs * width * 2; break;
+        case Layout::PAIRS:
+        case Layout::STRIPS: x_bytes = inputs * width * 2; break;
     }
     x_bytes = ceil_div(x_bytes, 64) * 64;
     start_items = ceil_div(n_blocks * width, 16) * 16;
@@ -85,7 +88,7 @@ void Product::lay_out(const QkWeight& w, char* base, const char* x, int64_t begi
     for (int64_t r = begin; r < end; ++r) {
         TileArgs a;
         part(base, r / rows, a);
-        const PrepareArgs args{blocks.data(), (int64_t)blocks.size(), cols, rows, row_bytes, limbs, tile.layout,
+        const PrepareArgs args{blocks.data(), (int64_t)blocks.size(), cols, rows, row_bytes, strip, limbs, tile.layout,
                                w.zero == nullptr, 1 << (bits - 1), (void*)a.x, (int32_t*)a.start, (float*)a.x_scale,
                                (float*)a.x_sum};
         kernels->prepare(args, x + r * cols * itemsize(x_dtype), x_dtype, r % rows);
@@ -112,6 +115,7 @@ void Product::multiply(const QkWeight& w, char* base, int64_t count, int64_t her
         a.blocks = blocks.data();
         a.rows = rows;
         a.row_bytes = row_bytes;
+        a.strip = strip;
         std::memset(total, 0, (size_t)((last - first) * rows * WIDE) * sizeof(float));
         const int64_t panel = last - first == 1 ? n_blocks : PANEL;  // one tile reads the weights once anyway
         for (int64_t b = 0; b < n_blocks; b += panel)

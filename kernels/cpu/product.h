@@ -41,13 +41,15 @@ struct Product {
     const RowKernels* kernels;
     Tile tile;
     int limbs, bits, x_dtype;
+    bool table;  // a codebook's values
     int64_t cols, groups, inputs;
     int64_t rows, tiles, chunk, width;        // rows of a tile, tiles in all and in a chunk, virtual rows of a tile
     int64_t row_bytes;                        // Layout::ROWS
+    int64_t strip;                            // Layout::STRIPS
     int64_t x_bytes, start_items, row_items;  // of one tile
     std::vector<Block> blocks;
 
-    // A QkStatus. limbs: 0 for a codebook, else 1 to 3.
+    // A QkStatus. limbs: 1 to 3, or 0 for a codebook and where activations are multiplied as they are.
     int plan(const QkWeight& w, int64_t m, int x_dtype, int limbs, int isa);
     // Whether row `row` of x needs three limbs where this is planned for two.
     bool uneven(const char* x, int64_t row) const;
@@ -69,9 +71,13 @@ struct Product {
     void part(char* base, int64_t t, TileArgs& a) const;
 };
 
-// Limbs of activations (activations.h); uneven: where some row of 16-bit ones is.
-inline int limbs_of(const QkWeight& w, int x_dtype, int int8, bool uneven) {
-    return w.table ? 0 : int8 ? 1 : x_dtype == QK_F32 || uneven ? 3 : 2;
+// Limbs of m rows of activations (activations.h); uneven: where some row of 16-bit ones is. Many rows of bfloat16 are
+// multiplied as they are where that is no slower.
+inline int limbs_of(const QkWeight& w, int x_dtype, int int8, bool uneven, int64_t m, int isa) {
+    if (w.table) return 0;
+    if (int8) return 1;
+    if (isa == QK_AVX512BF16 && x_dtype == QK_BF16 && m >= STRIP) return 0;
+    return x_dtype == QK_F32 || uneven ? 3 : 2;
 }
 
 }  // namespace qkit

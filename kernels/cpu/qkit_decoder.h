@@ -1,4 +1,4 @@
-// One decoding step of a whole decoder-only transformer in one call. What separates the matmuls from tokens per second
+// One decoding step of a whole decoder-only transformer in one call, or a piece of a prompt. What separates the matmuls from tokens per second
 // on a small model is not arithmetic but the hundreds of small operations between them, each dispatched from Python.
 //
 // The architecture is the common one: RMS norm, grouped-query attention with rotary embeddings (halves rotated), a gated
@@ -50,6 +50,12 @@ struct QkCache {
 // tables are read. first[b]: the first entry that sequence b may see (padding lies before it).
 QK_API int qk_decode(const QkDecoder* decoder, const QkCache* caches, int64_t batch, int64_t length, const int64_t* tokens,
                      const int64_t* positions, const int64_t* first, uint16_t* logits, int isa, int nthreads);
+
+// Appends n (at most 240) tokens of one sequence as entries `length` .. of its caches, which have slots for them and hold what
+// the first of them sees, and writes the logits of the token after the last, bfloat16 [vocabulary], unless `logits` is null.
+// positions[n]; first: the first entry that any of them may see. head_dim: a multiple of 8, at most 256.
+QK_API int qk_prompt(const QkDecoder* decoder, const QkCache* caches, int64_t n, int64_t length, const int64_t* tokens,
+                     const int64_t* positions, int64_t first, uint16_t* logits, int isa, int nthreads);
 
 // out [m, rows] = x [m, cols] @ w [rows, cols].T, all bfloat16, float accumulation: the dense linears of qk_decode.
 QK_API int qk_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint16_t* out, int64_t m, int64_t rows,

@@ -6,7 +6,7 @@
 #include "packing.h"
 #include "quantize.h"
 #include "rows.h"
-#include "step.h"
+#include "prompt.h"
 
 namespace {
 

@@ -231,7 +231,4 @@ void step_dense(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint
     for (; b < m; ++b) dense_rows<1>(w, x + b * cols, bias, out + b * rows, begin, end, rows, cols);
 }
 
-const qkit::StepKernels STEP = {step_widen, step_narrow, step_add,    step_norm,
-                                step_rotate, step_gated, step_attend, step_dense};
-
 }  // namespace

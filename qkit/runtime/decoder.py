@@ -1,8 +1,9 @@
-"""Decoding steps of a loaded model in one call of the C++ library instead of hundreds of operations from Python.
+"""Prompts and decoding steps of a loaded model in calls of the C++ library instead of hundreds of operations.
 
-`attach(model)` gives the model a forward that takes this path for a single new token per sequence over a
-transformers DynamicCache, without gradients and without outputs nobody needs, and the model's own forward for
-everything else. Results are those of the model up to rounding: activations are bfloat16 between linears either way.
+`attach(model)` gives the model a forward that takes this path for one new token per sequence, or for a prompt of which
+the last token's logits are asked for, over a transformers DynamicCache, without gradients and without outputs nobody
+needs, and the model's own forward for everything else. Results are those of the model up to rounding: activations are
+bfloat16 between linears either way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.cache_name import cache_name, name_in
 from .as_decoder import build, copied, settings_of, unsupported
-from .growing_cache import Kind, new, store_of
+from .growing_cache import Kind, Store, new, store_of
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _FIRST_POSITIONS = 1024
 _KNOWN = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "token_type_ids"}
 _MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
+_SHORT = 32  # tokens of each of several prompts: below, the model's own forward has them all as one matrix
 
 
 def attach(model: Any) -> str | None:
@@ -105,39 +107,81 @@ class _Runner:
         return plan.decoder
 
     def step(self, model: Any, given: dict[str, Any]) -> Any:
-        """The model's output for one new token a sequence, or None where the model's own forward is needed."""
+        """The model's output for the next token of each sequence, or None where its own forward is needed."""
         import torch
         from transformers import DynamicCache
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        from ..kernels.cpu.decoder import decode
-
         name = name_in(given, model.forward)
         ids, cache = given.get("input_ids"), given.get(name)
-        if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or type(cache) is not DynamicCache:
+        if ids is None or ids.dim() != 2 or not ids.numel():
             return None
-        if torch.is_grad_enabled() or model.training or ids.shape[0] > _MAX_BATCH:
+        (batch, n), config = ids.shape, model.config
+        if torch.is_grad_enabled() or model.training or batch > _MAX_BATCH or (batch > 1 and 1 < n < _SHORT):
             return None
-        if not _only_logits(model.config, given, name):
+        if not _only_logits(config, given, name) or (n > 1 and given.get("logits_to_keep", 0) != 1):
             return None
-        batch, length, layers = ids.shape[0], cache.get_seq_length(), cache.layers
-        if length == 0 or len(layers) != model.config.num_hidden_layers or cache.offloading:
+        if cache is None and (given.get("use_cache") or (given.get("use_cache") is None and config.use_cache)):
+            cache = DynamicCache(config=config)
+        if type(cache) is not DynamicCache:
             return None
-        first = _first(given.get("attention_mask"), batch, length + 1)
-        positions = _positions(given.get("position_ids"), batch, length)
+        length, layers = cache.get_seq_length(), cache.layers
+        if len(layers) != config.num_hidden_layers or cache.offloading:
+            return None
+        first = _first(given.get("attention_mask"), batch, length + n)
+        positions = _positions(given.get("position_ids"), batch, length, n)
         if first is None or positions is None:
             return None
         decoder = self._decoder(model, int(positions.max()) + 1)
-        if decoder is None:
+        one = n == 1 and length > 0
+        if decoder is None or not (one or decoder.takes_prompts):
             return None
-        store = store_of(layers, length, Kind(decoder.windows, batch, decoder.kv_heads, decoder.head_dim))
+        store = store_of(layers, length, Kind(decoder.windows, batch, decoder.kv_heads, decoder.head_dim), n)
         if store is None:
             return None
-        assert store.cache is not None
-        logits = decode(decoder, store.cache, length, ids.reshape(-1).long().contiguous(), positions, first)
-        store.length += 1
+        logits = (_next if one else _prompt)(decoder, store, ids.long(), positions, first)
         held: dict[str, Any] = {cache_name(): cache}
         return CausalLMOutputWithPast(logits=logits[:, None], **held)
+
+
+def _next(
+    decoder: Decoder, store: Store, ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor
+) -> torch.Tensor:
+    """Logits [batch, vocabulary] behind one more token of each sequence. ids, positions [batch, 1]; first [batch]."""
+    from ..kernels.cpu.decoder import decode
+
+    assert store.cache is not None
+    logits = decode(decoder, store.cache, store.length, ids[:, 0].contiguous(), positions[:, 0].contiguous(), first)
+    store.length += 1
+    return logits
+
+
+def _prompt(
+    decoder: Decoder, store: Store, ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor
+) -> torch.Tensor:
+    """The same behind n more. What lies before a sequence's first entry is zero."""
+    import torch
+
+    from ..kernels.cpu.decoder import PROMPT, prompt
+
+    batch, n = ids.shape
+    logits: list[torch.Tensor | None] = [None] * batch
+    for begin in range(0, n, PROMPT):
+        end, length = min(begin + PROMPT, n), store.length
+        if length + end - begin > store.room:
+            store.make_room(end - begin)
+        assert store.cache is not None
+        for b in range(batch):
+            padding = min(max(int(first[b]) - length, 0), end - begin)
+            if padding:
+                store.clear(b, padding)
+            here = b, slice(begin + padding, end)
+            if padding < end - begin:
+                tokens, places = ids[here].contiguous(), positions[here].contiguous()
+                seen, want = int(first[b]), end == n
+                logits[b] = prompt(decoder, store.cache, b, length + padding, tokens, places, seen, want)
+        store.length += end - begin
+    return torch.stack([row for row in logits if row is not None])
 
 
 def _plan(model: Any, positions: int) -> _Plan:
@@ -165,16 +209,17 @@ def _only_logits(config: Any, given: dict[str, Any], name: str) -> bool:
     return given.get("return_dict") is not False and config.return_dict is not False
 
 
-def _positions(given: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """Where the rotary tables are read, int64 [batch]; None for what is not a position a sequence, near its length."""
+def _positions(given: torch.Tensor | None, batch: int, length: int, n: int) -> torch.Tensor | None:
+    """Where the rotary tables are read, int64 [batch, n]; None for what is no position a token, near its entry."""
     import torch
 
     if given is None:
-        return torch.full((batch,), length)
-    positions = given.reshape(-1).long().contiguous()
-    if positions.numel() != batch or int(positions.min()) < 0 or int(positions.max()) > length + _FIRST_POSITIONS:
+        return torch.arange(length, length + n).expand(batch, n)
+    if given.dim() != 2 or given.shape[1] != n or given.shape[0] not in (1, batch):
         return None
-    return positions
+    if int(given.min()) < 0 or int(given.max()) > length + n + _FIRST_POSITIONS:
+        return None
+    return given.long().expand(batch, n)
 
 
 def _first(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""A transformers DynamicCache whose keys and values lie in buffers with room to grow, for the fast decoding step.
+"""A transformers DynamicCache whose keys and values lie in buffers with room to grow, for prompts and steps in C++.
 
 To everyone else the cache and its layers stay what they are: keys and values are views of the buffers, and a layer of
 which anything is assigned is an ordinary one from then on. Buffers that are full or whose entries are moved are
@@ -56,8 +56,14 @@ class Store:
 
     def take(self, layer: Any) -> None:
         """Copies the next layer's entries; the layer is a view of them from then on."""
+        import torch
+
         base, i = _base(layer), len(self.keys)
         window = getattr(layer, "sliding_window", 0)
+        if not layer.is_initialized:
+            nothing = torch.empty(self.kind.batch, self.kind.heads, 0, self.kind.dim, dtype=torch.bfloat16)
+            layer.lazy_initialization(nothing, nothing)
+            layer.keys = layer.values = nothing
         keys, values = (_roomy(getattr(layer, name), HEADROOM) for name in ("keys", "values"))
         self.keys.append(keys)
         self.values.append(values)
@@ -68,15 +74,23 @@ class Store:
         layer.__dict__.update(_store=self, _index=i)
         object.__setattr__(layer, "__class__", _grown_class(base))
 
-    def make_room(self) -> None:
-        """Buffers with a slot for one more entry. One for a sliding layer leaves behind what no query sees again."""
+    def make_room(self, more: int = 1) -> None:
+        """Buffers with a slot for `more` entries, at most `HEADROOM` of them in sliding layers, of which a new buffer
+        leaves behind what no query sees again."""
         for i, window in enumerate(self.windows):
-            if self.starts[i] + self.keys[i].shape[2] > self.length:
+            if self.starts[i] + self.keys[i].shape[2] >= self.length + (min(more, HEADROOM) if window else more):
                 continue
-            more = HEADROOM if window else max(HEADROOM, self.length)
-            self.keys[i], self.values[i] = (_roomy(self.view(i, name), more) for name in ("keys", "values"))
+            spare = HEADROOM if window else max(HEADROOM, self.length) + more
+            self.keys[i], self.values[i] = (_roomy(self.view(i, name), spare) for name in ("keys", "values"))
             self.starts[i] = max(0, self.length - window + 1) if window else 0
         self.settle()
+
+    def clear(self, sequence: int, n: int) -> None:
+        """Zeros for the next n entries of a sequence."""
+        for start, keys, values in zip(self.starts, self.keys, self.values, strict=True):
+            here = slice(self.length - start, self.length - start + n)
+            keys[sequence, :, here] = 0
+            values[sequence, :, here] = 0
 
     def settle(self) -> None:
         from ..kernels.cpu.decoder import Cache
@@ -95,8 +109,9 @@ def _roomy(entries: torch.Tensor, more: int) -> torch.Tensor:
     return buffer
 
 
-def store_of(layers: list[Any], length: int, kind: Kind) -> Store | None:
-    """The store in which these layers lie, with room for one more entry, made where they do not lie in one together.
+def store_of(layers: list[Any], length: int, kind: Kind, more: int = 1) -> Store | None:
+    """The store in which these layers lie, with room for `more` entries (see `Store.make_room`), made where they do not
+    lie in one together.
 
     None where they hold something else than the `length` entries that the step would add to."""
     store: Store | None = layers[0].__dict__.get("_store")
@@ -107,8 +122,8 @@ def store_of(layers: list[Any], length: int, kind: Kind) -> Store | None:
         for layer in layers:
             store.take(layer)
         store.settle()
-    elif length == store.room:
-        store.make_room()
+    if length + more > store.room:
+        store.make_room(more)
     return store
 
 
@@ -128,6 +143,8 @@ def _holds(length: int, kind: Kind, layer: Any, window: int) -> bool:
         held = min(length, window - 1)
     elif base is not DynamicLayer:
         return False
+    if not layer.is_initialized:
+        return length == 0
     shape = (kind.batch, kind.heads, held, kind.dim)
     both = (layer.keys, layer.values)
     return all(

@@ -1,4 +1,4 @@
-"""The decoding step in C++, on every instruction set this machine has, against the same step written in torch."""
+"""The decoding step and pieces of a prompt in C++, on every instruction set this machine has, against torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from qkit import kernels
 from qkit.kernels import reference
 from qkit.kernels.cpu import lib, matmul
-from qkit.kernels.cpu.decoder import Cache, Decoder, Layer, Linear, decode
+from qkit.kernels.cpu.decoder import PROMPT, Cache, Decoder, Layer, Linear, decode, prompt
 from qkit.kernels.weight import Weight
 
 VOCABULARY = 67
@@ -97,7 +97,9 @@ class Model:
         first: torch.Tensor,
         r: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Logits in float64. r: how values are rounded where the C step and the model do."""
+        """Logits in float64; the keys and values of the tokens are left in `made`. r: how values are rounded where the
+        C step and the model do."""
+        self.made: list[tuple[torch.Tensor, torch.Tensor]] = []
         batch, length = len(tokens), keys[0].shape[2]
         x = r(self.c.embedding[tokens].double() * self.c.embedding_scale)
 
@@ -118,7 +120,9 @@ class Model:
             query = r(self.turned(self.norm(heads(linear(*q, h)), layer.q_norm), positions))
             key = r(self.turned(self.norm(heads(linear(*k, h)), layer.k_norm), positions))
             every = torch.cat((keys[i].double(), key[:, :, None]), 2).repeat_interleave(self.heads // self.kv_heads, 1)
-            weigh = torch.cat((values[i].double(), heads(linear(*v, h))[:, :, None]), 2)
+            value = heads(linear(*v, h))
+            self.made.append((key, value))
+            weigh = torch.cat((values[i].double(), value[:, :, None]), 2)
             weigh = weigh.repeat_interleave(self.heads // self.kv_heads, 1)
             at = torch.arange(length + 1)
             seen = at[None] >= first[:, None]
@@ -175,6 +179,91 @@ def test_as_close_as_rounding(isa: str, kind: Any) -> None:
     for batch, length in ((1, 0), (1, 255), (1, 256), (3, 7), (2, 700), (9, 300)):
         ours, theirs = differs(model, isa, batch, length)
         assert ours <= 2.0 * theirs + 1e-4, f"batch {batch}, length {length}: {ours} > {theirs}"
+
+
+def stepped(
+    model: Model, keys: list[torch.Tensor], values: list[torch.Tensor], tokens: torch.Tensor, positions: torch.Tensor,
+    first: int, r: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """A prompt token by token in float64: the last one's logits, and the keys and values of all, layer by layer."""
+    keys, values = ([t.double() for t in each] for each in (keys, values))
+    logits = torch.empty(0)
+    for token, position in zip(tokens, positions, strict=True):
+        logits = model.step(keys, values, token[None], position[None], torch.tensor([first]), r)
+        keys, values = (
+            [torch.cat((t, made[which][:, :, None]), 2) for t, made in zip(each, model.made, strict=True)]
+            for which, each in enumerate((keys, values))
+        )
+    return logits[0], keys, values
+
+
+@pytest.mark.parametrize("isa", lib.isas())
+@pytest.mark.parametrize("kind", MODELS, ids=str)
+def test_a_prompt_is_as_close_as_rounding(isa: str, kind: Any) -> None:
+    """Logits, keys and values of a piece, behind entries and not, about the sizes of its parts (12 rows of a product,
+    96 queries, 128 entries) and the windows; what lies beside the sequence stays."""
+    torch.set_num_threads(2)
+    model = Model(*kind, layers=2)
+    for length, n, first in ((0, 1, 0), (0, 13, 0), (5, 3, 4), (0, PROMPT, 0), (290, 35, 2), (133, 130, 0)):
+        keys, values = ([torch.cat([t, t[:, :, :1].expand(-1, -1, n + 2, -1)], 2) for t in each]
+                        for each in model.caches(3, length))  # fmt: skip
+        tokens = torch.randint(0, VOCABULARY, (n,))
+        positions = torch.arange(length, length + n) - first
+        old = [[t[1:2, :, :length] for t in each] for each in (keys, values)]
+        exact, rounded = (
+            stepped(model, *old, tokens, positions, first, r) for r in (exactly, lambda x: x.bfloat16().double())
+        )
+        before = [[t.clone() for t in each] for each in (keys, values)]
+        cache = Cache.of(tuple(keys), tuple(values))
+        y = prompt(model.c, cache, 1, length, tokens, positions, first, True, isa)
+        assert y is not None
+        pairs = [(y.double(), exact[0], rounded[0])]
+        for which, each in enumerate((keys, values), 1):
+            for i, t in enumerate(each):
+                here = slice(length, length + n)
+                pairs.append((t[1, :, here].double(), exact[which][i][0, :, here], rounded[which][i][0, :, here]))
+                t[1, :, here] = before[which - 1][i][1, :, here]
+                assert torch.equal(t, before[which - 1][i])
+        for k, (ours, wanted, near) in enumerate(pairs):
+            error, allowed = (float((t - wanted).norm() / wanted.norm()) for t in (ours, near))
+            assert error <= 2.0 * allowed + 1e-4, f"{k}: {n} tokens behind {length}: {error} > {allowed}"
+        assert prompt(model.c, cache, 1, length, tokens, positions, first, False, isa) is None
+
+
+def test_a_prompt_in_pieces_and_by_any_threads() -> None:
+    """Bit for bit the same by any number of threads, and in pieces of no fewer rows than are multiplied as they are."""
+    model = Model(*MODELS[0], layers=3)
+    keys, values = model.caches(1, 300)
+    tokens, positions = torch.randint(0, VOCABULARY, (200,)), torch.arange(100, 300)
+    results = []
+    for threads, pieces in ((1, [200]), (2, [200]), (5, [200]), (16, [200]), (2, [96, 104]), (3, [17, 31, 152])):
+        torch.set_num_threads(threads)
+        cache = Cache.of(tuple(k.clone() for k in keys), tuple(v.clone() for v in values))
+        at = 100
+        for n in pieces:
+            here = slice(at - 100, at - 100 + n)
+            logits = prompt(model.c, cache, 0, at, tokens[here], positions[here], 0, at + n == 300)
+            at += n
+        assert logits is not None
+        results.append((logits, *cache.keys, *cache.values))
+    for n, each in enumerate(results[1:], 1):
+        same = [torch.equal(a, b) for a, b in zip(each, results[0], strict=True)]
+        assert all(same), (n, same)
+
+
+def test_prompt_refusals() -> None:
+    model = Model(*MODELS[0], layers=1)
+    keys, values = model.caches(2, 20)
+    cache = Cache.of(tuple(keys), tuple(values))
+
+    def call(length: int = 0, n: int = 3, token: int = 1, first: int = 0, sequence: int = 0) -> None:
+        prompt(model.c, cache, sequence, length, torch.full((n,), token), torch.arange(n), first, True)
+
+    call()
+    for bad in ({"n": 22}, {"length": 19}, {"n": 241}, {"token": VOCABULARY}, {"token": -1}, {"first": 1}, {"n": 0},
+                {"length": -1}, {"sequence": 2}):  # fmt: skip
+        with pytest.raises((ValueError, RuntimeError)):
+            call(**bad)
 
 
 def test_threads_do_not_change_the_result() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from models import make_model
-from steps import steps_taken
+from steps import error, own, packed, steps_taken
 
 from qkit.kernels import backend
 from qkit.kernels.cpu.decoder import Cache, decode, dense
 from qkit.models.cache_name import cache_name
-from qkit.runtime import QuantLinear, as_decoder, decoder, growing_cache, load
+from qkit.runtime import as_decoder, decoder, growing_cache, load
 
 pytestmark = pytest.mark.skipif(backend().startswith("torch"), reason="no C++ library")
 
@@ -30,26 +30,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[family]
 
     return get
-
-
-def packed(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model with packed 4-bit linears, from plain weights."""
-    from qkit.kernels import pack, quantize_rtn
-    from qkit.kernels.weight import Weight
-
-    model = load(folder, device="cpu", dtype=dtype)
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and ".layers." in name:
-            codes, scale, zero, *_ = quantize_rtn(module.weight.detach(), 4, 32, False, "BF16")
-            weight = Weight(pack(codes, 4), scale, zero, 4, module.in_features)
-            model.set_submodule(name, QuantLinear(weight, None if module.bias is None else module.bias.detach()))
-    return model
-
-
-def own(model: Any) -> Any:
-    """The model's own forward, whatever `attach` has put in its place."""
-    plain = type(model).__mro__[1] if "_qkit_runner" in model.__dict__ else type(model)
-    return plain.forward.__get__(model)
 
 
 def tokens(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -68,10 +48,6 @@ def steps(forward: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None
     return torch.stack(found, 1)
 
 
-def error(a: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((a - truth).norm() / truth.norm())
-
-
 @torch.no_grad()
 def test_whatever_the_cache_is_called(folders: Any, monkeypatch: Any) -> None:
     """transformers renamed the argument in 5.24: callers may use either name there, and `generate` uses the new one."""
@@ -81,7 +57,7 @@ def test_whatever_the_cache_is_called(folders: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(decoder._Runner, "step", lambda *given: calls.append(original(*given)) or calls[-1])
     prompt, one = tokens(model, 1, 12), tokens(model, 1, 1, 1)
     model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert [c is not None for c in calls] == [False] + 5 * [True]
+    assert [c is not None for c in calls] == 6 * [True]
     kept = own(model)(prompt, use_cache=True)[cache_name()]
     found = []
     for name in {"past_key_values", cache_name()}:
