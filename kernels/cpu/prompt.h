@@ -21,10 +21,6 @@ constexpr int64_t KEYS = 128;                         // of a span
 constexpr int64_t PASSES = qkit::PROMPT_QUERIES / QUERIES;
 constexpr float NOTHING = -1e30f;  // below every score, and finite
 
-struct Queries {
-    F v[QUERY_VECTORS];
-};
-
 QK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 QK_INLINE int32_t word(const uint16_t* x) {
     int32_t w;
