@@ -6,7 +6,7 @@
 Llama-8B-N: the shape of Llama-3.1-8B with N decoder blocks (random_llama.py): the very same values, in groups of 32,
 as W4A16 for qkit and as Q4_0 for llama.cpp, the head at 4 bits in both or at 16 in both (--head). SmolLM2-135M (`demo`)
 and Gemma-3-270M (--gemma: its GGUF file): one bfloat16 source, rounded by qkit to W4A16 in groups of 32 and to GGUF
-Q4_0, each with the head that its format gives it. Made in DIR where it is not there; --models chooses.
+Q4_0, the head at 8 bits in both (llama.cpp's mix has it so). Made in DIR where it is not there; --models chooses.
 
 Both engines of a model are loaded, each in a process that is stopped while the other has the machine (turns.py). They
 take turns, context by context (those that the model takes), after a round that is not counted: one call each of a
@@ -56,7 +56,8 @@ def prepare(name: str, args: argparse.Namespace) -> dict[str, Path]:
         shutil.rmtree(work, ignore_errors=True)
         source = "demo" if name == "SmolLM2-135M" else str(args.gemma)
         convert(source, work / "bf16", "--format", "safetensors", "--scheme", "none")
-        convert(str(work / "bf16"), folder, "--scheme", "w4a16", "--group-size", "32", "--method", "rtn")
+        packed = ("--scheme", "w4a16", "--group-size", "32", "--head", "8bit", "--method", "rtn")
+        convert(str(work / "bf16"), folder, *packed)
         made = work / "gguf"
         convert(str(work / "bf16"), made, "--format", "gguf", "--scheme", "q4_0", "--method", "rtn")
         next(made.glob("*.gguf")).rename(file)

@@ -21,11 +21,11 @@ from qkit.text.defaults import evaluation_text
 from qkit.text.tokenizer import load_tokenizer
 
 
+@torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1].double().log_softmax(-1)  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
 def measure(folder: str, lengths: list[int], windows: int) -> list[dict[str, Any]]:
     fast, exact = qkit.load(folder, "cpu"), qkit.load(folder, "cpu", dtype="float32")
     text = torch.tensor(load_tokenizer(folder)(evaluation_text().content)["input_ids"])
