@@ -137,8 +137,9 @@ void spread(const PrepareArgs& a, int64_t begin, int64_t size, int64_t m, const 
     }
 }
 
-// The same for Layout::STRIPS, whose activations are bfloat16: eight inputs are two words of four.
-void spread_strips(const PrepareArgs& a, int64_t begin, int64_t size, int64_t m, const uint16_t* x) {
+// Block b for Layout::STRIPS, whose activations are bfloat16: eight inputs are two words of four.
+void spread_strips(const PrepareArgs& a, int64_t b, int64_t m, const uint16_t* x) {
+    const int64_t begin = a.blocks[b].start * 8, size = a.blocks[b].steps * 8;
     uint32_t* to = (uint32_t*)a.x + m / qkit::STRIP * a.strip + begin / 2 * qkit::STRIP + m % qkit::STRIP;
     for (int64_t i = begin; i < begin + size; i += 8, to += 4 * qkit::STRIP) {
         uint64_t four[2] = {};
@@ -149,6 +150,12 @@ void spread_strips(const PrepareArgs& a, int64_t begin, int64_t size, int64_t m,
             to[(2 + k) * qkit::STRIP] = (uint32_t)(v >> 16 & 0xffff) | (uint32_t)(v >> 32 & 0xffff0000u);
         }
     }
+    if (a.symmetric) return;
+    float block[BLOCK_INPUTS];
+    widen<BF16>(x, begin, size, a.cols, block);
+    F sum = splat(0.0f);
+    for (int64_t i = 0; i < size; i += LANES) sum = sum + load(block + i);
+    a.x_sum[b * a.rows + m] = total(sum);
 }
 
 // Whether a block's largest input is so far above the mean of the others that two limbs lose more of these than rounding
@@ -186,16 +193,10 @@ void prepare(const PrepareArgs& a, const void* x, int x_dtype, int64_t m) {
     for (int64_t b = 0; b < a.n_blocks; ++b) {
         const int64_t begin = a.blocks[b].start * 8, size = a.blocks[b].steps * 8;
         if (a.layout == Layout::STRIPS) {
-            spread_strips(a, begin, size, m, (const uint16_t*)x);
-            if (a.symmetric) continue;
-        }
-        inputs(x, x_dtype, begin, size, a.cols, block);
-        if (a.layout == Layout::STRIPS) {
-            F sum = splat(0.0f);
-            for (int64_t i = 0; i < size; i += LANES) sum = sum + load(block + i);
-            a.x_sum[b * a.rows + m] = total(sum);
+            spread_strips(a, b, m, (const uint16_t*)x);
             continue;
         }
+        inputs(x, x_dtype, begin, size, a.cols, block);
         switch (a.limbs) {
             case 0: spread(a, begin, size, m, block); break;
             case 1: fix<1>(a, b, m, block, whole); break;

@@ -13,6 +13,7 @@
 #pragma once
 #include "lanes.h"
 #include "matmul_types.h"
+#include "pairs.h"
 #include "scales.h"
 #if defined(__AVX512BF16__)
 #include "bf16_tile.h"
@@ -23,12 +24,6 @@ namespace {
 using qkit::Block;
 using qkit::Layout;
 using qkit::Tile;
-
-QK_INLINE I splat32(const void* x) {
-    int32_t word;
-    std::memcpy(&word, x, 4);
-    return splat(word);
-}
 
 template <int BITS, int LIMBS, int MB>
 void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
@@ -130,9 +125,7 @@ struct Codebook {
 template <int MB>
 void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
 #if defined(__AVX512BF16__)
-    alignas(64) uint16_t half_table[32];
-    for (int i = 0; i < 32; ++i) half_table[i] = to_bf16(a.table[i & 15]);  // twice: the index has five bits
-    const __m512i table = _mm512_load_si512(half_table);
+    const HalfCodebook table(a.table);
     typedef uint16_t X;
 #else
     const Codebook table(a.table);
@@ -155,16 +148,14 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) {
-                    __m512i value[N16];
+                    I value[N16];
 #pragma GCC unroll 2
-                    for (int n = 0; n < N16; ++n)
-                        value[n] = _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)word[n].v[0], 4 * j), table);
+                    for (int n = 0; n < N16; ++n) value[n] = HalfCodebook::at(table, word[n], 4 * j);
 #pragma GCC unroll 8
                     for (int m = 0; m < MB; ++m) {
-                        const __m512bh pair = (__m512bh)(__m512i)splat32(x + 2 * (j * MB + m)).v[0];
+                        const I pair = splat32(x + 2 * (j * MB + m));
 #pragma GCC unroll 2
-                        for (int n = 0; n < N16; ++n)
-                            acc[m][n].v[0] = (RawF)_mm512_dpbf16_ps((__m512)acc[m][n].v[0], (__m512bh)value[n], pair);
+                        for (int n = 0; n < N16; ++n) acc[m][n] = add_pairs(acc[m][n], value[n], pair);
                     }
                 }
 #else

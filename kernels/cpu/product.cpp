@@ -37,9 +37,10 @@ int Product::plan(const QkWeight& w, int64_t m, int dtype, int wanted, int isa) 
     kernels = kernels_for(isa);
     if (!kernels || !pick) return QK_BAD_ISA;
     bits = w.bits, cols = w.cols, groups = w.groups, x_dtype = dtype, limbs = wanted, table = w.table;
+    if (!choose(pick, m)) return QK_BAD_SHAPE;
     // Only bfloat16 inputs may be multiplied as bfloat16.
-    const bool floats = limbs == 0 && x_dtype != QK_BF16 && matmul_for(QK_AVX512) && pick(bits, 0, 1).layout == Layout::PAIRS;
-    if (!choose(floats ? matmul_for(QK_AVX512) : pick, m)) return QK_BAD_SHAPE;
+    const bool halves = tile.layout == Layout::PAIRS || tile.layout == Layout::STRIPS;
+    if (halves && x_dtype != QK_BF16 && !choose(matmul_for(QK_AVX512), m)) return QK_BAD_SHAPE;
 
     inputs = ceil_div(cols, 8) * 8;
     blocks.clear();

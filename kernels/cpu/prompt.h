@@ -7,6 +7,7 @@
 #pragma once
 #include <cmath>
 
+#include "pairs.h"
 #include "step.h"
 #include "transposes.h"
 
@@ -22,21 +23,7 @@ constexpr int64_t PASSES = qkit::PROMPT_QUERIES / QUERIES;
 constexpr float NOTHING = -1e30f;  // below every score, and finite
 
 QK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-QK_INLINE int32_t word(const uint16_t* x) {
-    int32_t w;
-    std::memcpy(&w, x, 4);
-    return w;
-}
 
-// sum + the products of two pairs of bfloat16 in each lane.
-QK_INLINE F add_pairs(F sum, I a, I b) {
-#if defined(__AVX512BF16__)
-    return dot(sum, (__m512bh)a.v[0], (__m512bh)b.v[0]);
-#else
-    const I high = splat((int32_t)0xffff0000);
-    return fused(from_bits(a & high), from_bits(b & high), fused(from_bits(a << 16), from_bits(b << 16), sum));
-#endif
-}
 QK_INLINE I to_pair(F low, F high) {
 #if defined(__AVX512BF16__)
     alignas(64) static constexpr uint16_t TURNS[2 * LANES] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -48,23 +35,6 @@ QK_INLINE I to_pair(F low, F high) {
 #else
     return (BF16::bits(low) & splat(0xffff)) | (BF16::bits(high) << 16);
 #endif
-}
-
-// sum[ROWS][QUERIES] += rows of x, pairs `step` values apart and rows `row`, times w [n][QUERIES] pairs.
-template <int ROWS>
-QK_INLINE void multiply_pairs(const uint16_t* x, int64_t row, int64_t step, const uint32_t* w, int64_t n,
-                              F (*sum)[QUERY_VECTORS]) {
-    for (int64_t p = 0; p < n; ++p, x += step, w += QUERIES) {
-        I right[QUERY_VECTORS];
-#pragma GCC unroll 2
-        for (int v = 0; v < QUERY_VECTORS; ++v) right[v] = load(w + v * LANES);
-#pragma GCC unroll 8
-        for (int t = 0; t < ROWS; ++t) {
-            const I left = splat(word(x + t * row));
-#pragma GCC unroll 2
-            for (int v = 0; v < QUERY_VECTORS; ++v) sum[t][v] = add_pairs(sum[t][v], left, right[v]);
-        }
-    }
 }
 
 // What one pass keeps from span to span.

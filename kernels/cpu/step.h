@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "lanes.h"
+#include "pairs.h"
 #include "qkit_decoder.h"
 #include "step_types.h"
 
@@ -85,13 +86,11 @@ void step_gated(const uint16_t* gate, const uint16_t* up, uint16_t* to, int64_t 
 
 #if defined(__AVX512BF16__)
 // Thirty-two bfloat16s, zeros beyond the first n.
-QK_INLINE __m512bh pairs(const uint16_t* x, int64_t n) {
-    if (n >= 2 * LANES) return (__m512bh)_mm512_loadu_si512(x);
-    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), x);
-}
-QK_INLINE F dot(F sum, __m512bh a, __m512bh b) {
-    sum.v[0] = (RawF)_mm512_dpbf16_ps((__m512)sum.v[0], a, b);
-    return sum;
+QK_INLINE I pairs(const uint16_t* x, int64_t n) {
+    if (n >= 2 * LANES) return load((const uint32_t*)x);
+    I r;
+    r.v[0] = (RawI)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), x);
+    return r;
 }
 #endif
 
@@ -111,8 +110,8 @@ void scores_of(const AttendArgs& a, int64_t first, float* scores) {
         int64_t i = 0;
 #if defined(__AVX512BF16__)
         for (; i < dim; i += 2 * LANES) {
-            const __m512bh k = pairs(key + i, dim - i);
-            for (int g = 0; g < G; ++g) sum[g] = dot(sum[g], k, pairs(q + g * dim + i, dim - i));
+            const I k = pairs(key + i, dim - i);
+            for (int g = 0; g < G; ++g) sum[g] = add_pairs(sum[g], k, pairs(q + g * dim + i, dim - i));
         }
 #else
         for (; i + LANES <= dim; i += LANES) {
@@ -193,8 +192,8 @@ QK_INLINE void dense_row(const uint16_t* w, const uint16_t* x, int64_t cols, flo
 #if defined(__AVX512BF16__)
     constexpr int64_t STEP = 2 * LANES;
     const auto more = [&](int s, int64_t i, int64_t n) __attribute__((always_inline)) {
-        const __m512bh part = pairs(w + i, n);
-        for (int m = 0; m < M; ++m) sum[s][m] = dot(sum[s][m], part, pairs(x + m * cols + i, n));
+        const I part = pairs(w + i, n);
+        for (int m = 0; m < M; ++m) sum[s][m] = add_pairs(sum[s][m], part, pairs(x + m * cols + i, n));
     };
 #else
     constexpr int64_t STEP = LANES;

@@ -165,6 +165,7 @@ def _prompt(
     from ..kernels.cpu.decoder import PROMPT, prompt
 
     batch, n = ids.shape
+    seen = first.tolist()
     logits: list[torch.Tensor | None] = [None] * batch
     for begin in range(0, n, PROMPT):
         end, length = min(begin + PROMPT, n), store.length
@@ -172,14 +173,13 @@ def _prompt(
             store.make_room(end - begin)
         assert store.cache is not None
         for b in range(batch):
-            padding = min(max(int(first[b]) - length, 0), end - begin)
+            padding = min(max(seen[b] - length, 0), end - begin)
             if padding:
                 store.clear(b, padding)
             here = b, slice(begin + padding, end)
             if padding < end - begin:
                 tokens, places = ids[here].contiguous(), positions[here].contiguous()
-                seen, want = int(first[b]), end == n
-                logits[b] = prompt(decoder, store.cache, b, length + padding, tokens, places, seen, want)
+                logits[b] = prompt(decoder, store.cache, b, length + padding, tokens, places, seen[b], want=end == n)
         store.length += end - begin
     return torch.stack([row for row in logits if row is not None])
 

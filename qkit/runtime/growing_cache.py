@@ -54,8 +54,9 @@ class Store:
         buffer: torch.Tensor = getattr(self, name)[i]
         return buffer[:, :, begin - self.starts[i] : self.length - self.starts[i]]
 
-    def take(self, layer: Any) -> None:
-        """Copies the next layer's entries; the layer is a view of them from then on."""
+    def take(self, layer: Any, more: int) -> None:
+        """Copies the next layer's entries, with slots as `make_room` has them; the layer is a view of them from then
+        on."""
         import torch
 
         base, i = _base(layer), len(self.keys)
@@ -64,7 +65,8 @@ class Store:
             nothing = torch.empty(self.kind.batch, self.kind.heads, 0, self.kind.dim, dtype=torch.bfloat16)
             layer.lazy_initialization(nothing, nothing)
             layer.keys = layer.values = nothing
-        keys, values = (_roomy(getattr(layer, name), HEADROOM) for name in ("keys", "values"))
+        spare = HEADROOM if window else HEADROOM + more - 1
+        keys, values = (_roomy(getattr(layer, name), spare) for name in ("keys", "values"))
         self.keys.append(keys)
         self.values.append(values)
         self.windows.append(window)
@@ -120,7 +122,7 @@ def store_of(layers: list[Any], length: int, kind: Kind, more: int = 1) -> Store
             return None
         store = Store(kind, length)
         for layer in layers:
-            store.take(layer)
+            store.take(layer, more)
         store.settle()
     if length + more > store.room:
         store.make_room(more)
