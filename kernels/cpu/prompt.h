@@ -7,9 +7,7 @@
 #pragma once
 #include <cmath>
 
-#include "pairs.h"
-#include "step.h"
-#include "transposes.h"
+#include "attend.h"
 
 namespace {
 

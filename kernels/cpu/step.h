@@ -9,8 +9,6 @@
 
 namespace {
 
-using qkit::AttendArgs;
-
 // To bfloat16 and back.
 QK_INLINE F rounded(F x) { return from_bits(BF16::bits(x) << 16); }
 
@@ -84,102 +82,18 @@ void step_gated(const uint16_t* gate, const uint16_t* up, uint16_t* to, int64_t 
     }
 }
 
-#if defined(__AVX512BF16__)
-// Thirty-two bfloat16s, zeros beyond the first n.
+// Thirty-two bfloat16s as pairs, zeros beyond the first n.
 QK_INLINE I pairs(const uint16_t* x, int64_t n) {
     if (n >= 2 * LANES) return load((const uint32_t*)x);
+#if defined(__AVX512F__)
     I r;
     r.v[0] = (RawI)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), x);
     return r;
-}
-#endif
-
-// Scores of G queries, [G][SPAN].
-template <int G>
-void scores_of(const AttendArgs& a, int64_t first, float* scores) {
-    const int64_t dim = a.dim;
-    const uint16_t* q = a.q + first * dim;
-#if !defined(__AVX512BF16__)
-    float wide[G * qkit::MOST_DIM];
-    for (int g = 0; g < G; ++g) step_widen(q + g * dim, wide + g * dim, dim, 1.0f);
-#endif
-    for (int64_t t = 0; t < a.n; ++t) {
-        const uint16_t* key = a.keys + t * dim;
-        F sum[G];
-        for (int g = 0; g < G; ++g) sum[g] = splat(0.0f);
-        int64_t i = 0;
-#if defined(__AVX512BF16__)
-        for (; i < dim; i += 2 * LANES) {
-            const I k = pairs(key + i, dim - i);
-            for (int g = 0; g < G; ++g) sum[g] = add_pairs(sum[g], k, pairs(q + g * dim + i, dim - i));
-        }
 #else
-        for (; i + LANES <= dim; i += LANES) {
-            const F k = BF16::load16(key + i);
-            for (int g = 0; g < G; ++g) sum[g] = fused(k, load(wide + g * dim + i), sum[g]);
-        }
-        if (i < dim) {
-            const F k = load_padded<BF16>(key, i, dim);
-            for (int g = 0; g < G; ++g) sum[g] = fused(k, load_padded<F32>(wide + g * dim, i, dim), sum[g]);
-        }
+    uint32_t tail[LANES] = {};
+    std::memcpy(tail, x, (size_t)n * sizeof(*x));
+    return load(tail);
 #endif
-        for (int g = 0; g < G; ++g) scores[g * qkit::SPAN + t] = total(sum[g]) * a.scale;
-    }
-}
-
-// n scores to their exponentials.
-QK_INLINE void softmax(float* scores, int64_t n, float& most, float& sum) {
-    for (int64_t i = n; i % LANES; ++i) scores[i] = -INFINITY;
-    F high = load(scores), all = splat(0.0f);
-    for (int64_t i = LANES; i < n; i += LANES) high = max(high, load(scores + i));
-    most = largest(high);
-    for (int64_t i = 0; i < n; i += LANES) {
-        const F e = exponential(load(scores + i) - splat(most));
-        store(scores + i, e);
-        all = all + e;  // those beyond n are far below what a float beside 1 can show
-    }
-    sum = total(all);
-}
-
-// Values weighed by the scores of G queries, COLUMNS vectors of the head's outputs at a time.
-template <int G, int COLUMNS>
-void values_of(const AttendArgs& a, int64_t first, int64_t begin, const float* scores) {
-    F sum[G][COLUMNS];
-    for (int g = 0; g < G; ++g)
-        for (int c = 0; c < COLUMNS; ++c) sum[g][c] = splat(0.0f);
-    for (int64_t t = 0; t < a.n; ++t) {
-        const uint16_t* value = a.values + t * a.dim;
-        F v[COLUMNS];
-        for (int c = 0; c < COLUMNS; ++c)
-            v[c] = COLUMNS == 1 ? load_padded<BF16>(value, begin, a.dim) : BF16::load16(value + begin + c * LANES);
-        for (int g = 0; g < G; ++g) {
-            const F weight = splat(scores[g * qkit::SPAN + t]);
-            for (int c = 0; c < COLUMNS; ++c) sum[g][c] = fused(v[c], weight, sum[g][c]);
-        }
-    }
-    for (int g = 0; g < G; ++g)
-        for (int c = 0; c < COLUMNS; ++c) {
-            const int64_t at = begin + c * LANES;
-            store_part<F32>(a.out + (first + g) * a.dim + at, sum[g][c], a.dim - at);
-        }
-}
-
-template <int G>
-void attend_some(const AttendArgs& a, int64_t first) {
-    constexpr int COLUMNS = REGISTER_BYTES == 64 ? 4 : 2;
-    alignas(64) float scores[G * qkit::SPAN];
-    scores_of<G>(a, first, scores);
-    for (int g = 0; g < G; ++g) softmax(scores + g * qkit::SPAN, a.n, a.most[first + g], a.total[first + g]);
-    int64_t at = 0;
-    for (; at + COLUMNS * LANES <= a.dim; at += COLUMNS * LANES) values_of<G, COLUMNS>(a, first, at, scores);
-    for (; at < a.dim; at += LANES) values_of<G, 1>(a, first, at, scores);
-}
-
-void step_attend(const AttendArgs& a) {
-    int64_t g = 0;
-    for (; g + 4 <= a.group; g += 4) attend_some<4>(a, g);
-    for (; g + 2 <= a.group; g += 2) attend_some<2>(a, g);
-    for (; g < a.group; ++g) attend_some<1>(a, g);
 }
 
 // One row of the weight times M vectors. One at a time: of several streams the processor fetches ahead at half the rate.

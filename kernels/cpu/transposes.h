@@ -1,4 +1,4 @@
-// Sixteen vectors of sixteen lanes: rows become lanes, and back.
+// Sixteen vectors of sixteen lanes: rows become lanes, and back; the sum of each.
 #pragma once
 #include <utility>
 
@@ -37,6 +37,19 @@ QK_INLINE void transpose(V (&x)[LANES]) {
         for (int i = 0; i < LANES / 2; ++i) zip(x[i], x[i + LANES / 2], y[2 * i], y[2 * i + 1]);
         for (int i = 0; i < LANES; ++i) x[i] = y[i];
     }
+}
+// Lane i: the sum over the lanes of x[i], which is lost.
+QK_INLINE F totals(F (&x)[LANES]) {
+    const auto half = [&](int n) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) {
+            F low, high;
+            zip(x[i], x[i + n], low, high);
+            x[i] = low + high;
+        }
+    };
+    half(8), half(4), half(2), half(1);
+    return x[0];
 }
 
 }  // namespace

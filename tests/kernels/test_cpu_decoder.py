@@ -129,8 +129,10 @@ class Model:
             if layer.window:
                 seen = seen & (at > length - layer.window)
             scores = (query[:, :, None] * every).sum(-1) * self.c.attention_scale
-            p = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
-            y = linear(*o, r((p[..., None] * weigh).sum(2)).view(batch, -1))
+            scores = scores.masked_fill(~seen[:, None], -math.inf)
+            p = (scores - scores.amax(-1, keepdim=True)).exp()
+            y = (r(p)[..., None] * weigh).sum(2) / p.sum(-1, keepdim=True)
+            y = linear(*o, r(y).view(batch, -1))
             x = x + self.norm(y, layer.attention_post_norm)
             h = r(self.norm(x, layer.mlp_norm))
             g = linear(*gate, h)
