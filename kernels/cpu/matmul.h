@@ -53,6 +53,8 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                 I low[N16], high[N16];
 #pragma GCC unroll 2
                 for (int n = 0; n < N16; ++n) {
+                    fetch_ahead(w + n * LANES, a.end);
+                    if (BITS == 8) fetch_ahead(w + WIDE + n * LANES, a.end);
                     const I word = load(w + n * LANES);
                     low[n] = BITS == 4 ? word & nibble : word;
                     high[n] = BITS == 4 ? (word >> 4) & nibble : load(w + WIDE + n * LANES);
@@ -144,7 +146,10 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
             for (int64_t step = 0; step < block.steps; ++step, w += WIDE, x += 8 * MB) {
                 I word[N16];
 #pragma GCC unroll 2
-                for (int n = 0; n < N16; ++n) word[n] = load(w + n * LANES);
+                for (int n = 0; n < N16; ++n) {
+                    fetch_ahead(w + n * LANES, a.end);
+                    word[n] = load(w + n * LANES);
+                }
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) {

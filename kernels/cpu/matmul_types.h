@@ -25,6 +25,7 @@ enum class Layout {
 // One tile of activations and one block of outputs. x, start, x_scale, x_sum: what `prepare` wrote for the tile.
 struct TileArgs {
     const uint32_t* codes;  // of this block of outputs, in the layout of matmul.h
+    const uint32_t* end;    // of the codes that this thread reads before it does something else
     const void* scale;      // [groups][32] of scale_dtype
     const uint8_t* zero;    // [groups][32] or null
     const float* table;     // sixteen values, or null for integers

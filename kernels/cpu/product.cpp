@@ -109,6 +109,7 @@ void Product::multiply(const QkWeight& w, char* base, int64_t count, int64_t her
         const int64_t first = c * chunk, last = std::min<int64_t>(first + chunk, count);
         TileArgs a;
         a.codes = w.codes + n * code_words;
+        a.end = a.codes + std::min<int64_t>(end - item, wide - n) * code_words;
         a.scale = (const char*)w.scale + n * scales * itemsize(w.scale_dtype);
         a.zero = w.zero ? w.zero + n * scales : nullptr;
         a.table = w.table;

@@ -76,7 +76,7 @@ struct Product {
 inline int limbs_of(const QkWeight& w, int x_dtype, int int8, bool uneven, int64_t m, int isa) {
     if (w.table) return 0;
     if (int8) return 1;
-    if (isa == QK_AVX512BF16 && x_dtype == QK_BF16 && m >= STRIP) return 0;
+    if (isa == QK_AVX512BF16 && x_dtype == QK_BF16 && m >= CHUNK) return 0;
     return x_dtype == QK_F32 || uneven ? 3 : 2;
 }
 

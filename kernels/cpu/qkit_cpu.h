@@ -90,7 +90,7 @@ QK_API int qk_prepack(const uint32_t* packed, uint32_t* codes, int64_t rows, int
 QK_API int qk_restore(const uint32_t* codes, uint32_t* packed, int64_t rows, int64_t cols, int bits, int nthreads);
 
 // out [m, rows] = x [m, cols] @ weight.T (+ bias [rows]); x, bias and out of x_dtype. Weights are not rounded to x_dtype.
-// int8 0: x in fixed point of 16 bits (24 for float32) per row and block of at most 128 inputs, or, with AVX-512 BF16, twelve
+// int8 0: x in fixed point of 16 bits (24 for float32) per row and block of at most 128 inputs, or, with AVX-512 BF16, 48
 // bfloat16 rows and more as they are; 1: each row of x is rounded to int8 first, scale max|x| / 127. A row with a NaN or an
 // infinity gives NaN; as it is, what arithmetic on floats gives.
 QK_API int qk_matmul(const QkWeight* weight, const void* x, int x_dtype, const void* bias, void* out, int64_t m,

@@ -98,7 +98,7 @@ QK_INLINE I pairs(const uint16_t* x, int64_t n) {
 
 // One row of the weight times M vectors. One at a time: of several streams the processor fetches ahead at half the rate.
 template <int M>
-QK_INLINE void dense_row(const uint16_t* w, const uint16_t* x, int64_t cols, float* y) {
+QK_INLINE void dense_row(const uint16_t* w, const uint16_t* end, const uint16_t* x, int64_t cols, float* y) {
     constexpr int SETS = M == 1 ? 2 : 1;  // few accumulators would wait for one another
     F sum[SETS][M];
     for (int s = 0; s < SETS; ++s)
@@ -107,12 +107,14 @@ QK_INLINE void dense_row(const uint16_t* w, const uint16_t* x, int64_t cols, flo
     constexpr int64_t STEP = 2 * LANES;
     const auto more = [&](int s, int64_t i, int64_t n) __attribute__((always_inline)) {
         const I part = pairs(w + i, n);
+        fetch_ahead(w + i, end);
         for (int m = 0; m < M; ++m) sum[s][m] = add_pairs(sum[s][m], part, pairs(x + m * cols + i, n));
     };
 #else
     constexpr int64_t STEP = LANES;
     const auto more = [&](int s, int64_t i, int64_t n) __attribute__((always_inline)) {
         const bool whole = n >= LANES;
+        if (i % (2 * LANES) == 0) fetch_ahead(w + i, end);
         const F part = whole ? BF16::load16(w + i) : load_padded<BF16>(w, i, cols);
         for (int m = 0; m < M; ++m) {
             const uint16_t* v = x + m * cols;
@@ -132,7 +134,7 @@ void dense_rows(const uint16_t* w, const uint16_t* x, const uint16_t* bias, uint
                 int64_t rows, int64_t cols) {
     for (int64_t r = begin; r < end; ++r) {
         float y[M];
-        dense_row<M>(w + r * cols, x, cols, y);
+        dense_row<M>(w + r * cols, w + end * cols, x, cols, y);
         for (int m = 0; m < M; ++m) out[m * rows + r] = to_bf16(y[m] + (bias ? BF16::get(bias + r) : 0.0f));
     }
 }
