@@ -23,31 +23,10 @@ QK_INLINE F magnitude(F x) { return from_bits(bits_of(x) & splat(0x7fffffff)); }
 
 // The largest magnitude of x[0 .. n), n a multiple of sixteen; infinity where one is NaN or infinite.
 float largest(const float* x, int64_t n) {
-    F most = splat(0.0f);
-    I bad = splat(0);
-    for (int64_t i = 0; i < n; i += LANES) {
-        const F v = magnitude(load(x + i));
-        most = max(v, most);
-        bad = bad | greater(bits_of(v), splat(0x7f7fffff));
-    }
-    float f[LANES];
-    int32_t any[LANES];
-    store(f, most);
-    std::memcpy(any, &bad, sizeof any);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) {
-            f[i] = f[i + half] > f[i] ? f[i + half] : f[i];
-            any[i] |= any[i + half];
-        }
-    return any[0] ? INFINITY : f[0];
-}
-
-QK_INLINE int32_t sum(I x) {
-    int32_t v[LANES];
-    std::memcpy(v, &x, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
+    I most = splat(0);  // magnitudes are ordered as their bits are, NaN behind infinity
+    for (int64_t i = 0; i < n; i += LANES) most = max(bits_of(magnitude(load(x + i))), most);
+    const int32_t bits = largest(most);
+    return bits > 0x7f7fffff ? INFINITY : as_float((uint32_t)bits);
 }
 
 // Inputs begin .. begin + size as float, zero beyond n and up to a multiple of sixteen.
@@ -68,25 +47,90 @@ void inputs(const void* x, int dtype, int64_t begin, int64_t size, int64_t n, fl
     }
 }
 
+// Eight 16-bit values as four pairs, in the order of Layout::PAIRS; from one pair to the next `step` words.
+QK_INLINE void store_pairs(uint32_t* to, int step, const uint16_t* eight) {
+    uint64_t four[2];
+    std::memcpy(four, eight, sizeof four);
+    for (int k = 0; k < 2; ++k) {
+        const uint64_t v = four[k];
+        to[k * step] = (uint32_t)(v & 0xffff) | (uint32_t)(v >> 16 & 0xffff0000u);
+        to[(2 + k) * step] = (uint32_t)(v >> 16 & 0xffff) | (uint32_t)(v >> 32 & 0xffff0000u);
+    }
+}
+
+// Sixteen inputs in fixed point, which are i to i + 16 of block b and row m, as bytes or 16-bit integers; sum += these.
+template <int LIMBS>
+struct AsBytes {
+    static constexpr int WORDS = LIMBS;  // integers an input
+    int8_t* to;  // where the first limb's first bytes go, and how far apart limbs and quads of inputs are
+    int64_t limb_step, quad_step;
+
+    AsBytes(const PrepareArgs& a, int64_t b, int64_t m) {
+        const int64_t width = a.rows * LIMBS;
+        const bool rows = a.layout == Layout::ROWS;
+        to = (int8_t*)a.x + (rows ? ((b * a.rows + m / 16 * 16) * LIMBS + m % 16) * a.row_bytes
+                                  : a.blocks[b].start * 8 * width + 4 * m * LIMBS);
+        limb_step = rows ? 16 * a.row_bytes : 4;
+        quad_step = rows ? 4 : 4 * width;
+    }
+    void pad(int64_t size, int64_t row_bytes) const {
+        for (int l = 0; l < LIMBS; ++l) std::memset(to + l * limb_step + size, 0, (size_t)(row_bytes - size));
+    }
+    QK_INLINE void put(const AsBytes& t, I fixed, int64_t i, int64_t quads, I* sum) {
+#pragma GCC unroll 3
+        for (int l = 0; l < LIMBS; ++l) {
+            const I limb = l == LIMBS - 1 ? fixed : (fixed << 24) >> 24;
+            fixed = (fixed - limb) >> 8;
+            sum[l] = sum[l] + limb;
+            uint8_t bytes[LANES];
+            store_u8(bytes, limb);
+            for (int64_t q = 0; q < quads; ++q)
+                std::memcpy(t.to + (i / 4 + q) * t.quad_step + l * t.limb_step, bytes + 4 * q, 4);
+        }
+    }
+};
+template <int LIMBS>
+struct AsShorts {
+    static constexpr int WORDS = LIMBS > 2 ? 2 : 1;
+    uint32_t* to;
+    int64_t word_step;
+    int strip;  // rows
+
+    AsShorts(const PrepareArgs& a, int64_t b, int64_t m) {
+        strip = (int)qkit::short_strip(a.rows);
+        to = (uint32_t*)a.x + m / strip * WORDS * a.strip + a.blocks[b].start * 4 * strip + m % strip;
+        word_step = a.strip;
+    }
+    void pad(int64_t, int64_t) const {}
+    QK_INLINE void put(const AsShorts& t, I fixed, int64_t i, int64_t quads, I* sum) {
+#pragma GCC unroll 2
+        for (int k = 0; k < WORDS; ++k) {
+            const I word = k == WORDS - 1 ? fixed : (fixed << 24) >> 24;
+            fixed = (fixed - word) >> 8;
+            sum[k] = sum[k] + word;
+            uint16_t halves[LANES];
+            store_u16(halves, word);
+            for (int64_t e = 0; e < quads / 2; ++e)
+                store_pairs(t.to + k * t.word_step + (i + 8 * e) / 2 * t.strip, t.strip, halves + 8 * e);
+        }
+    }
+};
+
 // Block b of row m as fixed point, x float [up to 128, zero padded], `most` its largest magnitude (or the row's). DEEP: limbs
 // that its values fill; below LIMBS the lowest stay zero, and what comes of it is bit for bit that of as many limbs.
-template <int LIMBS, int DEEP = LIMBS>
-void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most) {
+template <int LIMBS, int DEEP, class Put>
+void fix_as(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most) {
     constexpr float STEPS = DEEP == 1 ? 127.0f : DEEP == 2 ? 32512.0f : 8323072.0f;  // 127 * 256**(DEEP - 1)
-    const int64_t size = a.blocks[b].steps * 8, width = a.rows * LIMBS;
+    constexpr int WORDS = Put::WORDS;
+    const int64_t size = a.blocks[b].steps * 8;
     const bool finite = most < INFINITY;
     float scale = finite ? most / STEPS : 1.0f;
     if (scale < 1e-30f) scale = LIMBS == 1 && scale > 0.0f ? scale : 1.0f;  // nothing: never divide by a subnormal
     const F s = splat(scale), magic = splat(MAGIC);
     const I magic_bits = splat((int)as_bits(MAGIC));
-    I total[LIMBS];
-    for (int l = 0; l < LIMBS; ++l) total[l] = splat(0);
-
-    // Where the first limb's first bytes go, and how far apart limbs and quads of inputs are.
-    const bool rows = a.layout == Layout::ROWS;
-    int8_t* to = (int8_t*)a.x + (rows ? ((b * a.rows + m / 16 * 16) * LIMBS + m % 16) * a.row_bytes
-                                      : a.blocks[b].start * 8 * width + 4 * m * LIMBS);
-    const int64_t limb_step = rows ? 16 * a.row_bytes : 4, quad_step = rows ? 4 : 4 * width;
+    const Put put(a, b, m);
+    I sum[WORDS];
+    for (int l = 0; l < WORDS; ++l) sum[l] = splat(0);
     for (int64_t i = 0; i < size; i += LANES) {
         const int64_t quads = size - i < LANES ? (size - i) / 4 : 4;
         F t = load(x + i) / s;
@@ -98,30 +142,26 @@ void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most)
         } else {
             fixed = (bits_of(t + magic) - magic_bits) << 8 * (LIMBS - DEEP);
         }
-#pragma GCC unroll 3
-        for (int l = 0; l < LIMBS; ++l) {
-            const I limb = l == LIMBS - 1 ? fixed : (fixed << 24) >> 24;
-            fixed = (fixed - limb) >> 8;
-            total[l] = total[l] + limb;
-            uint8_t bytes[LANES];
-            store_u8(bytes, limb);
-            for (int64_t q = 0; q < quads; ++q)
-                std::memcpy(to + (i / 4 + q) * quad_step + l * limb_step, bytes + 4 * q, 4);
-        }
+        Put::put(put, fixed, i, quads, sum);
     }
-    if (rows)
-        for (int l = 0; l < LIMBS; ++l) std::memset(to + l * limb_step + size, 0, (size_t)(a.row_bytes - size));
+    if (a.layout == Layout::ROWS) put.pad(size, a.row_bytes);
 
     double value = 0.0, unit = 1.0;
-    for (int l = 0; l < LIMBS; ++l, unit *= 256.0) {
-        const int32_t limb_sum = sum(total[l]);
-        a.start[b * width + m * LIMBS + l] = a.symmetric ? -a.middle * limb_sum : 0;
-        value += unit * limb_sum;
+    for (int l = 0; l < WORDS; ++l, unit *= 256.0) {
+        const int32_t word_sum = total(sum[l]);
+        a.start[(b * a.rows + m) * WORDS + l] = a.symmetric ? -a.middle * word_sum : 0;
+        value += unit * word_sum;
     }
     if (DEEP < LIMBS) scale *= 0x1p-8f;
     const float bad = finite ? 0.0f : NAN;
     a.x_scale[b * a.rows + m] = scale + bad;
     a.x_sum[b * a.rows + m] = (float)(value * scale) + bad;
+}
+
+template <int LIMBS, int DEEP = LIMBS>
+void fix(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float most) {
+    if (a.layout == Layout::SHORTS) fix_as<LIMBS, DEEP, AsShorts<LIMBS>>(a, b, m, x, most);
+    else fix_as<LIMBS, DEEP, AsBytes<LIMBS>>(a, b, m, x, most);
 }
 
 // For a codebook, as it is, at the place where its codes will be. PAIRS: pair j of eight inputs is what nibbles j of a
@@ -142,13 +182,9 @@ void spread_strips(const PrepareArgs& a, int64_t b, int64_t m, const uint16_t* x
     const int64_t begin = a.blocks[b].start * 8, size = a.blocks[b].steps * 8;
     uint32_t* to = (uint32_t*)a.x + m / qkit::STRIP * a.strip + begin / 2 * qkit::STRIP + m % qkit::STRIP;
     for (int64_t i = begin; i < begin + size; i += 8, to += 4 * qkit::STRIP) {
-        uint64_t four[2] = {};
-        std::memcpy(four, x + i, (size_t)(a.cols - i < 8 ? a.cols - i : 8) * 2);
-        for (int k = 0; k < 2; ++k) {
-            const uint64_t v = four[k];
-            to[k * qkit::STRIP] = (uint32_t)(v & 0xffff) | (uint32_t)(v >> 16 & 0xffff0000u);
-            to[(2 + k) * qkit::STRIP] = (uint32_t)(v >> 16 & 0xffff) | (uint32_t)(v >> 32 & 0xffff0000u);
-        }
+        uint16_t eight[8] = {};
+        std::memcpy(eight, x + i, (size_t)(a.cols - i < 8 ? a.cols - i : 8) * 2);
+        store_pairs(to, qkit::STRIP, eight);
     }
     if (a.symmetric) return;
     float block[BLOCK_INPUTS];
@@ -166,13 +202,9 @@ bool uneven(const qkit::Block* blocks, int64_t n_blocks, const void* x, int x_dt
     for (int64_t b = 0; b < n_blocks; ++b) {
         const int64_t size = blocks[b].steps * 8;
         inputs(x, x_dtype, blocks[b].start * 8, size, cols, block);
-        F high = splat(0.0f), all = splat(0.0f);
-        for (int64_t i = 0; i < size; i += LANES) {
-            const F v = magnitude(load(block + i));
-            high = max(high, v);
-            all = all + v;
-        }
-        const float most = largest(high), others = total(all) - most;  // zero: nothing there to lose
+        F all = splat(0.0f);
+        for (int64_t i = 0; i < size; i += LANES) all = all + magnitude(load(block + i));
+        const float most = largest(block, size), others = total(all) - most;  // zero: nothing there to lose
         if (others > 0.0f && most * (float)(size - 1) > ratio * others && most < INFINITY) return true;
     }
     return false;

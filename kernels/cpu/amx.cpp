@@ -105,7 +105,7 @@ void multiply(const TileArgs& a, int64_t first, int64_t last, float* total) {
                 for (int l = 0; l < LIMBS; ++l)
                     sum[l] = load(sums[m / ROWS * LIMBS + l] + m % ROWS * WIDE + n * LANES) +
                              splat(a.start[(b * a.rows + m) * LIMBS + l]);
-                add<LIMBS>(a, scales, n, b * a.rows + m, sum, total + m * WIDE + n * LANES);
+                add(a, scales, n, b * a.rows + m, value_of<LIMBS>(sum), total + m * WIDE + n * LANES);
             }
     }
     QK_TILE_RELEASE();  // a thread with tiles in use costs the system more at every switch

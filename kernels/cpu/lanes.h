@@ -43,7 +43,8 @@ struct I {
 };
 
 #define QK_EACH for (int p = 0; p < PARTS; ++p)
-#define QK_INLINE static inline __attribute__((always_inline))
+#define QK_INLINED __attribute__((always_inline))
+#define QK_INLINE static inline QK_INLINED
 
 QK_INLINE F splat(float x) {
     F r;
@@ -91,6 +92,7 @@ QK_INLINE I operator<<(I a, int n) { QK_EACH a.v[p] <<= n; return a; }
 QK_INLINE I operator>>(I a, int n) { QK_EACH a.v[p] >>= n; return a; }
 QK_INLINE F min(F a, F b) { QK_EACH a.v[p] = a.v[p] < b.v[p] ? a.v[p] : b.v[p]; return a; }
 QK_INLINE F max(F a, F b) { QK_EACH a.v[p] = a.v[p] > b.v[p] ? a.v[p] : b.v[p]; return a; }
+QK_INLINE I max(I a, I b) { QK_EACH a.v[p] = a.v[p] > b.v[p] ? a.v[p] : b.v[p]; return a; }
 // All ones where a > b.
 QK_INLINE I greater(I a, I b) { QK_EACH a.v[p] = (RawI)(a.v[p] > b.v[p]); return a; }
 
@@ -113,25 +115,28 @@ QK_INLINE F fused(F a, F b, F c) {
 }
 
 // Over the lanes, half by half; `largest` as `>` has it.
-QK_INLINE float total(F x) {
+template <class T, class V>
+QK_INLINE T halved(V x, T (*both)(T, T)) {
+    T each[LANES];
+    std::memcpy(each, &x, sizeof each);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) each[i] = both(each[i], each[i + half]);
+    return each[0];
+}
+QK_INLINE float largest(F x) { return halved<float>(x, [](float a, float b) { return b > a ? b : a; }); }
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x.v[0]);
+QK_INLINE float total(F x) { return _mm512_reduce_add_ps((__m512)x.v[0]); }
+QK_INLINE int32_t total(I x) { return _mm512_reduce_add_epi32((__m512i)x.v[0]); }
+QK_INLINE int32_t largest(I x) { return _mm512_reduce_max_epi32((__m512i)x.v[0]); }
 #else
-    float f[LANES];
-    store(f, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) f[i] += f[i + half];
-    return f[0];
+QK_INLINE float total(F x) { return halved<float>(x, [](float a, float b) { return a + b; }); }
+QK_INLINE int32_t total(I x) { return halved<int32_t>(x, [](int32_t a, int32_t b) { return a + b; }); }
+QK_INLINE int32_t largest(I x) { return halved<int32_t>(x, [](int32_t a, int32_t b) { return b > a ? b : a; }); }
 #endif
-}
-QK_INLINE float largest(F x) {
-    float f[LANES];
-    store(f, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) f[i] = f[i + half] > f[i] ? f[i + half] : f[i];
-    return f[0];
-}
 
+#if defined(QKIT_EMULATE_AVXVNNI) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+#define QK_VNNI_256
+#endif
 // AVX-VNNI's instruction, or, for tests on machines that lack it, what it computes.
 #if defined(QKIT_EMULATE_AVXVNNI)
 QK_INLINE __m256i dpbusd(__m256i acc, __m256i u, __m256i s) {
@@ -144,7 +149,7 @@ QK_INLINE __m256i dpbusd(__m256i acc, __m256i u, __m256i s) {
     for (int i = 0; i < 32; ++i) sum[i / 4] += a[i] * b[i];
     return _mm256_loadu_si256((const __m256i*)sum);
 }
-#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+#elif defined(QK_VNNI_256)
 QK_INLINE __m256i dpbusd(__m256i acc, __m256i u, __m256i s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
 #endif
 
@@ -153,7 +158,7 @@ template <int BITS>
 QK_INLINE I dot4(I acc, I u, I s) {
 #if defined(__AVX512VNNI__)
     acc.v[0] = (RawI)_mm512_dpbusd_epi32((__m512i)acc.v[0], (__m512i)u.v[0], (__m512i)s.v[0]);
-#elif defined(QKIT_EMULATE_AVXVNNI) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+#elif defined(QK_VNNI_256)
     QK_EACH acc.v[p] = (RawI)dpbusd((__m256i)acc.v[p], (__m256i)u.v[p], (__m256i)s.v[p]);
 #elif defined(__SSE2__) && !defined(__AVX2__)
     QK_EACH {  // even and odd bytes as 16 bits
@@ -193,6 +198,23 @@ QK_INLINE I dot4(I acc, I u, I s) {
 #endif
     return acc;
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The two halves of each lane shifted right, zeros coming in.
+QK_INLINE I shift_halves(I x, int n) {
+    QK_EACH x.v[p] = (RawI)_mm256_srli_epi16((__m256i)x.v[p], n);
+    return x;
+}
+// acc + the sum over a lane's two halves of a * b, all signed.
+QK_INLINE I dot2(I acc, I a, I b) {
+#if defined(QK_VNNI_256) && !defined(QKIT_EMULATE_AVXVNNI)
+    QK_EACH acc.v[p] = (RawI)_mm256_dpwssd_avx_epi32((__m256i)acc.v[p], (__m256i)a.v[p], (__m256i)b.v[p]);
+#else
+    QK_EACH acc.v[p] += (RawI)_mm256_madd_epi16((__m256i)a.v[p], (__m256i)b.v[p]);
+#endif
+    return acc;
+}
+#endif
 
 // Widening and narrowing are spelled out: GCC 12 takes __builtin_convertvector between 8- and 32-bit lanes apart
 // into scalars. Narrowing keeps the low bits.

@@ -5,9 +5,10 @@
 //   8 bits: byte b of the first 32 words holds input b, of the second 32 words input 4 + b
 //
 // Integer weights: activations are fixed point, per row and block of at most 128 inputs (never more than a group):
-// a scale and one, two or three signed bytes ("limbs") an input (activations.h). A limb times four codes is one dot4, the
-// sums are exact integers (at most 255 * 128 * 128, and 257 times that for two limbs: below 2**31), and scales are
-// applied once a block. A tile is MB rows of activations; MB * LIMBS "virtual rows" share one pass over the codes.
+// a scale and one, two or three signed bytes ("limbs") an input (activations.h). A limb times four codes is one dot4 (or
+// limbs are 16-bit integers: short_tile.h), the sums are exact integers (at most 255 * 128 * 128, and 257 times that for
+// two limbs: below 2**31), and scales are applied once a block. A tile is MB rows of activations; MB * LIMBS "virtual
+// rows" share one pass over the codes.
 //
 // Codebooks (16 floats): values are looked up lane by lane and multiplied in float, with AVX-512 BF16 in pairs of bfloat16.
 #pragma once
@@ -17,6 +18,9 @@
 #include "scales.h"
 #if defined(__AVX512BF16__)
 #include "bf16_tile.h"
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "short_tile.h"
 #endif
 
 namespace {
@@ -33,8 +37,8 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
     constexpr int STEP = BITS == 4 ? WIDE : 2 * WIDE;
     const I nibble = splat(0x0f0f0f0f);
 
-    for (int half = 0; half < 2 / N16; ++half)
-        for (int64_t b = first; b < last; ++b) {
+    for (int64_t b = first; b < last; ++b)
+        for (int half = 0; half < 2 / N16; ++half) {
             const Block block = a.blocks[b];
             const uint32_t* w = a.codes + block.start * STEP + half * LANES;
             const int8_t* x = (const int8_t*)a.x + block.start * 8 * V;
@@ -82,7 +86,7 @@ void tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
                         sum[l] = acc[0][m * LIMBS + l][n];
                         if (SETS == 2) sum[l] = sum[l] + acc[SETS - 1][m * LIMBS + l][n];
                     }
-                    add<LIMBS>(a, scales, n, b * MB + m, sum, total + m * WIDE + (half + n) * LANES);
+                    add(a, scales, n, b * MB + m, value_of<LIMBS>(sum), total + m * WIDE + (half + n) * LANES);
                 }
         }
 }
@@ -133,8 +137,8 @@ void table_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
     const Codebook table(a.table);
     typedef float X;
 #endif
-    for (int half = 0; half < 2 / N16; ++half)
-        for (int64_t b = first; b < last; ++b) {
+    for (int64_t b = first; b < last; ++b)
+        for (int half = 0; half < 2 / N16; ++half) {
             const Block block = a.blocks[b];
             const uint32_t* w = a.codes + block.start * WIDE + half * LANES;
             const X* x = (const X*)a.x + block.start * 8 * MB;
@@ -237,6 +241,22 @@ Tile pick(int bits, int limbs, int64_t rows) {
 #if defined(__AVX512BF16__)
     if (limbs == 0 && rows >= qkit::STRIP) return wide_tile_of(bits, rows);
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(QK_VNNI_256)
+    switch (limbs * 16 + bits) {
+        case 16 + 4: return tile_of<4, 1>(rows);  // two products of a 4-bit code and a byte fit 16 bits
+        case 16 + 8: return short_tile_of<8, 1>(rows);
+        case 32 + 4: return short_tile_of<4, 2>(rows);
+        case 32 + 8: return short_tile_of<8, 2>(rows);
+        case 48 + 4: return short_tile_of<4, 3>(rows);
+        case 48 + 8: return short_tile_of<8, 3>(rows);
+    }
+#else
+#if defined(QK_VNNI_256)
+    if (limbs > 1 && rows >= qkit::SHORT_STRIP) {
+        if (limbs == 2) return bits == 4 ? short_tile_of<4, 2>(rows) : short_tile_of<8, 2>(rows);
+        return bits == 4 ? short_tile_of<4, 3>(rows) : short_tile_of<8, 3>(rows);
+    }
+#endif
     switch (limbs * 16 + bits) {
         case 16 + 4: return tile_of<4, 1>(rows);
         case 16 + 8: return tile_of<8, 1>(rows);
@@ -245,6 +265,7 @@ Tile pick(int bits, int limbs, int64_t rows) {
         case 48 + 4: return tile_of<4, 3>(rows);
         case 48 + 8: return tile_of<8, 3>(rows);
     }
+#endif
     if (limbs == 0 && bits == 4) switch (rows) {
         case 1: return table_tile_if<1>();
         case 2: return table_tile_if<2>();

@@ -99,8 +99,8 @@ int multiply(const QkWeight& w, const char* x, int x_dtype, const char* bias, ch
         char* to = out + done * p.rows * w.rows * itemsize(x_dtype);
         p.clear(base, tiles, here);
         auto lay_out = [&](int64_t begin, int64_t end) { p.lay_out(w, base, from, begin, end); };
-        // The rows of a tile are interleaved, byte by byte, but for Layout::ROWS: one thread then takes whole tiles.
-        const int64_t unit = p.tile.layout == Layout::ROWS ? 1 : p.rows;
+        // Rows that are interleaved, byte by byte, are one thread's.
+        const int64_t unit = p.interleaved();
         parallel_for(here, ceil_div(32768, p.inputs * unit) * unit, nthreads, lay_out);
         auto products = [&](int64_t begin, int64_t end) { p.multiply(w, base, tiles, here, bias, to, begin, end); };
         // Pieces of some ten microseconds, or four a thread where there is less to do, so that a thread that was held up

@@ -7,6 +7,9 @@ namespace qkit {
 constexpr int64_t WIDE = 32;  // outputs in a block of the layout
 constexpr int64_t BLOCK_INPUTS = 128;  // inputs under one activation scale, at most
 constexpr int STRIP = 12;              // rows of Layout::STRIPS
+constexpr int SHORT_STRIP = 6;         // and, at most, of Layout::SHORTS
+
+inline int64_t short_strip(int64_t rows) { return rows < SHORT_STRIP ? rows : SHORT_STRIP; }
 
 // Consecutive inputs under one scale, at most 128; start and steps count eights of (padded) inputs.
 struct Block {
@@ -20,6 +23,8 @@ enum class Layout {
     FLOATS,  // codebook: float [inputs][rows]
     PAIRS,   // codebook: bfloat16 [inputs / 8][4][rows][2], see activations.h
     STRIPS,  // any codes: the same, by twelve rows: [rows / 12][inputs / 8][4][12][2]
+    SHORTS,  // fixed point: int16 in the same order, by six rows, of fewer by these: [rows / 6][words][inputs / 8][4][6][2],
+             // where three limbs are two words (short_tile.h)
 };
 
 // One tile of activations and one block of outputs. x, start, x_scale, x_sum: what `prepare` wrote for the tile.
@@ -32,7 +37,7 @@ struct TileArgs {
     int scale_dtype;
     const Block* blocks;
     int64_t rows, row_bytes;
-    int64_t strip;  // Layout::STRIPS: words from one to the next
+    int64_t strip;  // Layout::STRIPS and SHORTS: four bytes each, from one to the next
     const void* x;
     const int32_t* start;  // [blocks][virtual rows]: what the sums begin with
     const float* x_scale;  // [blocks][rows]

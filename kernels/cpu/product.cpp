@@ -20,8 +20,8 @@ bool Product::choose(PickFn pick, int64_t m) {
     for (const int64_t size : SIZES) {
         const Tile found = pick(bits, limbs, size);
         if (!found.run || (limbs == 0 && !table && found.layout != Layout::STRIPS)) continue;
-        const int64_t row = limbs > 1 ? 8 * limbs : 8;
-        const int64_t codes = found.layout == Layout::STRIPS ? 5 * bits : 6;
+        const int64_t row = found.layout == Layout::SHORTS ? (limbs > 2 ? 16 : 8) : limbs > 1 ? 8 * limbs : 8;
+        const int64_t codes = found.layout == Layout::STRIPS ? 5 * bits : found.layout == Layout::SHORTS && size >= SHORT_STRIP ? 12 : 6;
         const int64_t cost = ceil_div(m, size) * (size * (found.layout == Layout::ROWS ? row / 8 : row) + codes);
         if (cheapest && cost >= cheapest) continue;
         cheapest = cost;
@@ -52,15 +52,17 @@ int Product::plan(const QkWeight& w, int64_t m, int dtype, int wanted, int isa) 
     int64_t longest = 0;
     for (const Block& b : blocks) longest = std::max<int64_t>(b.steps, longest);
     chunk = CHUNK / rows;
-    width = rows * (limbs ? limbs : 1);
+    const bool shorts = tile.layout == Layout::SHORTS;
+    width = rows * (shorts ? (limbs > 2 ? 2 : 1) : limbs ? limbs : 1);
     row_bytes = ceil_div(longest * 8, 64) * 64;
-    strip = inputs / 2 * STRIP;
+    strip = inputs / 2 * (shorts ? short_strip(rows) : STRIP);
     switch (tile.layout) {
         case Layout::QUADS: x_bytes = inputs * width; break;
         case Layout::ROWS: x_bytes = n_blocks * row_bytes * width; break;
         case Layout::FLOATS: x_bytes = inputs * width * 4; break;
         case Layout::PAIRS:
-        case Layout::STRIPS: x_bytes = inputs * width * 2; break;
+        case Layout::STRIPS:
+        case Layout::SHORTS: x_bytes = inputs * width * 2; break;
     }
     x_bytes = ceil_div(x_bytes, 64) * 64;
     start_items = ceil_div(n_blocks * width, 16) * 16;

@@ -45,7 +45,7 @@ struct Product {
     int64_t cols, groups, inputs;
     int64_t rows, tiles, chunk, width;        // rows of a tile, tiles in all and in a chunk, virtual rows of a tile
     int64_t row_bytes;                        // Layout::ROWS
-    int64_t strip;                            // Layout::STRIPS
+    int64_t strip;                            // Layout::STRIPS, SHORTS
     int64_t x_bytes, start_items, row_items;  // of one tile
     std::vector<Block> blocks;
 
@@ -53,6 +53,15 @@ struct Product {
     int plan(const QkWeight& w, int64_t m, int x_dtype, int limbs, int isa);
     // Whether row `row` of x needs three limbs where this is planned for two.
     bool uneven(const char* x, int64_t row) const;
+    // Rows of a tile that share cache lines.
+    int64_t interleaved() const {
+        switch (tile.layout) {
+            case Layout::ROWS: return 1;
+            case Layout::STRIPS: return STRIP;
+            case Layout::SHORTS: return short_strip(rows);
+            default: return rows;
+        }
+    }
     int64_t tile_bytes() const { return x_bytes + 4 * (start_items + 2 * row_items); }
 
     // Rows begin .. end of x into `base` [tile_bytes, for each tile]; only bits, symmetry and shape of the weight count.

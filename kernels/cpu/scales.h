@@ -35,13 +35,16 @@ __attribute__((noinline)) void scales_of(const TileArgs& a, int64_t b, int64_t f
     scales_here(a, b, first, s);
 }
 
-// total[16] += what the limbs' sums of block b and row m stand for.
+// What the sums of limbs stand for: the upper two as one integer.
 template <int LIMBS>
-QK_INLINE void add(const TileArgs& a, const Scales& s, int n, int64_t row, const I* sum, float* total) {
-    I fixed = sum[0];
-    if (LIMBS > 1) fixed = fixed + (sum[LIMBS > 1] << 8);
-    F value = to_float(fixed);
-    if (LIMBS > 2) value = fused(to_float(sum[LIMBS - 1]), splat(65536.0f), value);
+QK_INLINE F value_of(const I* sum) {
+    I upper = sum[LIMBS - 1];
+    if (LIMBS > 1) upper = sum[LIMBS > 1 ? LIMBS - 2 : 0] + (upper << 8);
+    return LIMBS > 2 ? fused(to_float(upper), splat(256.0f), to_float(sum[0])) : to_float(upper);
+}
+
+// total[16] += the sum `value` of block and row `row`.
+QK_INLINE void add(const TileArgs& a, const Scales& s, int n, int64_t row, F value, float* total) {
     F t = fused(value, s.scale[n] * splat(a.x_scale[row]), load(total));
     if (a.zero) t = fused(s.scaled_zero[n], splat(-a.x_sum[row]), t);
     store(total, t);

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..kernels.cpu.decoder import Decoder
 
-_FIRST_POSITIONS = 1024
+_MORE_POSITIONS = 1024  # of the rotary tables, beyond what is asked for: what follows a prompt finds them there
 _KNOWN = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "token_type_ids"}
 _MAX_BATCH = 16  # above it prefill's matmuls and torch's attention do as well
 _SHORT = 32  # tokens of each of several prompts: below, the model's own forward has them all as one matrix
@@ -185,7 +185,7 @@ def _prompt(
 
 
 def _plan(model: Any, positions: int) -> _Plan:
-    positions = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
+    positions = 1 << (positions + _MORE_POSITIONS - 1).bit_length()
     decoder = None
     if unsupported(model) is None:
         watch = Watch(model, settings_of(model), copied(model))
@@ -217,7 +217,7 @@ def _positions(given: torch.Tensor | None, batch: int, length: int, n: int) -> t
         return torch.arange(length, length + n).expand(batch, n)
     if given.dim() != 2 or given.shape[1] != n or given.shape[0] not in (1, batch):
         return None
-    if int(given.min()) < 0 or int(given.max()) > length + n + _FIRST_POSITIONS:
+    if int(given.min()) < 0 or int(given.max()) > length + n + _MORE_POSITIONS:
         return None
     return given.long().expand(batch, n)
 

@@ -143,7 +143,7 @@ def test_generate_whatever_the_strategy(folders: Any) -> None:
 @torch.no_grad()
 def test_a_cache_grows_past_its_headroom(folders: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(growing_cache, "HEADROOM", 2)
-    monkeypatch.setattr(decoder, "_FIRST_POSITIONS", 16)
+    monkeypatch.setattr(decoder, "_MORE_POSITIONS", 16)
     model = packed(folders("llama"))
     prompt, more = tokens(model, 1, 10), tokens(model, 1, 30, 1)
     cache = own(model)(prompt, use_cache=True).past_key_values
