@@ -20,9 +20,14 @@ bool Product::choose(PickFn pick, int64_t m) {
     for (const int64_t size : SIZES) {
         const Tile found = pick(bits, limbs, size);
         if (!found.run || (limbs == 0 && !table && found.layout != Layout::STRIPS)) continue;
-        const int64_t row = found.layout == Layout::SHORTS ? (limbs > 2 ? 16 : 8) : limbs > 1 ? 8 * limbs : 8;
-        const int64_t codes = found.layout == Layout::STRIPS ? 5 * bits : found.layout == Layout::SHORTS && size >= SHORT_STRIP ? 12 : 6;
-        const int64_t cost = ceil_div(m, size) * (size * (found.layout == Layout::ROWS ? row / 8 : row) + codes);
+        int64_t row = limbs > 1 ? 8 * limbs : 8, codes = 6;
+        switch (found.layout) {
+            case Layout::ROWS: row /= 8; break;
+            case Layout::STRIPS: codes = 5 * bits; break;
+            case Layout::SHORTS: row = limbs > 2 ? 16 : 8, codes = std::min<int64_t>(5 * size + 1, 20); break;
+            default: break;
+        }
+        const int64_t cost = ceil_div(m, size) * (size * row + codes);
         if (cheapest && cost >= cheapest) continue;
         cheapest = cost;
         tile = found;

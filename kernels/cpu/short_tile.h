@@ -77,7 +77,8 @@ void unpack_shorts(const uint32_t* codes, const uint32_t* end, int64_t steps, ui
 // total += the products of a block of inputs, ROWS rows from m on and the V * 16 outputs from `first` on.
 // add_words(x, sum): those of one 16-bit integer an input.
 template <int LIMBS, int ROWS, int V, class AddWords>
-QK_INLINE void add_rows(const TileArgs& a, int64_t b, int64_t m, int64_t first, float* total, AddWords add_words) {
+QK_INLINE void add_rows(const TileArgs& a, const Scales* scales, int64_t b, int64_t m, int64_t first, float* total,
+                        AddWords add_words) {
     constexpr int WORDS = LIMBS > 2 ? 2 : 1;
     const int64_t row = b * a.rows + m;
     I sum[WORDS][ROWS][V];
@@ -95,17 +96,13 @@ QK_INLINE void add_rows(const TileArgs& a, int64_t b, int64_t m, int64_t first, 
             for (int v = 0; v < V; ++v) sum[k][r][v] = here[r][v];
     }
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-        Scales scales;
-        if (ROWS == 1) scales_here(a, b, first + v * LANES, scales);
-        else scales_of(a, b, first + v * LANES, scales);
+    for (int v = 0; v < V; ++v)
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r) {
             F value = to_float(sum[WORDS - 1][r][v]);
             if (WORDS == 2) value = fused(value, splat(256.0f), to_float(sum[0][r][v]));
-            add(a, scales, 0, row + r, value, total + (m + r) * WIDE + first + v * LANES);
+            add(a, scales[v], 0, row + r, value, total + (m + r) * WIDE + first + v * LANES);
         }
-    }
 }
 
 template <int BITS, int LIMBS, int ROWS>
@@ -115,7 +112,11 @@ void few_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
         for (int64_t n = 0; n < WIDE; n += V * LANES) {
             const Block block = a.blocks[b];
             const uint32_t* codes = a.codes + block.start * WIDE * BITS / 4 + n;
-            add_rows<LIMBS, ROWS, V>(a, b, 0, n, total, [&](const uint32_t* x, I (*sum)[V]) QK_INLINED {
+            Scales scales[V];
+            for (int v = 0; v < V; ++v)
+                if (ROWS == 1) scales_here(a, b, n + v * LANES, scales[v]);
+                else scales_of(a, b, n + v * LANES, scales[v]);
+            add_rows<LIMBS, ROWS, V>(a, scales, b, 0, n, total, [&](const uint32_t* x, I (*sum)[V]) QK_INLINED {
                 add_few<BITS, ROWS, V>(x, codes, a.end, block.steps, sum);
             });
         }
@@ -127,11 +128,14 @@ void many_tile(const TileArgs& a, int64_t first, int64_t last, float* total) {
     for (int64_t b = first; b < last; ++b) {
         const Block block = a.blocks[b];
         unpack_shorts<BITS>(a.codes + block.start * WIDE * BITS / 4, a.end, block.steps, w);
-        for (int64_t n = 0; n < WIDE; n += LANES)
+        for (int64_t n = 0; n < WIDE; n += LANES) {
+            Scales scales;
+            scales_of(a, b, n, scales);
             for (int64_t m = 0; m < a.rows; m += SHORT_STRIP)
-                add_rows<LIMBS, SHORT_STRIP, 1>(a, b, m, n, total, [&](const uint32_t* x, I (*sum)[1]) QK_INLINED {
+                add_rows<LIMBS, SHORT_STRIP, 1>(a, &scales, b, m, n, total, [&](const uint32_t* x, I (*sum)[1]) QK_INLINED {
                     add_strip(x, w + n, block.steps * 4, sum);
                 });
+        }
     }
 }
 
