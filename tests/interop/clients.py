@@ -199,6 +199,17 @@ def run(name: str, job: dict, folder: Path, script: str | None = None, extra: di
     return done.stdout
 
 
+def needs_vllm_kernels() -> None:
+    """Skips where vLLM's CPU build has no 4- and 8-bit kernels of its own: below AVX-512 (its _C_AVX2 lacks
+    cpu_gemm_wna16, and the first forward pass ends in an AttributeError). With qkit's kernels it runs there."""
+    import pytest
+
+    from qkit.hardware.detect import cpu
+
+    if platform.machine() == "x86_64" and "avx512f" not in cpu().features:
+        pytest.skip("vLLM's own kernels for quantized weights need AVX-512")
+
+
 def once(make: Callable[P, T]) -> Callable[P, T]:
     """`make`, called once for the same arguments however many tests ask. Where it failed each of them fails, without
     another try; where no package index can be reached each is skipped."""

@@ -165,6 +165,8 @@ class Bench:
         return folder
 
     def path(self, run: str, name: str) -> Path:
+        if run == "vllm":
+            clients.needs_vllm_kernels()
         return self.results(run)[name]
 
     def _results(self, run: str) -> dict[str, Path]:

@@ -20,6 +20,7 @@ TOKENS = [list(range(5, 37)), list(range(100, 132))]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clients.needs_vllm_kernels()
     clients.once(clients.python_of)("vllm")  # skips where nothing can be installed
     return clients.install_qkit(tmp_path_factory.mktemp("vllm") / "site")
 
