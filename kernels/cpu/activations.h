@@ -58,7 +58,7 @@ QK_INLINE void store_pairs(uint32_t* to, int step, const uint16_t* eight) {
     }
 }
 
-// Sixteen inputs in fixed point, which are i to i + 16 of block b and row m, as bytes or 16-bit integers; sum += these.
+// Where block b of row m lies as bytes or 16-bit integers: put stores the k-th of sixteen inputs from i on.
 template <int LIMBS>
 struct AsBytes {
     static constexpr int WORDS = LIMBS;  // integers an input
@@ -76,17 +76,11 @@ struct AsBytes {
     void pad(int64_t size, int64_t row_bytes) const {
         for (int l = 0; l < LIMBS; ++l) std::memset(to + l * limb_step + size, 0, (size_t)(row_bytes - size));
     }
-    QK_INLINE void put(const AsBytes& t, I fixed, int64_t i, int64_t quads, I* sum) {
-#pragma GCC unroll 3
-        for (int l = 0; l < LIMBS; ++l) {
-            const I limb = l == LIMBS - 1 ? fixed : (fixed << 24) >> 24;
-            fixed = (fixed - limb) >> 8;
-            sum[l] = sum[l] + limb;
-            uint8_t bytes[LANES];
-            store_u8(bytes, limb);
-            for (int64_t q = 0; q < quads; ++q)
-                std::memcpy(t.to + (i / 4 + q) * t.quad_step + l * t.limb_step, bytes + 4 * q, 4);
-        }
+    QK_INLINE void put(const AsBytes& t, I limb, int k, int64_t i, int64_t quads) {
+        uint8_t bytes[LANES];
+        store_u8(bytes, limb);
+        for (int64_t q = 0; q < quads; ++q)
+            std::memcpy(t.to + (i / 4 + q) * t.quad_step + k * t.limb_step, bytes + 4 * q, 4);
     }
 };
 template <int LIMBS>
@@ -102,17 +96,11 @@ struct AsShorts {
         word_step = a.strip;
     }
     void pad(int64_t, int64_t) const {}
-    QK_INLINE void put(const AsShorts& t, I fixed, int64_t i, int64_t quads, I* sum) {
-#pragma GCC unroll 2
-        for (int k = 0; k < WORDS; ++k) {
-            const I word = k == WORDS - 1 ? fixed : (fixed << 24) >> 24;
-            fixed = (fixed - word) >> 8;
-            sum[k] = sum[k] + word;
-            uint16_t halves[LANES];
-            store_u16(halves, word);
-            for (int64_t e = 0; e < quads / 2; ++e)
-                store_pairs(t.to + k * t.word_step + (i + 8 * e) / 2 * t.strip, t.strip, halves + 8 * e);
-        }
+    QK_INLINE void put(const AsShorts& t, I word, int k, int64_t i, int64_t quads) {
+        uint16_t halves[LANES];
+        store_u16(halves, word);
+        for (int64_t e = 0; e < quads / 2; ++e)
+            store_pairs(t.to + k * t.word_step + (i + 8 * e) / 2 * t.strip, t.strip, halves + 8 * e);
     }
 };
 
@@ -142,7 +130,13 @@ void fix_as(const PrepareArgs& a, int64_t b, int64_t m, const float* x, float mo
         } else {
             fixed = (bits_of(t + magic) - magic_bits) << 8 * (LIMBS - DEEP);
         }
-        Put::put(put, fixed, i, quads, sum);
+#pragma GCC unroll 3
+        for (int k = 0; k < WORDS; ++k) {
+            const I word = k == WORDS - 1 ? fixed : (fixed << 24) >> 24;
+            fixed = (fixed - word) >> 8;
+            sum[k] = sum[k] + word;
+            Put::put(put, word, k, i, quads);
+        }
     }
     if (a.layout == Layout::ROWS) put.pad(size, a.row_bytes);
 

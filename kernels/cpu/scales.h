@@ -35,12 +35,14 @@ __attribute__((noinline)) void scales_of(const TileArgs& a, int64_t b, int64_t f
     scales_here(a, b, first, s);
 }
 
+QK_INLINE F joined(I upper, I lowest) { return fused(to_float(upper), splat(256.0f), to_float(lowest)); }
+
 // What the sums of limbs stand for: the upper two as one integer.
 template <int LIMBS>
 QK_INLINE F value_of(const I* sum) {
     I upper = sum[LIMBS - 1];
     if (LIMBS > 1) upper = sum[LIMBS > 1 ? LIMBS - 2 : 0] + (upper << 8);
-    return LIMBS > 2 ? fused(to_float(upper), splat(256.0f), to_float(sum[0])) : to_float(upper);
+    return LIMBS > 2 ? joined(upper, sum[0]) : to_float(upper);
 }
 
 // total[16] += the sum `value` of block and row `row`.

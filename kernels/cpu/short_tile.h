@@ -99,8 +99,8 @@ QK_INLINE void add_rows(const TileArgs& a, const Scales* scales, int64_t b, int6
     for (int v = 0; v < V; ++v)
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r) {
-            F value = to_float(sum[WORDS - 1][r][v]);
-            if (WORDS == 2) value = fused(value, splat(256.0f), to_float(sum[0][r][v]));
+            const I upper = sum[WORDS - 1][r][v];
+            const F value = WORDS == 2 ? joined(upper, sum[0][r][v]) : to_float(upper);
             add(a, scales[v], 0, row + r, value, total + (m + r) * WIDE + first + v * LANES);
         }
 }
