@@ -19,7 +19,7 @@ class Setting:
     tp              ranks that divide a layer's heads; where there are fewer KV heads than ranks, each rank has one, and
                     a latent is on every rank whole
     state_dtype     of states that need no type of their own: the model's; recurrent_dtype: of those of a recurrence,
-                    where the config does not say (vLLM's --mamba-ssm-cache-dtype, float32 on CPUs)
+                    where the config does not say (vLLM's --mamba-ssm-cache-dtype, float32 on CPUs with AVX-512 BF16)
     block           tokens of a page of vLLM's; 16 unless told otherwise (64 with some MLA kernels, 128 on CPUs)
     in_flight       tokens that vLLM schedules in a step: what a sliding layer may hold beside its window
     ubatch          the same of llama.cpp

@@ -2,7 +2,7 @@
 
 Usage: client_vllm_cache.py JOB.json, {"folders": {name: path}, "tokens": [n, ...], "out": dir}. Of each folder its
 config.json is read, and random weights are made. Writes out/cache.json: name -> {"in_flight": tokens that a
-step may schedule, "bytes": {tokens: bytes}}.
+step may schedule, "recurrent_dtype": of a recurrence's states, "bytes": {tokens: bytes}}.
 """
 
 import json
@@ -53,7 +53,10 @@ def main(job_path: str) -> None:
                 config.model_config.max_model_len = tokens
                 groups = kv_cache_utils.get_kv_cache_groups(config, dict(specs))
                 counted[tokens] = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
-        found[name] = {"in_flight": config.max_in_flight_tokens, "bytes": counted}
+        found[name] = {
+            "in_flight": config.max_in_flight_tokens,
+            "recurrent_dtype": config.cache_config.mamba_ssm_cache_dtype, "bytes": counted,
+        }  # fmt: skip
         print(name, found[name], flush=True)
     (out / "cache.json").write_text(json.dumps(found))
 
