@@ -11,6 +11,7 @@ from interop import clients
 from qkit.estimate.cache import Setting, kv_bytes
 from qkit.models.architecture import architecture
 from qkit.sources import open_source
+from qkit.spec.dtypes import named_dtype
 from qkit.spec.ggml import GGML
 
 TINY = {
@@ -58,8 +59,6 @@ MODELS = {
                "shared_expert_intermediate_size": 64}, 128,
     ),
 }  # fmt: skip
-# Of a recurrence's states. It is float32 on CPUs with AVX-512 BF16, and the model's own on others.
-DTYPES = {"auto": None, "float32": "F32"}
 TOKENS = [1, 100, 128, 129, 1000, 4096]
 
 
@@ -85,7 +84,7 @@ def _counted(root):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_request_in_vllm(name: str, counted) -> None:
     config, theirs = counted()[name]
-    recurrent = DTYPES[theirs["recurrent_dtype"]]
+    recurrent = named_dtype(theirs["recurrent_dtype"])  # None of "auto", where states have the model's own
     setting = Setting(block=MODELS[name][3], in_flight=theirs["in_flight"], recurrent_dtype=recurrent)
     arch = architecture(config)
     ours = {str(tokens): kv_bytes(arch, tokens, engine="vllm", setting=setting) for tokens in TOKENS}
